@@ -1,0 +1,136 @@
+"""Files that stages hand to each other: written whole or not at all, hashed, with their provenance."""
+
+import ast
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+from labcore import LabError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def sha256_json(value) -> str:
+    """SHA-256 of a JSON value, independent of the order of keys, in hex."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def code_hash(path: Path) -> str:
+    """SHA-256 of what a Python file does: comments, blank lines and docstrings do not count."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and body:
+            first = body[0]
+            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
+                body.pop(0)
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
+
+
+def modules_hash(*names: str) -> str:
+    """One hash for what several modules of labcore do."""
+    return sha256_json({name: code_hash(ROOT / "labcore" / f"{name}.py") for name in names})
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path):
+    """Yield a temporary path beside `path`; rename it to `path` on success, remove it otherwise.
+
+    A reader sees the old file or the whole new one, never a part. Raises LabError where the disk is full.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield partial
+        with open(partial, "rb") as stream:
+            os.fsync(stream.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise LabError(f"no space left to write {path}: free some disk space and run again; what was there is kept.") from error
+        raise
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically, with Unix line ends on every system."""
+    with atomic_path(path) as partial:
+        partial.write_text(text, encoding="utf-8", newline="\n")
+
+
+def write_json(path: Path, value) -> None:
+    """Write a JSON file atomically, in a form that reads well and differs little from run to run."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
+
+
+def read_json(path: Path):
+    """Read a JSON file; LabError names the file and the step that makes it when it is missing or damaged."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise LabError(f"{path} is missing: run the stage that writes it first (make report does all in order).") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise LabError(f"{path} is damaged ({error}): delete it and run make report again.") from None
+
+
+def cpu_name() -> str:
+    """The processor's name, as the system gives it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return " ".join(line.partition(":")[2].split())
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, check=True).stdout.strip()
+    return platform.processor() or platform.machine()
+
+
+def git_commit() -> str:
+    """The commit checked out, with "+changes" where tracked files differ; "unknown" outside a checkout."""
+    def git(*words):
+        return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        sources = ["labcore", "notebooks", "requirements.txt"]
+        return git("rev-parse", "--short=12", "HEAD") + ("+changes" if git("status", "--porcelain", "--", *sources) else "")
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def versions() -> dict[str, str]:
+    """Python and the packages that numbers depend on, without importing them."""
+    packages = ("torch", "torchvision", "numpy", "pandas", "papermill", "matplotlib", "scikit-learn", "statsmodels")
+    found = {"python": platform.python_version()}
+    for name in packages:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def provenance() -> dict:
+    """What a number depends on besides the code: commit, versions, processor, threads, device, engine."""
+    import torch
+
+    return {
+        "commit": git_commit(),
+        "versions": versions(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "quantized_engine": torch.backends.quantized.engine,
+    }

@@ -1,0 +1,250 @@
+"""Profiles: every hyperparameter of the lab, on one page. A profile shows only how it differs."""
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field, replace
+
+from labcore import LabError
+
+ARCHITECTURES = ("resnet9", "resnet18", "resnet34", "resnet50")
+STEMS = ("cifar", "imagenet")
+SCHEDULES = ("cosine", "warm_restarts")
+SEED_MAX = 2**32 - 1
+
+
+def _check(name: str, value, ok: bool, expected: str) -> None:
+    if not ok:
+        raise LabError(f"{name} must be {expected}, found {value!r}; change it and run again.")
+
+
+def _fraction(name: str, value: float) -> None:
+    _check(name, value, 0 <= value < 1, "in [0, 1)")
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Training transforms, in the order in which they are applied. Zero switches one off.
+
+    The names and meanings are torchvision's. `cutout` is the side in pixels of a square set to the mean colour
+    (DeVries and Taylor, 2017); `erasing_*` is torchvision's RandomErasing (Zhong et al., 2017).
+    """
+
+    crop_padding: int = 4
+    flip_prob: float = 0.5
+    brightness: float = 0.0
+    contrast: float = 0.0
+    saturation: float = 0.0
+    hue: float = 0.0
+    rotation_degrees: float = 0.0
+    translate: float = 0.0
+    scale_min: float = 1.0
+    scale_max: float = 1.0
+    cutout: int = 0
+    erasing_prob: float = 0.0
+    erasing_scale: tuple[float, float] = (0.02, 0.4)
+    erasing_ratio: tuple[float, float] = (0.3, 3.3)
+
+    def __post_init__(self):
+        _check("augment.crop_padding", self.crop_padding, 0 <= self.crop_padding <= 32, "in 0 … 32 pixels")
+        _check("augment.flip_prob", self.flip_prob, 0 <= self.flip_prob <= 1, "a probability in [0, 1]")
+        _check("augment.erasing_prob", self.erasing_prob, 0 <= self.erasing_prob <= 1, "a probability in [0, 1]")
+        _check("augment.hue", self.hue, 0 <= self.hue <= 0.5, "in [0, 0.5]")
+        for name in ("brightness", "contrast", "saturation"):
+            _check(f"augment.{name}", getattr(self, name), 0 <= getattr(self, name) <= 1, "in [0, 1]")
+        _check("augment.translate", self.translate, 0 <= self.translate <= 1, "a share of the image in [0, 1]")
+        _check("augment.rotation_degrees", self.rotation_degrees, 0 <= self.rotation_degrees <= 180, "in [0, 180]")
+        _check("augment.scale_min", self.scale_min, 0 < self.scale_min <= self.scale_max, "above 0, at most scale_max")
+        _check("augment.cutout", self.cutout, self.cutout >= 0, "0 or a side in pixels")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Hyperparameters of one training run; the same loop reads them for FP32 and for QAT.
+
+    `epoch_images` shortens an epoch to that many training images, drawn anew every time; 0 takes all of them.
+    `schedule` is "cosine" (linear warm-up over `warmup` of the steps, then half a cosine to zero) or "warm_restarts"
+    (SGDR, Loshchilov and Hutter, 2017: cycles of `restart_epochs`, each `restart_mult` times the one before, from
+    `lr` down to `lr_min`). `freeze_at` is the share of the epochs after which QAT stops observing and stops updating
+    BatchNorm statistics (Jacob et al., 2018, section 3.1; Krishnamoorthi, 2018, section 3.2).
+    """
+
+    epochs: int
+    batch_size: int
+    lr: float
+    epoch_images: int = 0
+    lr_min: float = 0.0
+    schedule: str = "cosine"
+    warmup: float = 0.2
+    restart_epochs: int = 50
+    restart_mult: int = 2
+    momentum: float = 0.9
+    weight_decay: float = 1e-3
+    label_smoothing: float = 0.1
+    mixup_alpha: float = 0.0
+    mixup_prob: float = 0.0
+    clip_norm: float = 0.0
+    freeze_at: float = 1.0
+    augment: Augment = field(default_factory=Augment)
+
+    def __post_init__(self):
+        _check("epochs", self.epochs, 1 <= self.epochs <= 100_000, "in 1 … 100000")
+        _check("batch_size", self.batch_size, 1 <= self.batch_size <= 65_536, "in 1 … 65536")
+        _check("epoch_images", self.epoch_images, self.epoch_images >= 0, "0 (all) or a number of images")
+        _check("lr", self.lr, 0 < self.lr <= 100, "in (0, 100]")
+        _check("lr_min", self.lr_min, 0 <= self.lr_min <= self.lr, "between 0 and lr")
+        _check("schedule", self.schedule, self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
+        _check("restart_epochs", self.restart_epochs, self.restart_epochs >= 1, "at least 1")
+        _check("restart_mult", self.restart_mult, self.restart_mult >= 1, "at least 1")
+        _check("mixup_prob", self.mixup_prob, 0 <= self.mixup_prob <= 1, "a probability in [0, 1]")
+        _check("mixup_alpha", self.mixup_alpha, self.mixup_alpha >= 0, "0 or more")
+        _check("weight_decay", self.weight_decay, self.weight_decay >= 0, "0 or more")
+        _check("clip_norm", self.clip_norm, self.clip_norm >= 0, "0 (off) or a norm")
+        _check("freeze_at", self.freeze_at, 0 <= self.freeze_at <= 1, "a share of the epochs in [0, 1]")
+        for name in ("warmup", "momentum", "label_smoothing"):
+            _fraction(name, getattr(self, name))
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One way to run the whole lab."""
+
+    name: str
+    fp32: Recipe
+    qat: Recipe
+    arch: str = "resnet9"
+    width: int = 32
+    stem: str = "cifar"
+    image_size: int = 32
+    data: str | None = None
+    validation_fraction: float = 0.1
+    calibration_images: int = 1024
+    eval_batch_size: int = 500
+    latency_rounds: int = 20
+    latency_runs: int = 10
+
+    def __post_init__(self):
+        _check("arch", self.arch, self.arch in ARCHITECTURES, f"one of {', '.join(ARCHITECTURES)}")
+        _check("stem", self.stem, self.stem in STEMS, f"one of {', '.join(STEMS)}")
+        _check("width", self.width, 1 <= self.width <= 1024, "in 1 … 1024 channels")
+        _check("image_size", self.image_size, 8 <= self.image_size <= 512, "in 8 … 512 pixels")
+        _check("calibration_images", self.calibration_images, self.calibration_images >= 1, "at least 1")
+        _check("eval_batch_size", self.eval_batch_size, self.eval_batch_size >= 1, "at least 1")
+        _check("latency_rounds", self.latency_rounds, self.latency_rounds >= 3, "at least 3")
+        _check("latency_runs", self.latency_runs, self.latency_runs >= 1, "at least 1")
+        _fraction("validation_fraction", self.validation_fraction)
+        _check("validation_fraction", self.validation_fraction, self.validation_fraction > 0, "above 0")
+
+
+_cpu = Profile(
+    name="cpu",
+    fp32=Recipe(epochs=8, batch_size=128, lr=0.15),
+    qat=Recipe(epochs=3, epoch_images=12_800, batch_size=128, lr=0.005, warmup=0.1, freeze_at=0.67),
+)
+
+_smoke = replace(
+    _cpu,
+    name="smoke",
+    data="digits",
+    width=8,
+    fp32=Recipe(epochs=3, batch_size=64, lr=0.2, augment=Augment(crop_padding=2, flip_prob=0.0)),
+    qat=Recipe(epochs=1, batch_size=64, lr=0.02, freeze_at=0.67, augment=Augment(crop_padding=2, flip_prob=0.0)),
+    calibration_images=128,
+    latency_rounds=5,
+    latency_runs=3,
+)
+
+_full = replace(
+    _cpu,
+    name="full",
+    arch="resnet50",
+    width=64,
+    fp32=Recipe(epochs=100, batch_size=512, lr=0.4, weight_decay=5e-4, warmup=0.1, augment=Augment(cutout=16)),
+    qat=Recipe(epochs=10, batch_size=512, lr=0.01, weight_decay=5e-4, freeze_at=0.5, augment=Augment(cutout=16)),
+    latency_rounds=50,
+    latency_runs=20,
+)
+
+# The reference's own hyperparameters, to the letter (its 300 epochs end in the middle of the third cycle).
+_reference_fp32 = Recipe(
+    epochs=300, batch_size=256, lr=0.3, lr_min=1e-4, schedule="warm_restarts", restart_epochs=50, restart_mult=2,
+    warmup=0.0, weight_decay=1e-4, label_smoothing=0.05, mixup_alpha=0.2, mixup_prob=0.5, clip_norm=1.0,
+    augment=Augment(
+        brightness=0.3, contrast=0.3, saturation=0.3, hue=0.1, rotation_degrees=20.0,
+        translate=0.1, scale_min=0.9, scale_max=1.1, erasing_prob=0.6,
+    ),
+)
+_reference = replace(
+    _full,
+    name="reference",
+    fp32=_reference_fp32,
+    qat=replace(_reference_fp32, epochs=20, lr=1e-3, lr_min=1e-5, schedule="cosine", freeze_at=0.75),
+)
+
+PROFILES = {profile.name: profile for profile in (_smoke, _cpu, _full, _reference)}
+
+
+def nearest(name: str, known) -> str:
+    """The hint for a mistyped name: the nearest known one, or the whole list."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}."
+
+
+def _convert(name: str, text, current):
+    """Text from the command line -> the type of the value it replaces."""
+    kind = type(current)
+    if not isinstance(text, str) or kind is str or current is None:
+        return text
+    try:
+        if kind is tuple:
+            return tuple(float(part) for part in text.strip("()").split(","))
+        return kind(text)
+    except ValueError:
+        raise LabError(f"{name} must be {kind.__name__}, found {text!r}; change it and run again.") from None
+
+
+def override(config, values: dict):
+    """A copy of a profile with some values replaced; a dotted name reaches inside ("fp32.augment.cutout").
+
+    Raises LabError for an unknown name (with the nearest one), a wrong type or a value out of range.
+    """
+    for dotted, value in values.items():
+        name, _, rest = dotted.partition(".")
+        known = [f.name for f in dataclasses.fields(config) if f.name != "name"]
+        if name not in known:
+            raise LabError(f"unknown parameter {dotted!r}: {nearest(name, known)}")
+        current = getattr(config, name)
+        if dataclasses.is_dataclass(current) != bool(rest):
+            inner = [f.name for f in dataclasses.fields(current)] if dataclasses.is_dataclass(current) else []
+            hint = f"it holds {', '.join(inner)}" if inner else "it holds one value"
+            raise LabError(f"unknown parameter {dotted!r}: {name} is not written like this; {hint}.")
+        new = override(current, {rest: value}) if rest else _convert(dotted, value, current)
+        config = replace(config, **{name: new})
+    return config
+
+
+def get_profile(name: str, **overrides) -> Profile:
+    """The profile of that name, with overrides (dotted names allowed through a dict: get_profile("cpu", **{...}))."""
+    if name not in PROFILES:
+        raise LabError(f"unknown profile {name!r}: {nearest(name, PROFILES)}")
+    return override(PROFILES[name], overrides)
+
+
+def parse_overrides(text: str | None) -> dict[str, str]:
+    """ "fp32.epochs=2 width=16" -> {"fp32.epochs": "2", "width": "16"}."""
+    pairs = {}
+    for part in (text or "").split():
+        name, sign, value = part.partition("=")
+        if not sign or not name or not value:
+            raise LabError(f"SET= takes name=value pairs separated by blanks, found {part!r}; example: SET='width=16'.")
+        pairs[name] = value
+    return pairs
+
+
+def check_seed(seed) -> int:
+    """The seed as an integer in 0 … 2^32 - 1; LabError otherwise."""
+    try:
+        value = int(str(seed))
+    except ValueError:
+        value = -1
+    _check("SEED", seed, 0 <= value <= SEED_MAX, f"a whole number in 0 … {SEED_MAX}")
+    return value

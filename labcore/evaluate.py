@@ -1,0 +1,136 @@
+"""Accuracy with its uncertainty, paired comparison, confusion, latency. Everything starts from saved logits."""
+
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy.special import logsumexp
+from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.proportion import proportion_confint
+from statsmodels.stats.weightstats import DescrStatsW
+from torch import Tensor, nn
+
+from labcore import LabError
+from labcore.artifacts import atomic_path
+from labcore.progress import progress
+from labcore.transforms import normalize
+
+
+@torch.no_grad()
+def predict(model: nn.Module, images: np.ndarray, batch_size: int = 500, description: str = "evaluate") -> np.ndarray:
+    """Logits (N, classes) in float32, without autocast, for uint8 images (N, 3, H, W); on the model's own device."""
+    model.eval()
+    place = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
+    parts = []
+    with progress(len(images), description, unit="image") as bar:
+        for start in range(0, len(images), batch_size):
+            batch = torch.from_numpy(images[start : start + batch_size]).to(place)
+            parts.append(model(normalize(batch)).float().cpu().numpy())  # (B, classes)
+            bar.update(len(batch))
+    return np.concatenate(parts)
+
+
+def save_logits(path: Path, logits: np.ndarray, labels: np.ndarray) -> None:
+    """Write logits with the labels they belong to."""
+    with atomic_path(path) as partial, open(partial, "wb") as stream:
+        np.savez(stream, logits=logits, labels=labels)
+
+
+def load_logits(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """(logits, labels); LabError when the file is missing or damaged."""
+    try:
+        with np.load(path) as stored:
+            return stored["logits"], stored["labels"]
+    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise LabError(f"{path} cannot be read ({error}): run the stage that writes it again.") from None
+
+
+def summarize(logits: np.ndarray, labels: np.ndarray) -> dict:
+    """Counts, accuracy with its 95 % Wilson interval (Wilson, 1927), and mean cross-entropy (nats per image)."""
+    n_seen = len(labels)
+    n_correct = int((logits.argmax(1) == labels).sum())
+    low, high = proportion_confint(n_correct, n_seen, alpha=0.05, method="wilson")
+    wide = logits.astype(np.float64)
+    loss = (logsumexp(wide, axis=1) - wide[np.arange(n_seen), labels]).mean()
+    return {
+        "n_seen": n_seen, "n_correct": n_correct, "acc": n_correct / n_seen,
+        "acc_low": float(low), "acc_high": float(high), "loss": float(loss),
+    }
+
+
+def compare_paired(before: np.ndarray, after: np.ndarray, labels: np.ndarray) -> dict:
+    """Two networks on the same images: what one gets right and the other wrong.
+
+    Returns:
+        only_before, only_after: images that only one of them gets right; agree: share of equal predictions;
+        acc_drop_pp with its 95 % interval (t interval of the per-image difference), positive is worse;
+        p_value of McNemar's exact test (McNemar, 1947): how often chance alone splits the discordant images so unevenly.
+    """
+    right_before, right_after = before.argmax(1) == labels, after.argmax(1) == labels
+    only_before, only_after = int((right_before & ~right_after).sum()), int((~right_before & right_after).sum())
+    both, neither = int((right_before & right_after).sum()), int((~right_before & ~right_after).sum())
+    drop = DescrStatsW(100.0 * (right_before.astype(float) - right_after))
+    low, high = drop.tconfint_mean(alpha=0.05) if only_before + only_after else (0.0, 0.0)
+    test = mcnemar([[both, only_before], [only_after, neither]], exact=True)
+    return {
+        "only_before": only_before, "only_after": only_after, "agree": float((before.argmax(1) == after.argmax(1)).mean()),
+        "acc_drop_pp": float(drop.mean), "acc_drop_pp_low": float(low), "acc_drop_pp_high": float(high), "p_value": float(test.pvalue),
+    }
+
+
+def confusion(logits: np.ndarray, labels: np.ndarray, classes: tuple[str, ...]) -> pd.DataFrame:
+    """Counts; rows are true classes, columns predicted ones."""
+    counts = np.zeros((len(classes), len(classes)), dtype=int)
+    np.add.at(counts, (labels, logits.argmax(1)), 1)
+    return pd.DataFrame(counts, index=classes, columns=classes)
+
+
+def class_accuracy(logits: np.ndarray, labels: np.ndarray, classes: tuple[str, ...]) -> pd.Series:
+    """Accuracy per class as a fraction; a class without images has NaN."""
+    counts = confusion(logits, labels, classes)
+    return pd.Series(np.diag(counts) / counts.sum(axis=1).replace(0, np.nan).to_numpy(), index=classes)
+
+
+@torch.no_grad()
+def latency(models: dict[str, nn.Module], images: Tensor, rounds: int, runs: int, warmup: int = 10) -> pd.DataFrame:
+    """Time per call, measured side by side.
+
+    In every round each model runs `runs` times on `images` (B, 3, H, W); the order changes from round to round, so that a
+    slow moment of the machine hits all of them. One row per round and model: the median of its runs.
+
+    Returns:
+        Columns round, model, latency_ms.
+    """
+    for model in models.values():
+        model.eval()
+        for _ in range(warmup):
+            model(images)
+    rng, rows = np.random.default_rng(0), []
+    with progress(rounds, "latency", unit="round") as bar:
+        for number in range(rounds):
+            for name in rng.permutation(list(models)):
+                seconds = []
+                for _ in range(runs):
+                    began = time.perf_counter()
+                    models[name](images)
+                    seconds.append(time.perf_counter() - began)
+                rows.append({"round": number, "model": str(name), "latency_ms": 1000 * float(np.median(seconds))})
+            bar.update()
+    return pd.DataFrame(rows)
+
+
+def latency_table(measured: pd.DataFrame, baseline: str) -> pd.DataFrame:
+    """Median and middle half of the latency per model, and the speed-up over `baseline`, round by round.
+
+    Index: model. Columns: latency_ms, latency_ms_low, latency_ms_high (quartiles), speedup, speedup_low, speedup_high
+    (median and quartiles of the ratios within a round).
+    """
+    wide = measured.pivot(index="round", columns="model", values="latency_ms")
+    ratio = wide[[baseline]].to_numpy() / wide
+    columns = {}
+    for name, table in (("latency_ms", wide), ("speedup", ratio)):
+        columns |= {name: table.median(), f"{name}_low": table.quantile(0.25), f"{name}_high": table.quantile(0.75)}
+    return pd.DataFrame(columns).loc[list(dict.fromkeys(measured["model"]))]

@@ -1,0 +1,211 @@
+"""Residual networks that eager-mode quantization can convert.
+
+References: He et al. (2016), "Deep residual learning for image recognition"; torchvision's `models/resnet.py`, whose
+parameter names are kept, so that its checkpoints load strictly and give the same logits.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.ao.nn.quantized import FloatFunctional
+from torch.ao.quantization import DeQuantStub, QuantStub, fuse_modules, fuse_modules_qat
+from torchvision.models.resnet import BasicBlock, Bottleneck
+from torchvision.ops import Conv2dNormActivation
+
+from labcore import LabError
+
+
+def _fuse(module: nn.Module, groups: list[list[str]], is_qat: bool) -> None:
+    """Fuse in place. For QAT, BatchNorm stays (train mode); for PTQ, it is folded into the convolution (eval mode)."""
+    module.train(is_qat)
+    (fuse_modules_qat if is_qat else fuse_modules)(module, groups, inplace=True)
+
+
+class QuantizableBasicBlock(BasicBlock):
+    """Two 3×3 convolutions and a shortcut. Only what quantization changes is overridden.
+
+    An addition of two int8 tensors with different scales needs a scale of its own. FloatFunctional gives it one: it
+    carries an observer while calibrating, and becomes one int8 add_relu kernel at conversion.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.add_relu = FloatFunctional()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, inplanes, H, W) -> (B, planes, H / stride, W / stride)."""
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        identity = x if self.downsample is None else self.downsample(x)
+        return self.add_relu.add_relu(out, identity)
+
+    def fuse_model(self, is_qat: bool = False) -> None:
+        """conv1+bn1+relu and conv2+bn2 become one module each; so does the shortcut's convolution."""
+        _fuse(self, [["conv1", "bn1", "relu"], ["conv2", "bn2"]], is_qat)
+        if self.downsample is not None:
+            _fuse(self.downsample, [["0", "1"]], is_qat)
+
+
+class QuantizableBottleneck(Bottleneck):
+    """1×1, 3×3 and 1×1 convolution and a shortcut.
+
+    The block applies ReLU twice before the addition. A fused ReLU moves into its convolution, so each needs a module
+    of its own: fusing one shared module into conv1 would leave conv2 without it.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.relu1, self.relu2 = nn.ReLU(inplace=True), nn.ReLU(inplace=True)
+        del self.relu
+        self.add_relu = FloatFunctional()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, inplanes, H, W) -> (B, 4 planes, H / stride, W / stride)."""
+        out = self.relu1(self.bn1(self.conv1(x)))
+        out = self.relu2(self.bn2(self.conv2(out)))
+        out = self.bn3(self.conv3(out))
+        identity = x if self.downsample is None else self.downsample(x)
+        return self.add_relu.add_relu(out, identity)
+
+    def fuse_model(self, is_qat: bool = False) -> None:
+        """Each convolution takes its BatchNorm, the first two their ReLU as well."""
+        _fuse(self, [["conv1", "bn1", "relu1"], ["conv2", "bn2", "relu2"], ["conv3", "bn3"]], is_qat)
+        if self.downsample is not None:
+            _fuse(self.downsample, [["0", "1"]], is_qat)
+
+
+class QuantizableResNet(nn.Module):
+    """A ResNet between a QuantStub and a DeQuantStub.
+
+    Args:
+        block: QuantizableBasicBlock or QuantizableBottleneck.
+        layers: blocks in each of the four stages.
+        num_classes: outputs of the last layer.
+        width: channels of the stem and of the first stage; the stages have width, 2, 4 and 8 times width.
+        stem: "cifar" (3×3, stride 1, no pooling, for 32×32 images) or "imagenet" (7×7, stride 2, max pooling).
+    """
+
+    def __init__(self, block, layers: list[int], num_classes: int = 1000, width: int = 64, stem: str = "imagenet"):
+        super().__init__()
+        self.quant = QuantStub()
+        self.inplanes = width
+        if stem == "cifar":
+            self.conv1 = nn.Conv2d(3, width, kernel_size=3, stride=1, padding=1, bias=False)
+            self.maxpool = nn.Identity()
+        elif stem == "imagenet":
+            self.conv1 = nn.Conv2d(3, width, kernel_size=7, stride=2, padding=3, bias=False)
+            self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
+        else:
+            raise LabError(f"stem must be 'cifar' or 'imagenet', found {stem!r}; change it.")
+        self.bn1 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.layer1 = self._make_layer(block, width, layers[0], stride=1)
+        self.layer2 = self._make_layer(block, 2 * width, layers[1], stride=2)
+        self.layer3 = self._make_layer(block, 4 * width, layers[2], stride=2)
+        self.layer4 = self._make_layer(block, 8 * width, layers[3], stride=2)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(8 * width * block.expansion, num_classes)
+        self.dequant = DeQuantStub()
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def _make_layer(self, block, planes: int, blocks: int, stride: int) -> nn.Sequential:
+        downsample = None
+        if stride != 1 or self.inplanes != planes * block.expansion:
+            downsample = nn.Sequential(
+                nn.Conv2d(self.inplanes, planes * block.expansion, kernel_size=1, stride=stride, bias=False),
+                nn.BatchNorm2d(planes * block.expansion),
+            )
+        # The bottleneck's 3×3 convolution has planes * (base_width / 64) channels: 64 gives exactly `planes`.
+        stack = [block(self.inplanes, planes, stride, downsample)]
+        self.inplanes = planes * block.expansion
+        stack += [block(self.inplanes, planes) for _ in range(1, blocks)]
+        return nn.Sequential(*stack)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalised images (B, 3, H, W) -> logits (B, num_classes)."""
+        x = self.quant(x)  # int8 from here on, once converted
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))  # (B, width, H, W), CIFAR stem
+        x = self.layer1(x)
+        x = self.layer2(x)  # (B, 2 width e, H/2, W/2); e = block.expansion
+        x = self.layer3(x)
+        x = self.layer4(x)  # (B, 8 width e, H/8, W/8)
+        x = torch.flatten(self.avgpool(x), 1)  # (B, 8 width e)
+        return self.dequant(self.fc(x))  # (B, num_classes), float32
+
+    def fuse_model(self, is_qat: bool = False) -> None:
+        """Fuse in place every Conv-BN(-ReLU) of the network.
+
+        One int8 kernel then does the work of three modules, and no tensor is rounded between them. With `is_qat`,
+        BatchNorm keeps training inside the fused module (Jacob et al., 2018, section 3.2); without, it is folded away.
+        """
+        _fuse(self, [["conv1", "bn1", "relu"]], is_qat)
+        for module in self.modules():
+            if isinstance(module, QuantizableBasicBlock | QuantizableBottleneck):
+                module.fuse_model(is_qat)
+            elif isinstance(module, Conv2dNormActivation):
+                _fuse(module, [["0", "1", "2"]], is_qat)
+
+
+class GlobalMaxPool2d(nn.Module):
+    """(B, C, H, W) -> (B, C, 1, 1). Adaptive max pooling has no int8 kernel, plain max pooling has one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The maximum of every channel."""
+        return F.max_pool2d(x, (x.shape[2], x.shape[3]))
+
+
+class QuantizableResNet9(QuantizableResNet):
+    """A small residual network for a CPU: a stage is a convolution, max pooling and residual blocks without a shortcut's
+    convolution, and the head takes the maximum. Few and wide layers learn more per second than many narrow ones
+    (Page, 2018, "How to train your ResNet").
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.avgpool = GlobalMaxPool2d()
+
+    def _make_layer(self, block, planes: int, blocks: int, stride: int) -> nn.Sequential:
+        if stride == 1:
+            return nn.Sequential()
+        stack = [Conv2dNormActivation(self.inplanes, planes, kernel_size=3), nn.MaxPool2d(stride)]
+        self.inplanes = planes
+        return nn.Sequential(*stack, *(block(planes, planes) for _ in range(blocks)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalised images (B, 3, H, W) -> logits (B, num_classes), scaled down since a maximum is larger than a mean."""
+        return 0.125 * super().forward(x)
+
+
+_LAYERS = {
+    "resnet9": (QuantizableResNet9, QuantizableBasicBlock, [0, 1, 0, 1]),
+    "resnet18": (QuantizableResNet, QuantizableBasicBlock, [2, 2, 2, 2]),
+    "resnet34": (QuantizableResNet, QuantizableBasicBlock, [3, 4, 6, 3]),
+    "resnet50": (QuantizableResNet, QuantizableBottleneck, [3, 4, 6, 3]),
+}
+
+
+def build_model(arch: str, num_classes: int, width: int = 64, stem: str = "cifar") -> QuantizableResNet:
+    """The network of that name with fresh weights (He initialisation), from torch's global random generator."""
+    network, block, layers = _LAYERS[arch]
+    return network(block, layers, num_classes, width, stem)
+
+
+def load_weights(model: nn.Module, state: dict[str, Tensor], source: str = "checkpoint") -> None:
+    """Load a state dict strictly; the `module.` prefix of DataParallel is accepted.
+
+    Raises LabError that names the first difference where the checkpoint belongs to another architecture.
+    """
+    state = {name.removeprefix("module."): value for name, value in state.items()}
+    own = model.state_dict()
+    for name in sorted(own.keys() ^ state.keys()):
+        side = "lacks" if name in own else "has the unknown"
+        raise LabError(f"{source} {side} parameter {name!r}: it belongs to another architecture; check arch, width and stem.")
+    for name, value in state.items():
+        if own[name].shape != value.shape:
+            raise LabError(
+                f"{source}: {name} has shape {tuple(value.shape)}, expected {tuple(own[name].shape)}; "
+                "it belongs to another width, stem or number of classes."
+            )
+    model.load_state_dict(state)

@@ -1,0 +1,398 @@
+"""The order of the stages, what makes each stale, and how a notebook becomes an executed one.
+
+A stage is fresh when everything it was made from has the hash it had then, and everything it wrote is still there. What
+a stage is made from: the code cells of its notebook, the modules of labcore they import, the profile, the images, the
+seed, the versions of the packages, and the results of the stages before it. Comments, docstrings and prose do not count;
+new prose is copied into the executed notebook without running it.
+"""
+
+import argparse
+import contextlib
+import copy
+import fcntl
+import json
+import os
+import re
+import shutil
+import sys
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from labcore import LabError
+from labcore.artifacts import ROOT, atomic_path, code_hash, read_json, sha256_file, sha256_json, versions, write_json
+from labcore.config import Profile, check_seed, get_profile, nearest, parse_overrides
+
+MAKE_VARIABLES = ("PROFILE", "DATA", "SEED", "SET", "PYTHON", "VENV", "PORT")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A notebook and the stages whose results it reads."""
+
+    name: str
+    notebook: str
+    needs: tuple[str, ...] = ()
+
+    @property
+    def prefix(self) -> str:
+        """What the names of the stage's figures begin with."""
+        return self.notebook[:2]
+
+
+STAGES = (
+    Stage("fp32", "01_fp32_train"),
+    Stage("ptq", "02_ptq", ("fp32",)),
+    Stage("qat", "03_qat", ("fp32", "ptq")),
+    Stage("compare", "04_compare", ("fp32", "ptq", "qat")),
+)
+# Written by a stage, but no result: the next stage does not depend on them.
+_NO_RESULT = ("checkpoint.pt", "provenance.json")
+
+
+def imported_modules(code: str) -> set[str]:
+    """The modules of labcore that code imports, and those that they import, by name."""
+    found, todo = set(), [code]
+    while todo:
+        for name in re.findall(r"^\s*(?:from|import) labcore\.(\w+)", todo.pop(), re.MULTILINE):
+            path = ROOT / "labcore" / f"{name}.py"
+            if name not in found and path.exists():
+                found.add(name)
+                todo.append(path.read_text(encoding="utf-8"))
+    return found
+
+
+def _cells(path: Path) -> list[dict]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["cells"]
+    except FileNotFoundError:
+        raise LabError(f"{path} is missing: restore it (git checkout -- {path.relative_to(ROOT)}).") from None
+    except (json.JSONDecodeError, KeyError) as error:
+        raise LabError(f"{path} is no notebook ({error}): restore it from git.") from None
+
+
+def _source(cell: dict) -> str:
+    return "".join(cell["source"])
+
+
+class Pipeline:
+    """All stages of one profile, with one set of options."""
+
+    def __init__(self, profile: str, source: str | None = None, seed: str | int = 0, overrides: str = ""):
+        self.profile: Profile = get_profile(profile, **parse_overrides(overrides))
+        self.source, self.seed, self.overrides = source or None, check_seed(seed), overrides or ""
+        self.folder = ROOT / "runs" / profile
+        self.figures = ROOT / "figures" / profile
+        self.report = ROOT / "report" / profile
+        self._data_sha256: str | None = None
+
+    def data_sha256(self) -> str:
+        """The identity of the images; reads, downloads or decodes them where that has not been done."""
+        if self._data_sha256 is None:
+            from labcore.data import load_data
+
+            self._data_sha256 = load_data(self.source or self.profile.data, self.profile.image_size).sha256
+        return self._data_sha256
+
+    def inputs(self, stage: Stage) -> dict[str, str]:
+        """What the stage depends on, by the name a person knows it by -> hash."""
+        cells = _cells(self.notebook(stage))
+        code = [_source(cell) for cell in cells if cell["cell_type"] == "code"]
+        parts = {f"code cells of notebooks/{stage.notebook}.ipynb": sha256_json(code)}
+        # config.py is left out: what counts is the profile it gives, so that a change of `full` leaves `cpu` alone.
+        for name in sorted(imported_modules("\n".join(code)) - {"config"}):
+            parts[f"labcore/{name}.py"] = code_hash(ROOT / "labcore" / f"{name}.py")
+        parts |= {
+            "the profile": sha256_json(asdict(self.profile)), "the images": self.data_sha256(), "SEED": str(self.seed),
+            "versions of Python and packages": sha256_json(versions()),
+        }
+        for name in stage.needs:
+            stamp = self.stamp(name)
+            results = {path: digest for path, digest in stamp.get("outputs", {}).items() if path.startswith("runs/")}
+            parts[f"the results of stage {name}"] = sha256_json({p: d for p, d in results.items() if not p.endswith(_NO_RESULT)})
+        return parts
+
+    def notebook(self, stage: Stage) -> Path:
+        """The notebook's source."""
+        return ROOT / "notebooks" / f"{stage.notebook}.ipynb"
+
+    def executed(self, stage: Stage) -> Path:
+        """Where the executed notebook goes."""
+        return self.report / "notebooks" / f"{stage.notebook}.ipynb"
+
+    def _stamp_path(self, name: str) -> Path:
+        return self.folder / f"{name}.stamp.json"
+
+    def stamp(self, name: str) -> dict:
+        """What was noted when the stage last finished; empty where it never did."""
+        path = self._stamp_path(name)
+        with contextlib.suppress(LabError):
+            if path.exists():
+                return read_json(path)
+        return {}
+
+    def _prose_hash(self, stage: Stage) -> str:
+        return sha256_json([_source(cell) for cell in _cells(self.notebook(stage)) if cell["cell_type"] != "code"])
+
+    def stale(self, name: str, inputs: dict[str, str]) -> str:
+        """Why something must be made again, in words; empty where it need not."""
+        stamp = self.stamp(name)
+        if not stamp:
+            return "never finished"
+        before = stamp.get("inputs", {})
+        changed = [part for part in inputs if before.get(part) != inputs[part]] + [part for part in before if part not in inputs]
+        if changed:
+            return f"changed: {', '.join(changed)}"
+        for path, digest in stamp.get("outputs", {}).items():
+            if not (ROOT / path).exists():
+                return f"missing: {path}"
+            if sha256_file(ROOT / path) != digest:
+                return f"edited since: {path}"
+        return ""
+
+    def status(self) -> list[tuple[str, str]]:
+        """(stage, "" or why it is stale) for every stage and the report; a stage after a stale one is stale as well."""
+        rows, doubtful = [], []
+        for stage in STAGES:
+            reason = self.stale(stage.name, self.inputs(stage))
+            upstream = [name for name in stage.needs if name in doubtful]
+            if not reason and upstream:
+                reason = f"waits for: {', '.join(upstream)}"
+            if not reason and self.stamp(stage.name)["prose"] != self._prose_hash(stage):
+                reason = "new prose (nothing will be run)"
+            elif reason:
+                doubtful.append(stage.name)
+            rows.append((stage.name, reason))
+        reason = f"waits for: {', '.join(doubtful)}" if doubtful else self.stale("report", self._report_inputs())
+        return [*rows, ("report", reason)]
+
+    def run(self) -> None:
+        """Bring every stage and the report up to date."""
+        with self._lock():
+            for stage in STAGES:
+                reason = self.stale(stage.name, self.inputs(stage))
+                if reason:
+                    self._execute(stage, reason)
+                elif self.stamp(stage.name)["prose"] != self._prose_hash(stage):
+                    self._refresh_prose(stage)
+                else:
+                    print(f"{stage.notebook}: up to date")
+            self._build_report()
+
+    @contextlib.contextmanager
+    def _lock(self):
+        """Two runs must not write into the same folder; the lock goes with the process."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.folder / ".lock", "w", encoding="utf-8") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise LabError(f"another run of profile {self.profile.name} is at work: wait for it or stop it.") from None
+            yield
+
+    def _outputs(self, stage: Stage) -> dict[str, str]:
+        paths = [self.executed(stage), *sorted((self.folder / stage.name).glob("*")), *sorted(self.figures.glob(f"{stage.prefix}_*.png"))]
+        if stage.name == "fp32":
+            paths.append(self.folder / "split.npz")
+        return {p.relative_to(ROOT).as_posix(): sha256_file(p) for p in paths if p.is_file() and p.name != "checkpoint.pt" and p.name[0] != "."}
+
+    def _execute(self, stage: Stage, reason: str) -> None:
+        print(f"{stage.notebook}: {reason}", flush=True)
+        inputs, began = self.inputs(stage), time.time()
+        self._stamp_path(stage.name).unlink(missing_ok=True)
+        partial = self.folder / f"{stage.notebook}.partial.ipynb"
+        for figure in self.figures.glob(f"{stage.prefix}_*.png"):
+            figure.unlink()
+        parameters = {"PROFILE": self.profile.name, "DATA": self.source, "SEED": self.seed, "SET": self.overrides}
+        with _live_progress(self.folder / "progress.log"):
+            notebook = _papermill(self.notebook(stage), partial, parameters)
+        _write_notebook(self.executed(stage), notebook)
+        partial.unlink(missing_ok=True)
+        write_json(self._stamp_path(stage.name), {
+            "inputs": inputs, "outputs": self._outputs(stage), "prose": self._prose_hash(stage), "wall_seconds": round(time.time() - began, 1),
+        })
+        print(f"{stage.notebook}: done in {time.time() - began:.0f} s", flush=True)
+
+    def _refresh_prose(self, stage: Stage) -> None:
+        """Put the notebook's new prose around the outputs of the old run."""
+        import nbformat
+
+        executed = nbformat.read(self.executed(stage), as_version=4)
+        outputs = iter([cell for cell in executed.cells if cell.cell_type == "code" and "injected-parameters" not in cell.metadata.get("tags", [])])
+        injected = [cell for cell in executed.cells if "injected-parameters" in cell.metadata.get("tags", [])]
+        fresh = nbformat.read(self.notebook(stage), as_version=4)
+        executed.cells = []
+        for cell in fresh.cells:
+            executed.cells.append(next(outputs) if cell.cell_type == "code" else cell)
+            if "parameters" in cell.metadata.get("tags", []):
+                executed.cells += injected
+        _write_notebook(self.executed(stage), executed)
+        path = self.executed(stage).relative_to(ROOT).as_posix()
+        stamp = self.stamp(stage.name)
+        stamp["outputs"][path] = sha256_file(self.executed(stage))
+        write_json(self._stamp_path(stage.name), stamp | {"prose": self._prose_hash(stage)})
+        print(f"{stage.notebook}: new prose, nothing run")
+
+    def _report_inputs(self) -> dict[str, str]:
+        parts = {f"report/{path.name}": sha256_file(path) for path in sorted((ROOT / "report").glob("template*"))}
+        for name in ("report", "labels"):
+            if (ROOT / "labcore" / f"{name}.py").exists():
+                parts[f"labcore/{name}.py"] = code_hash(ROOT / "labcore" / f"{name}.py")
+        for stage in STAGES:
+            stamp = self.stamp(stage.name)
+            results = {p: d for p, d in stamp.get("outputs", {}).items() if not p.startswith("report/")}
+            parts[f"the results of stage {stage.name}"] = sha256_json([results, stamp.get("wall_seconds")])
+        return parts
+
+    def _build_report(self) -> None:
+        inputs = self._report_inputs()
+        reason = self.stale("report", inputs)
+        if not reason:
+            print("report: up to date")
+            return
+        print(f"report: {reason}", flush=True)
+        from labcore.report import build
+
+        self._stamp_path("report").unlink(missing_ok=True)
+        seconds = {stage.name: self.stamp(stage.name)["wall_seconds"] for stage in STAGES}
+        written = build(self.profile, seconds)
+        outputs = {path.relative_to(ROOT).as_posix(): sha256_file(path) for path in written}
+        write_json(self._stamp_path("report"), {"inputs": inputs, "outputs": outputs})
+        print(f"report: {', '.join(outputs)}")
+
+    def clean(self) -> list[Path]:
+        """Remove what this profile's runs wrote; the images' cache and the sources stay."""
+        gone = [folder for folder in (self.folder, self.figures, self.report) if folder.exists()]
+        for folder in gone:
+            shutil.rmtree(folder)
+        return gone
+
+
+def _papermill(source: Path, partial: Path, parameters: dict):
+    """Execute a notebook in a fresh kernel; the partial file is what remains when it fails.
+
+    Raises LabError in one line: the LabError of the notebook as it is, or the cell, the error and the partial notebook.
+    """
+    import nbformat
+    import papermill
+    from nbclient.exceptions import DeadKernelError
+    from papermill.exceptions import PapermillExecutionError
+
+    known = papermill.inspect_notebook(source)
+    for name in parameters:
+        if name not in known:
+            raise LabError(f"{source.name} takes no parameter {name!r}: {nearest(name, known)}")
+    try:
+        papermill.execute_notebook(
+            source, partial, parameters=parameters, kernel_name="python3", cwd=ROOT, progress_bar=False,
+            coalesce_streams=True, start_timeout=120,
+        )
+    except PapermillExecutionError as error:
+        if error.ename == "LabError":
+            raise LabError(error.evalue) from error
+        raise LabError(f"{source.name} failed in cell {error.exec_count}: {error.ename}: {error.evalue}; see {_relative(partial)}.") from error
+    except DeadKernelError as error:
+        raise LabError(f"the kernel of {source.name} was killed (out of memory?); run again to go on from the last epoch. See {_relative(partial)}.") from error
+    notebook = nbformat.read(partial, as_version=4)
+    unrun = [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip() and cell.execution_count is None]
+    if unrun:
+        raise LabError(f"{source.name}: {len(unrun)} cells were not run (was the kernel killed?); run again. See {_relative(partial)}.")
+    return notebook
+
+
+def _relative(path: Path) -> Path:
+    return path.relative_to(ROOT)
+
+
+def _write_notebook(path: Path, notebook) -> None:
+    """Write an executed notebook without what differs from run to run for no reason: times, durations, file paths."""
+    import nbformat
+
+    tidy = copy.deepcopy(notebook)
+    tidy.metadata = {key: tidy.metadata[key] for key in ("kernelspec",) if key in tidy.metadata}
+    tidy.metadata["language_info"] = {"name": "python"}
+    for number, cell in enumerate(tidy.cells):
+        cell["id"] = f"cell-{number:02d}"
+        tags = cell.metadata.get("tags")
+        cell.metadata = {"tags": tags} if tags else {}
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if output.output_type != "stream" or output.name != "stderr"]
+    with atomic_path(path) as partial:
+        nbformat.write(tidy, partial)
+
+
+@contextlib.contextmanager
+def _live_progress(log: Path):
+    """Copy to the terminal what the kernel's progress bars write to a file."""
+    log.write_text("", encoding="utf-8")
+    done = threading.Event()
+
+    def copy_lines():
+        with open(log, encoding="utf-8", errors="replace", newline="") as stream:
+            while True:
+                finished = done.is_set()
+                text = stream.read()
+                if text:
+                    sys.stderr.write(text)
+                    sys.stderr.flush()
+                elif finished:
+                    return
+                else:
+                    done.wait(0.2)
+
+    os.environ["LAB_PROGRESS"] = str(log)
+    if sys.stderr.isatty():
+        os.environ["LAB_TERMINAL"] = "1"
+    thread = threading.Thread(target=copy_lines, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        os.environ.pop("LAB_PROGRESS", None)
+
+
+def check_make_variables(text: str) -> None:
+    """What was given on make's command line ("PROFIL=smoke"): LabError with the nearest name for an unknown one."""
+    for name in re.findall(r"(?:^|\s)([A-Za-z_]\w*)\s*:?=", text):
+        if name not in MAKE_VARIABLES:
+            raise LabError(f"make knows no variable {name!r}: {nearest(name, MAKE_VARIABLES)}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line: report, status or clean. Returns the exit status; an error is one line on stderr."""
+    parser = argparse.ArgumentParser(prog="python -m labcore.pipeline", description=__doc__.splitlines()[0])
+    parser.add_argument("command", choices=("report", "status", "clean"))
+    parser.add_argument("--profile", default="cpu", help="smoke, cpu, full or reference")
+    parser.add_argument("--data", default=None, help="cifar10, cifar100, digits, or a path to images")
+    parser.add_argument("--seed", default="0")
+    parser.add_argument("--set", default="", dest="overrides", help="name=value pairs that replace values of the profile")
+    parser.add_argument("--make-variables", default="", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    try:
+        check_make_variables(options.make_variables)
+        pipeline = Pipeline(options.profile, options.data, options.seed, options.overrides)
+        if options.command == "report":
+            pipeline.run()
+        elif options.command == "status":
+            for name, reason in pipeline.status():
+                print(f"{name:8} {'stale: ' + reason if reason else 'up to date'}")
+        else:
+            for folder in pipeline.clean():
+                print(f"removed {_relative(folder)}/")
+    except LabError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nstopped; run again to go on from the last finished epoch.", file=sys.stderr)
+        return 130
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

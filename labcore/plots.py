@@ -1,0 +1,200 @@
+"""Figures: data in, Figure out. Nothing here trains, saves or shows.
+
+One colour per stage throughout, chosen to differ in lightness too, so that a grey print can be read.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+COLORS = {"fp32": "#1b2a49", "ptq": "#d1603d", "qat": "#e9b44c"}
+_TRAIN, _CLEAN, _VAL = "0.65", "#3a7ca5", "#1b2a49"
+NAMES = {"fp32": "FP32", "fp32_fused": "FP32, fused", "ptq": "PTQ", "qat": "QAT"}
+
+sns.set_theme(context="notebook", style="whitegrid", font_scale=0.85, rc={"axes.titlesize": 11, "axes.titleweight": "bold", "figure.figsize": (8, 3.4)})
+
+
+def _color(name: str) -> str:
+    return COLORS.get(name, "#6c7a89")
+
+
+def _figure(columns: int = 1, rows: int = 1, height: float = 3.4, width: float = 8.0, **kwargs) -> tuple[Figure, np.ndarray]:
+    """A figure with a margin at its foot, where the data set is named. It belongs to no window, so nothing is shown twice."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.get_layout_engine().set(rect=(0, 0.035, 1, 0.965))
+    axes = figure.subplots(rows, columns, squeeze=False, **kwargs)
+    return figure, axes
+
+
+def image_grid(images: np.ndarray, titles: Sequence[str] = (), columns: int = 10, height: float | None = None) -> Figure:
+    """RGB images (N, H, W, 3), uint8 or float in 0 … 1, with an optional title for each row or image."""
+    rows = -(-len(images) // columns)
+    figure, axes = _figure(columns, rows, height or 0.86 * rows + 0.3)
+    for axis in axes.flat:
+        axis.axis("off")
+    for position, (axis, image) in enumerate(zip(axes.flat, images, strict=False)):
+        axis.imshow(image, interpolation="nearest")
+        if len(titles) == len(images):
+            axis.set_title(titles[position], fontsize=8, fontweight="normal", pad=2)
+    return figure
+
+
+def curves(history: pd.DataFrame, best_epoch: int) -> Figure:
+    """Loss and accuracy per epoch: training as it was, training images without augmentation, validation."""
+    figure, axes = _figure(2)
+    series = (("train", "training, augmented", _TRAIN, "o", "--"), ("train_clean", "training images, not augmented", _CLEAN, "s", "-"),
+              ("val", "validation", _VAL, "D", "-"))
+    for axis, quantity, label in zip(axes.flat, ("loss", "acc"), ("cross-entropy loss (nats)", "accuracy"), strict=True):
+        for prefix, name, color, marker, line in series:
+            axis.plot(history["epoch"], history[f"{prefix}_{quantity}"], line, color=color, marker=marker, markersize=4, label=name)
+        axis.axvline(best_epoch, color="0.5", linewidth=1, linestyle=":")
+        axis.set(xlabel="epoch", ylabel=label)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes[0, 0].set_title("Loss")
+    axes[0, 1].set_title("Accuracy")
+    axes[0, 1].yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes[0, 1].legend(loc="lower right", fontsize=8)
+    return figure
+
+
+def lr_curve(epochs: np.ndarray, rates: dict[str, np.ndarray]) -> Figure:
+    """Learning rate against the epoch for one or more schedules."""
+    figure, axes = _figure(height=2.8)
+    for (name, rate), color, line in zip(rates.items(), (_VAL, "#d1603d", "0.5"), ("-", "--", ":"), strict=False):
+        axes[0, 0].plot(epochs, rate, line, color=color, label=name)
+    axes[0, 0].set(xlabel="epoch", ylabel="learning rate", title="Learning rate")
+    axes[0, 0].legend(fontsize=8)
+    return figure
+
+
+def scale_staircase(scales: np.ndarray, approximated: np.ndarray) -> Figure:
+    """The rounding of a scale, and the ratio it causes."""
+    figure, axes = _figure(2)
+    axes[0, 0].plot(scales, scales, color="0.65", linestyle="--", label="scale as observed")
+    axes[0, 0].plot(scales, approximated, color=COLORS["ptq"], drawstyle="steps-mid", label="scale_approximate(scale)")
+    axes[0, 0].set(xscale="log", yscale="log", xlabel="scale", ylabel="scale after rounding", title="The staircase")
+    axes[0, 0].legend(fontsize=8)
+    axes[0, 1].plot(scales, approximated / scales, color=COLORS["ptq"])
+    for limit in (2**0.5, 2**-0.5):
+        axes[0, 1].axhline(limit, color="0.5", linewidth=1, linestyle=":")
+    axes[0, 1].set(xscale="log", yscale="log", xlabel="scale", ylabel="rounded / observed", title="Above 1: coarser steps. Below 1: clipping")
+    return figure
+
+
+def exponents(table: pd.DataFrame, max_shift_amount: int) -> Figure:
+    """Exponent of every tensor of a network, in order; columns layer, tensor, exponent."""
+    layers = list(dict.fromkeys(table["layer"]))
+    figure, axes = _figure(height=0.19 * len(layers) + 1.4)
+    axis = axes[0, 0]
+    for tensor, color, marker in (("weight", COLORS["fp32"], "s"), ("activation", COLORS["ptq"], "o")):
+        part = table[table["tensor"] == tensor]
+        axis.scatter(part["exponent"], [layers.index(name) for name in part["layer"]], color=color, marker=marker, s=26, label=tensor)
+    axis.axvline(-max_shift_amount, color="0.4", linewidth=1, linestyle="--", label=f"clamp at 2^-{max_shift_amount}")
+    axis.set_yticks(range(len(layers)), layers, fontsize=7)
+    axis.invert_yaxis()
+    axis.set(xlabel="exponent k of the scale 2^k", title="Exponent map")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def weights_on_grid(weights: dict[str, np.ndarray], scales: dict[str, float], bits: int = 8) -> Figure:
+    """Histograms of weight tensors, with the part of the grid that the scale gives them marked."""
+    figure, axes = _figure(len(weights), height=2.6)
+    for axis, (name, values) in zip(axes.flat, weights.items(), strict=True):
+        low, high = -(2 ** (bits - 1)) * scales[name], (2 ** (bits - 1) - 1) * scales[name]
+        axis.hist(values.ravel(), bins=120, color=COLORS["fp32"], log=True)
+        axis.axvspan(low, high, color=COLORS["qat"], alpha=0.25, label="range of the grid")
+        axis.set(xlabel="weight", title=f"{name}: scale 2^{int(np.log2(scales[name]))}")
+        axis.title.set_fontsize(9)
+    axes[0, 0].set_ylabel("count (log)")
+    axes[0, -1].legend(fontsize=7, loc="upper right")
+    return figure
+
+
+def accuracy_bars(table: pd.DataFrame) -> Figure:
+    """Accuracy with its confidence interval; index stage, columns acc, acc_low, acc_high."""
+    figure, axes = _figure(height=2.9, width=6)
+    axis, positions = axes[0, 0], np.arange(len(table))
+    errors = np.stack([table["acc"] - table["acc_low"], table["acc_high"] - table["acc"]])
+    axis.errorbar(positions, table["acc"], yerr=errors, fmt="none", ecolor="0.3", capsize=6)
+    for position, (stage, row) in enumerate(table.iterrows()):
+        axis.plot(position, row["acc"], "o", markersize=10, color=_color(stage))
+        axis.annotate(f"{row['acc']:.2%}", (position, row["acc"]), xytext=(10, 0), textcoords="offset points", va="center", fontsize=9)
+    axis.set_xticks(positions, [NAMES.get(name, name) for name in table.index])
+    axis.set_xlim(-0.5, len(table) - 0.3)
+    axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
+    axis.set(ylabel="test accuracy", title="Accuracy with its 95 % interval")
+    return figure
+
+
+def cost_bars(size_mb: pd.Series, latency: pd.DataFrame) -> Figure:
+    """File size (MB = 10^6 bytes) and latency of one image (ms, with quartiles), side by side."""
+    figure, axes = _figure(2, height=2.9)
+    for axis, values, label, title in ((axes[0, 0], size_mb, "file size (MB)", "Size"), (axes[0, 1], latency["latency_ms"], "latency, one image (ms)", "Latency")):
+        bars = axis.bar([NAMES.get(name, name) for name in values.index], values, color=[_color(name) for name in values.index], width=0.6)
+        axis.bar_label(bars, fmt="%.2f", fontsize=8, padding=2)
+        axis.set(ylabel=label, title=title, ylim=(0, 1.15 * values.max()))
+    low, high = latency["latency_ms"] - latency["latency_ms_low"], latency["latency_ms_high"] - latency["latency_ms"]
+    axes[0, 1].errorbar(range(len(latency)), latency["latency_ms"], yerr=np.stack([low, high]), fmt="none", ecolor="0.3", capsize=4)
+    return figure
+
+
+def tradeoff(table: pd.DataFrame) -> Figure:
+    """Accuracy against latency; the area of a point is the file size. Index stage; acc, latency_ms, size_mb."""
+    figure, axes = _figure(height=3.2, width=6)
+    axis = axes[0, 0]
+    for stage, row in table.iterrows():
+        errors = [[row["acc"] - row["acc_low"]], [row["acc_high"] - row["acc"]]]
+        axis.errorbar(row["latency_ms"], row["acc"], yerr=errors, color="0.5", linewidth=1, capsize=3)
+        axis.scatter(row["latency_ms"], row["acc"], s=800 * row["size_mb"] / table["size_mb"].max(), color=_color(stage), zorder=3, alpha=0.9)
+        axis.annotate(f"{NAMES.get(stage, stage)}, {row['size_mb']:.2f} MB", (row["latency_ms"], row["acc"]), xytext=(16, 5), textcoords="offset points", fontsize=8)
+    axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
+    axis.margins(x=0.3)
+    axis.set(xlabel="latency, one image (ms)", ylabel="test accuracy", title="Trade-off: area is file size", xlim=(0, None))
+    return figure
+
+
+def confusion(counts: pd.DataFrame, title: str) -> Figure:
+    """Counts, true classes down, predicted ones across. Correct answers are left out of the colour scale."""
+    figure, axes = _figure(height=4.6, width=6)
+    off = counts.to_numpy().astype(float)
+    np.fill_diagonal(off, np.nan)
+    annotate = len(counts) <= 20
+    sns.heatmap(off, ax=axes[0, 0], cmap="Blues", annot=counts.to_numpy() if annotate else False, fmt="d", annot_kws={"fontsize": 7},
+                xticklabels=counts.columns, yticklabels=counts.index, cbar_kws={"label": "wrong answers"}, linewidths=0.3)
+    for position in range(len(counts) if annotate else 0):
+        axes[0, 0].text(position + 0.5, position + 0.5, counts.iat[position, position], ha="center", va="center", fontsize=7, color="0.35")
+    axes[0, 0].set(xlabel="predicted", ylabel="true", title=title)
+    return figure
+
+
+def confusion_difference(difference: dict[str, pd.DataFrame]) -> Figure:
+    """Change of the confusion matrix against FP32, per stage: what went up and what went down."""
+    figure, axes = _figure(len(difference), height=4.1, width=8.4)
+    limit = max(1, max(int(table.abs().to_numpy().max()) for table in difference.values()))
+    annotate = all(len(table) <= 12 for table in difference.values())
+    for position, (axis, (stage, table)) in enumerate(zip(axes.flat, difference.items(), strict=True)):
+        sns.heatmap(table, ax=axis, cmap="RdBu_r", vmin=-limit, vmax=limit, annot=annotate, fmt="+d", annot_kws={"fontsize": 6}, cbar=False,
+                    linewidths=0.3, yticklabels=position == 0)
+        axis.set(xlabel="predicted", ylabel="true" if position == 0 else "", title=f"{NAMES.get(stage, stage)} minus FP32 (images)")
+        axis.tick_params(labelsize=7)
+    return figure
+
+
+def class_change(change_pp: pd.DataFrame) -> Figure:
+    """Change of accuracy per class against FP32 in percentage points; index class, columns stages."""
+    figure, axes = _figure(height=2.8)
+    axis, width = axes[0, 0], 0.8 / len(change_pp.columns)
+    for number, stage in enumerate(change_pp.columns):
+        axis.bar(np.arange(len(change_pp)) + (number - (len(change_pp.columns) - 1) / 2) * width, change_pp[stage], width, color=_color(stage),
+                 label=NAMES.get(stage, stage))
+    axis.axhline(0, color="0.3", linewidth=0.8)
+    axis.set_xticks(range(len(change_pp)), change_pp.index, rotation=45 if len(change_pp) <= 20 else 90, ha="right", fontsize=8)
+    axis.set(ylabel="change (percentage points)", title="Accuracy per class against FP32")
+    axis.legend(fontsize=8)
+    return figure

@@ -1,0 +1,90 @@
+"""One run of the lab as a notebook sees it: profile, seed, images, split, and where each stage puts its files."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+
+from labcore import LabError
+from labcore.artifacts import ROOT, atomic_path, provenance, read_json, write_json
+from labcore.config import Profile, check_seed, get_profile, parse_overrides
+from labcore.data import ImageData, Split, load_data, load_split, make_split, save_split
+from labcore.model import QuantizableResNet, build_model
+
+STAGES = ("fp32", "ptq", "qat", "compare")
+
+
+@dataclass(frozen=True)
+class Run:
+    """Files of stage S of profile P lie in runs/P/S; its figures in figures/P, its executed notebook in report/P/notebooks."""
+
+    profile: Profile
+    source: str | None
+    seed: int
+
+    @cached_property
+    def data(self) -> ImageData:
+        """The images, read on first use."""
+        return load_data(self.source or self.profile.data, self.profile.image_size)
+
+    @cached_property
+    def split(self) -> Split:
+        """The seeded split of the training images; made and saved on first use, read after that."""
+        path = self.folder / "split.npz"
+        fresh = make_split(self.data.train_labels, self.profile.validation_fraction, self.profile.calibration_images, self.seed)
+        if not path.exists() or load_split(path).sha256 != fresh.sha256:
+            save_split(path, fresh)
+        return fresh
+
+    @property
+    def folder(self) -> Path:
+        return ROOT / "runs" / self.profile.name
+
+    @property
+    def figures(self) -> Path:
+        return ROOT / "figures" / self.profile.name
+
+    def path(self, stage: str, name: str = "") -> Path:
+        """Where a stage keeps a file, or all of them; LabError for an unknown stage."""
+        if stage not in STAGES:
+            raise LabError(f"unknown stage {stage!r}: expected one of {', '.join(STAGES)}; correct it.")
+        return self.folder / stage / name
+
+    def model(self) -> QuantizableResNet:
+        """The profile's network with fresh weights that follow from the seed."""
+        torch.manual_seed(self.seed)
+        return build_model(self.profile.arch, len(self.data.classes), self.profile.width, self.profile.stem)
+
+    def save_figure(self, figure: Figure, name: str) -> Figure:
+        """Write figures/<profile>/<name>.png with the data set named at its foot; returns the figure for display."""
+        figure.text(0.995, 0.005, f"{self.data.label} · profile {self.profile.name}", ha="right", va="bottom", fontsize=7, color="0.4")
+        with atomic_path(self.figures / f"{name}.png") as partial:
+            figure.savefig(partial, format="png", dpi=150, metadata={"Software": None})
+        return figure
+
+    def save_metrics(self, stage: str, metrics: dict) -> dict:
+        """Write what the stage measured, and beside it what the numbers depend on."""
+        facts = {
+            "data": {"label": self.data.label, "sha256": self.data.sha256, "notice": self.data.notice, "classes": list(self.data.classes),
+                     "n_train": len(self.split.train), "n_validation": len(self.split.validation),
+                     "n_calibration": len(self.split.calibration), "n_test": len(self.data.test_labels),
+                     "split_sha256": self.split.sha256},
+            "profile": self.profile.name, "seed": self.seed,
+        }
+        write_json(self.path(stage, "metrics.json"), metrics)
+        write_json(self.path(stage, "provenance.json"), provenance() | facts)
+        return metrics
+
+    def metrics(self, stage: str) -> dict:
+        """What an earlier stage measured; LabError says which stage to run where it is missing."""
+        return read_json(self.path(stage, "metrics.json"))
+
+
+def open_run(profile: str = "cpu", data: str | None = None, seed: int = 0, overrides: str = "") -> Run:
+    """Start a notebook: the profile by name, DATA, SEED and SET as given to make.
+
+    Raises LabError for an unknown profile or parameter (with the nearest name) and for values out of range.
+    """
+    return Run(get_profile(profile, **parse_overrides(overrides)), data or None, check_seed(seed))
