@@ -137,8 +137,8 @@ class Profile:
 
 _cpu = Profile(
     name="cpu",
-    fp32=Recipe(epochs=8, batch_size=128, lr=0.15),
-    qat=Recipe(epochs=3, epoch_images=12_800, batch_size=128, lr=0.005, warmup=0.1, freeze_at=0.67),
+    fp32=Recipe(epochs=9, batch_size=128, lr=0.15),
+    qat=Recipe(epochs=3, epoch_images=10_240, batch_size=128, lr=0.005, warmup=0.1, freeze_at=0.67),
 )
 
 _smoke = replace(

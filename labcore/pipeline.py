@@ -236,9 +236,8 @@ class Pipeline:
 
     def _report_inputs(self) -> dict[str, str]:
         parts = {f"report/{path.name}": sha256_file(path) for path in sorted((ROOT / "report").glob("template*"))}
-        for name in ("report", "labels"):
-            if (ROOT / "labcore" / f"{name}.py").exists():
-                parts[f"labcore/{name}.py"] = code_hash(ROOT / "labcore" / f"{name}.py")
+        for name in ("report", "tables"):
+            parts[f"labcore/{name}.py"] = code_hash(ROOT / "labcore" / f"{name}.py")
         for stage in STAGES:
             stamp = self.stamp(stage.name)
             results = {p: d for p, d in stamp.get("outputs", {}).items() if not p.startswith("report/")}
@@ -278,6 +277,7 @@ def _papermill(source: Path, partial: Path, parameters: dict):
     import papermill
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
+    from traitlets.config import Config
 
     known = papermill.inspect_notebook(source)
     for name in parameters:
@@ -286,7 +286,7 @@ def _papermill(source: Path, partial: Path, parameters: dict):
     try:
         papermill.execute_notebook(
             source, partial, parameters=parameters, kernel_name="python3", cwd=ROOT, progress_bar=False,
-            coalesce_streams=True, start_timeout=120,
+            coalesce_streams=True, start_timeout=120, config=Config({"KernelManager": {"transport": "ipc"}}),
         )
     except PapermillExecutionError as error:
         if error.ename == "LabError":

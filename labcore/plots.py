@@ -81,7 +81,9 @@ def scale_staircase(scales: np.ndarray, approximated: np.ndarray) -> Figure:
     axes[0, 1].plot(scales, approximated / scales, color=COLORS["ptq"])
     for limit in (2**0.5, 2**-0.5):
         axes[0, 1].axhline(limit, color="0.5", linewidth=1, linestyle=":")
-    axes[0, 1].set(xscale="log", yscale="log", xlabel="scale", ylabel="rounded / observed", title="Above 1: coarser steps. Below 1: clipping")
+    axes[0, 1].set(xscale="log", ylim=(0, 4), xlabel="scale", ylabel="rounded / observed", title="The error it makes")
+    axes[0, 1].annotate("coarser steps", (0.98, 1.6), xycoords=("axes fraction", "data"), ha="right", fontsize=8)
+    axes[0, 1].annotate("clipping", (0.98, 0.35), xycoords=("axes fraction", "data"), ha="right", fontsize=8)
     return figure
 
 
@@ -107,7 +109,7 @@ def weights_on_grid(weights: dict[str, np.ndarray], scales: dict[str, float], bi
     figure, axes = _figure(len(weights), height=2.6)
     for axis, (name, values) in zip(axes.flat, weights.items(), strict=True):
         low, high = -(2 ** (bits - 1)) * scales[name], (2 ** (bits - 1) - 1) * scales[name]
-        axis.hist(values.ravel(), bins=120, color=COLORS["fp32"], log=True)
+        axis.hist(values.ravel(), bins=80, color=COLORS["fp32"], histtype="stepfilled", edgecolor="none", log=True, zorder=3)
         axis.axvspan(low, high, color=COLORS["qat"], alpha=0.25, label="range of the grid")
         axis.set(xlabel="weight", title=f"{name}: scale 2^{int(np.log2(scales[name]))}")
         axis.title.set_fontsize(9)
@@ -135,12 +137,15 @@ def accuracy_bars(table: pd.DataFrame) -> Figure:
 def cost_bars(size_mb: pd.Series, latency: pd.DataFrame) -> Figure:
     """File size (MB = 10^6 bytes) and latency of one image (ms, with quartiles), side by side."""
     figure, axes = _figure(2, height=2.9)
-    for axis, values, label, title in ((axes[0, 0], size_mb, "file size (MB)", "Size"), (axes[0, 1], latency["latency_ms"], "latency, one image (ms)", "Latency")):
-        bars = axis.bar([NAMES.get(name, name) for name in values.index], values, color=[_color(name) for name in values.index], width=0.6)
-        axis.bar_label(bars, fmt="%.2f", fontsize=8, padding=2)
-        axis.set(ylabel=label, title=title, ylim=(0, 1.15 * values.max()))
-    low, high = latency["latency_ms"] - latency["latency_ms_low"], latency["latency_ms_high"] - latency["latency_ms"]
-    axes[0, 1].errorbar(range(len(latency)), latency["latency_ms"], yerr=np.stack([low, high]), fmt="none", ecolor="0.3", capsize=4)
+    panels = ((axes[0, 0], size_mb, size_mb, "file size (MB)", "Size"),
+              (axes[0, 1], latency["latency_ms"], latency["latency_ms_high"], "latency, one image (ms)", "Latency"))
+    for axis, values, tops, label, title in panels:
+        axis.bar([NAMES.get(name, name) for name in values.index], values, color=[_color(name) for name in values.index], width=0.6)
+        for position, (value, top) in enumerate(zip(values, tops, strict=True)):
+            axis.annotate(f"{value:.2f}", (position, top), xytext=(0, 4), textcoords="offset points", ha="center", fontsize=8)
+        axis.set(ylabel=label, title=title, ylim=(0, 1.18 * tops.max()))
+    errors = np.stack([latency["latency_ms"] - latency["latency_ms_low"], latency["latency_ms_high"] - latency["latency_ms"]])
+    axes[0, 1].errorbar(range(len(latency)), latency["latency_ms"], yerr=errors, fmt="none", ecolor="0.3", capsize=4)
     return figure
 
 

@@ -5,6 +5,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from IPython.display import Image
 from matplotlib.figure import Figure
 
 from labcore import LabError
@@ -57,12 +58,13 @@ class Run:
         torch.manual_seed(self.seed)
         return build_model(self.profile.arch, len(self.data.classes), self.profile.width, self.profile.stem)
 
-    def save_figure(self, figure: Figure, name: str) -> Figure:
-        """Write figures/<profile>/<name>.png with the data set named at its foot; returns the figure for display."""
+    def save_figure(self, figure: Figure, name: str) -> Image:
+        """Write figures/<profile>/<name>.png with the data set named at its foot; returns that picture for display."""
         figure.text(0.995, 0.005, f"{self.data.label} · profile {self.profile.name}", ha="right", va="bottom", fontsize=7, color="0.4")
-        with atomic_path(self.figures / f"{name}.png") as partial:
+        path = self.figures / f"{name}.png"
+        with atomic_path(path) as partial:
             figure.savefig(partial, format="png", dpi=150, metadata={"Software": None})
-        return figure
+        return Image(data=path.read_bytes(), width=round(100 * figure.get_figwidth()))
 
     def save_metrics(self, stage: str, metrics: dict) -> dict:
         """Write what the stage measured, and beside it what the numbers depend on."""

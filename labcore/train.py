@@ -9,6 +9,7 @@ import hashlib
 import math
 import pickle
 import time
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -208,6 +209,8 @@ def fit(model: nn.Module, recipe: Recipe, data: ImageData, split: Split, seed: i
             bar.set_postfix_str(f"epoch {epoch + 1}/{recipe.epochs} val {val_acc:.2%}")
             _save(folder, key, model, optimizer, rows, best)
     model.load_state_dict(best["model"])
+    if is_fake_quantized(model):
+        freeze(model)  # what follows only scores it
     model.eval()
     return Result(pd.DataFrame(rows), best["epoch"], best["model"])
 
@@ -261,9 +264,9 @@ def _resume(path: Path, key: str, model: nn.Module, optimizer: torch.optim.Optim
 
 
 def save_tensors(path: Path, value) -> None:
-    """Write tensors, numbers and text atomically."""
-    with atomic_path(path) as partial:
-        torch.save(value, partial)
+    """Write tensors, numbers and text atomically; the same value gives the same bytes."""
+    with atomic_path(path) as partial, open(partial, "wb") as stream:  # given a path, torch writes its name into the file
+        torch.save(value, stream)
 
 
 def load_tensors(path: Path):
@@ -274,7 +277,9 @@ def load_tensors(path: Path):
     if not Path(path).exists():
         raise LabError(f"{path} is missing: run the stage that writes it first (make report does all in order).")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")  # a foreign pickle is refused just below
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise LabError(f"{path} is refused: it holds more than weights, or it is damaged ({_first_line(error)}); use another file.") from error
     except (RuntimeError, EOFError, OSError, ValueError, AttributeError, KeyError) as error:

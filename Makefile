@@ -1,0 +1,38 @@
+# The commands of the lab. Each makes the virtual environment and installs requirements.txt when needed.
+PROFILE ?= cpu
+DATA ?=
+SEED ?= 0
+SET ?=
+PORT ?= 8888
+PYTHON ?= python3
+VENV ?= .venv
+
+RUN = $(VENV)/bin/python -m labcore.pipeline
+OPTIONS = --profile '$(PROFILE)' --data '$(DATA)' --seed '$(SEED)' --set '$(SET)' --make-variables '$(MAKEOVERRIDES)'
+
+.PHONY: help report test lab status clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo 'make report   train, quantize, compare; write report/$$PROFILE and figures/$$PROFILE'
+	@echo '              PROFILE=smoke|cpu|full|reference  DATA=cifar10|cifar100|digits|PATH  SEED=0  SET="fp32.epochs=2 width=16"'
+	@echo 'make status   which stage is stale, and why (same options)'
+	@echo 'make lab      JupyterLab on this machine, PORT=8888'
+	@echo 'make test     all tests, among them the whole pipeline on profile smoke'
+	@echo 'make clean    remove what the runs of PROFILE wrote'
+
+report status clean: $(VENV)/.installed
+	@$(RUN) $@ $(OPTIONS)
+
+test: $(VENV)/.installed
+	@$(VENV)/bin/python -m pytest
+
+lab: $(VENV)/.installed
+	@$(VENV)/bin/jupyter lab --ip=127.0.0.1 --port=$(PORT) notebooks
+
+$(VENV)/.installed: requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo 'error: Python 3.11 or newer is needed, found '"$$($(PYTHON) --version)"'; give another with PYTHON=python3.12' >&2; exit 1; }
+	@echo 'installing requirements.txt into $(VENV) (a few minutes, about 5 GB on Linux)'
+	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -e . || { echo 'error: the packages could not be installed; is there a network, and space for 5 GB?' >&2; exit 1; }
+	@touch $@

@@ -1,0 +1,188 @@
+"""Saved artifacts to report.md and report.pdf. No number is typed: an undefined value stops the build."""
+
+import ast
+import itertools
+from pathlib import Path
+
+import jinja2
+import pandas as pd
+
+from labcore import LabError
+from labcore.artifacts import ROOT, atomic_path, read_json, write_text
+from labcore.config import PROFILES, Profile
+from labcore.tables import formatted
+
+TEMPLATE = ROOT / "report" / "template.md"
+STYLE = ROOT / "report" / "template.typ"
+REFERENCE = ROOT / "report" / "template_reference.json"
+STAGES = {"fp32": "01_fp32_train", "ptq": "02_ptq", "qat": "03_qat", "compare": "04_compare"}
+NAMES = {"fp32": "FP32", "ptq": "PTQ", "qat": "QAT"}
+
+
+def source_of(module: str, name: str) -> str:
+    """The source of "Class.method" or "function" of a module of labcore, without its docstring and indentation."""
+    text = (ROOT / "labcore" / f"{module}.py").read_text(encoding="utf-8")
+    node = ast.parse(text)
+    for part in name.split("."):
+        found = [child for child in node.body if getattr(child, "name", None) == part]
+        if not found:
+            raise LabError(f"labcore/{module}.py defines no {name}: correct the report's template.")
+        node = found[0]
+    lines = text.splitlines()
+    start, body = node.lineno - 1, node.body
+    if ast.get_docstring(node):
+        kept = lines[start : body[0].lineno - 1] + lines[body[0].end_lineno : node.end_lineno]
+    else:
+        kept = lines[start : node.end_lineno]
+    return "\n".join(line[node.col_offset :] for line in kept)
+
+
+def markdown_table(table: pd.DataFrame, index: str = "") -> str:
+    """A pipe table of a table of texts, the index first. Columns of numbers are set right, all others left."""
+    header = [index, *map(str, table.columns)]
+    numbers = [all(value[:1] in "+-–0123456789" for value in table[name]) for name in table.columns]
+    rule = [":---", *("---:" if number else ":---" for number in numbers)]
+    rows = [[str(label), *values] for label, values in zip(table.index, table.to_numpy(), strict=True)]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in [header, rule, *rows])
+
+
+def _merged(provenance: dict[str, dict], *keys: str) -> str:
+    """A fact of all stages; where they differ, each value with its stages."""
+    values: dict[str, list[str]] = {}
+    for stage, facts in provenance.items():
+        for key in keys:
+            facts = facts[key]
+        values.setdefault(str(facts), []).append(stage)
+    return next(iter(values)) if len(values) == 1 else "; ".join(f"{value} ({', '.join(stages)})" for value, stages in values.items())
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
+
+
+def context(profile: Profile, wall_seconds: dict[str, float]) -> dict:
+    """Everything the template may name, from the artifacts of all stages.
+
+    Raises LabError where a stage's artifact is missing or damaged.
+    """
+    runs = ROOT / "runs" / profile.name
+    stages = {stage: read_json(runs / stage / "metrics.json") for stage in STAGES}
+    provenance = {stage: read_json(runs / stage / "provenance.json") for stage in STAGES}
+    names = list(NAMES)
+    latency = pd.DataFrame(stages["compare"]["latency"]).T
+    results = pd.DataFrame({
+        NAMES[name]: {
+            "test accuracy": f"{stages[name]['test']['acc']:.2%}",
+            "95 % interval": f"{stages[name]['test']['acc_low']:.2%} – {stages[name]['test']['acc_high']:.2%}",
+            "accuracy drop (points)": f"{stages['compare']['paired'][name]['acc_drop_pp']:+.2f}" if name != "fp32" else "–",
+            "test loss (nats)": f"{stages[name]['test']['loss']:.4f}",
+            "file size (MB)": f"{stages['compare']['size_mb'][name]:.2f}",
+            "latency, one image (ms)": f"{latency.loc[name, 'latency_ms']:.2f}",
+            "speed-up": f"{latency.loc[name, 'speedup']:.2f}",
+        } for name in names
+    })
+    machine = {
+        "commit": _merged(provenance, "commit"), "processor": _merged(provenance, "cpu"), "device for training": _merged(provenance, "device"),
+        "threads": _merged(provenance, "threads"), "system": _merged(provenance, "system"), "int8 engine": _merged(provenance, "quantized_engine"),
+        "seed": _merged(provenance, "seed"), "images": _merged(provenance, "data", "label"),
+        "hash of the images": f"`{_merged(provenance, 'data', 'sha256')}`", "hash of the split": f"`{_merged(provenance, 'data', 'split_sha256')}`",
+        "profile": profile.name,
+    } | {f"{name}": _merged(provenance, "versions", name) for name in provenance["fp32"]["versions"]}
+    machine |= {f"wall time of {STAGES[stage]}": _duration(seconds) for stage, seconds in wall_seconds.items()}
+    recipes = pd.DataFrame({name: {key: str(value) for key, value in vars(recipe).items() if key != "augment"}
+                            for name, recipe in (("FP32", profile.fp32), ("QAT", profile.qat), ("reference, FP32", PROFILES["reference"].fp32))})
+    augments = pd.DataFrame({name: {key: str(value) for key, value in vars(recipe.augment).items()}
+                             for name, recipe in (("this profile", profile.fp32), ("reference", PROFILES["reference"].fp32))})
+    return {
+        **stages, "profile": profile, "data": provenance["fp32"]["data"], "threads": provenance["compare"]["threads"], "cpu": provenance["compare"]["cpu"],
+        "latency": latency.T.to_dict(), "reference": read_json(REFERENCE), "results_table": markdown_table(results),
+        "paired_table": markdown_table(_paired(stages["compare"]["paired"]), "pair"),
+        "latency_table": markdown_table(_latency(latency), "network"),
+        "ablation_table": markdown_table(_ablation(stages["ptq"]["ablation"]), "scheme"),
+        "history_table": markdown_table(_history(runs / "fp32" / "history.csv"), "epoch"),
+        "recipe_table": markdown_table(recipes, "hyperparameter"), "augment_table": markdown_table(augments, "transform"),
+        "provenance_table": markdown_table(pd.DataFrame({"value": {name: str(value) for name, value in machine.items()}}), "fact"), "notebooks": STAGES, "duration": _duration,
+    }
+
+
+def _paired(paired: dict) -> pd.DataFrame:
+    titles = {"ptq": "FP32 → PTQ", "qat": "FP32 → QAT", "ptq_qat": "PTQ → QAT"}
+    return pd.DataFrame({titles[name]: {
+        "drop (points)": f"{row['acc_drop_pp']:+.2f}", "95 % interval": f"{row['acc_drop_pp_low']:+.2f} … {row['acc_drop_pp_high']:+.2f}",
+        "right before only": f"{row['only_before']}", "right after only": f"{row['only_after']}", "same answer": f"{row['agree']:.2%}", "McNemar p": f"{row['p_value']:.2g}",
+    } for name, row in ((name, paired[name]) for name in titles)}).T
+
+
+def _latency(latency: pd.DataFrame) -> pd.DataFrame:
+    return pd.DataFrame({NAMES.get(name, "FP32, fused"): {
+        "median (ms)": f"{row['latency_ms']:.2f}", "quartiles (ms)": f"{row['latency_ms_low']:.2f} … {row['latency_ms_high']:.2f}",
+        "speed-up": f"{row['speedup']:.2f}", "its quartiles": f"{row['speedup_low']:.2f} … {row['speedup_high']:.2f}",
+    } for name, row in latency.iterrows()}).T
+
+
+def _ablation(rows: list[dict]) -> pd.DataFrame:
+    return pd.DataFrame({row["scheme"]: {
+        "validation accuracy": f"{row['acc']:.2%}", "drop (points)": f"{row['acc_drop_pp']:+.2f}",
+        "95 % interval": f"{row['acc_drop_pp_low']:+.2f} … {row['acc_drop_pp_high']:+.2f}", "loss": f"{row['loss']:.4f}",
+    } for row in rows}).T
+
+
+def _history(path: Path) -> pd.DataFrame:
+    columns = {"lr": "learning rate", "train_acc": "training, augmented", "train_clean_acc": "training", "val_acc": "validation", "val_loss": "validation loss"}
+    history = pd.read_csv(path)
+    shown = history if len(history) <= 20 else history.iloc[sorted({*range(0, len(history), len(history) // 15), len(history) - 1})]
+    return formatted(shown.set_index("epoch")[list(columns)]).rename(columns=columns)
+
+
+def render(profile: Profile, wall_seconds: dict[str, float], for_pdf: bool = False) -> str:
+    """The report as Markdown; LabError names the value that the template wants and no artifact holds.
+
+    Markdown viewers hide a picture's caption, so there it stands below the picture as well; the PDF sets its own.
+    """
+    numbers = itertools.count(1)
+
+    def figure(name: str, caption: str) -> str:
+        path = ROOT / "figures" / profile.name / f"{name}.png"
+        if not path.exists():
+            raise LabError(f"{path.relative_to(ROOT)} is missing: run the notebook that draws it again.")
+        picture = f"![{caption}](../../figures/{profile.name}/{name}.png)"
+        return picture if for_pdf else f"{picture}\n\n*Figure {next(numbers)}: {caption}*"
+
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, autoescape=False)
+    environment.filters |= {
+        "pct": lambda value: f"{value:.2%}", "pp": lambda value: f"{value:.2f}", "signed": lambda value: f"{value:+.2f}",
+        "n": lambda value: f"{value:,}", "f1": lambda value: f"{value:.1f}", "f2": lambda value: f"{value:.2f}", "g2": lambda value: f"{value:.2g}",
+    }
+    environment.globals |= {"source_of": source_of, "figure": figure}
+    try:
+        return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(context(profile, wall_seconds))
+    except jinja2.TemplateError as error:
+        raise LabError(f"the report's template cannot be filled: {error}; the value must come from an artifact.") from error
+
+
+def write_pdf(markdown: str, pdf: Path) -> None:
+    """Markdown through pandoc to Typst to PDF, with the fonts of the typst package alone: the same bytes everywhere."""
+    import pypandoc
+    import typst
+
+    text = pypandoc.convert_text(markdown, "typst", format="markdown-citations+lists_without_preceding_blankline", extra_args=[f"--template={STYLE}", "--columns=1000"])
+    source = pdf.with_name("report.typ")
+    write_text(source, text)
+    try:
+        # Figures lie outside the report's folder, so Typst's root is the project.
+        content = typst.compile(str(source), root=str(ROOT), ignore_system_fonts=True, timestamp=0)
+    except typst.TypstError as error:
+        raise LabError(f"{pdf} could not be made: {error}") from error
+    finally:
+        source.unlink(missing_ok=True)
+    with atomic_path(pdf) as partial:
+        partial.write_bytes(content)
+
+
+def build(profile: Profile, wall_seconds: dict[str, float]) -> list[Path]:
+    """Write report.md and report.pdf; returns their paths."""
+    folder = ROOT / "report" / profile.name
+    markdown, pdf = folder / "report.md", folder / "report.pdf"
+    write_text(markdown, render(profile, wall_seconds))
+    write_pdf(render(profile, wall_seconds, for_pdf=True), pdf)
+    return [markdown, pdf]

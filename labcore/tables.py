@@ -1,0 +1,23 @@
+"""Numbers to text: the one place that says how many digits each kind of number gets."""
+
+import pandas as pd
+
+FORMATS = {
+    "acc": "{:.2%}", "acc_low": "{:.2%}", "acc_high": "{:.2%}", "agree": "{:.2%}", "loss": "{:.4f}", "p_value": "{:.2g}",
+    "n_seen": "{:,.0f}", "n_correct": "{:,.0f}", "only_before": "{:.0f}", "only_after": "{:.0f}", "epoch": "{:.0f}",
+    "acc_drop_pp": "{:+.2f}", "acc_drop_pp_low": "{:+.2f}", "acc_drop_pp_high": "{:+.2f}",
+    "latency_ms": "{:.2f}", "latency_ms_low": "{:.2f}", "latency_ms_high": "{:.2f}",
+    "speedup": "{:.2f}", "speedup_low": "{:.2f}", "speedup_high": "{:.2f}",
+    "train_acc": "{:.2%}", "train_clean_acc": "{:.2%}", "val_acc": "{:.2%}", "train_loss": "{:.4f}", "val_loss": "{:.4f}",
+    "train_clean_loss": "{:.4f}", "lr": "{:.3g}", "train_seconds": "{:.1f}", "raw_scale": "{:.3g}", "scale": "{:.6g}", "min": "{:.4g}", "max": "{:.4g}",
+    "seconds": "{:.1f}",
+}
+
+
+def formatted(table: pd.DataFrame) -> pd.DataFrame:
+    """The table as text, each column in its own format; a value that is no number stays as it is."""
+    text = table.astype(object).copy()
+    for name in table.columns:
+        if name in FORMATS:
+            text[name] = [FORMATS[name].format(value) for value in table[name]]
+    return text

@@ -1,0 +1,309 @@
+"""The whole lab on profile smoke, in a copy of the project: what it writes, what makes it stale, what happens when it is killed."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+from labcore import LabError, pipeline
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = ["01_fp32_train", "02_ptq", "03_qat", "04_compare"]
+STAGES = ["fp32", "ptq", "qat", "compare"]
+
+
+class Project:
+    """A copy of the sources, with the command line run in it."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        for folder in ("labcore", "notebooks"):
+            shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+        (root / "report").mkdir()
+        for template in (ROOT / "report").glob("template*"):
+            shutil.copy(template, root / "report")
+
+    def start(self, *arguments: str) -> subprocess.Popen:
+        environment = {**os.environ, "PYTHONPATH": str(self.root)}
+        command = [sys.executable, "-m", "labcore.pipeline", *arguments]
+        return subprocess.Popen(command, cwd=self.root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+    def run(self, command: str = "report", *arguments: str) -> subprocess.CompletedProcess:
+        process = self.start(command, "--profile", "smoke", *arguments)
+        out, err = process.communicate(timeout=300)
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+    def status(self, *arguments: str) -> dict[str, str]:
+        result = self.run("status", *arguments)
+        assert result.returncode == 0, result.stderr
+        return dict(re.split(r"\s+", line, maxsplit=1) for line in result.stdout.splitlines())
+
+    def hashes(self, *folders: str) -> dict[str, str]:
+        files = [path for folder in folders for path in sorted((self.root / folder).rglob("*")) if path.is_file() and ".stamp" not in path.name]
+        return {str(path.relative_to(self.root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+    def edit(self, name: str, change) -> None:
+        path = self.root / name
+        path.write_text(change(path.read_text(encoding="utf-8")), encoding="utf-8")
+
+    def edit_notebook(self, name: str, kind: str, change) -> None:
+        path = self.root / "notebooks" / f"{name}.ipynb"
+        notebook = nbformat.read(path, as_version=4)
+        cell = next(cell for cell in notebook.cells if cell.cell_type == kind and "parameters" not in cell.metadata.get("tags", []))
+        cell.source = change(cell.source)
+        nbformat.write(notebook, path)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> Project:
+    project = Project(tmp_path_factory.mktemp("lab"))
+    result = project.run()
+    assert result.returncode == 0, result.stdout + result.stderr
+    return project
+
+
+@pytest.fixture
+def project(built, tmp_path) -> Project:
+    """The built project, for one test to change."""
+    root = tmp_path / "lab"
+    shutil.copytree(built.root, root)
+    copy = Project.__new__(Project)
+    copy.root = root
+    return copy
+
+
+def test_the_pipeline_writes_report_figures_notebooks_and_weights(built):
+    expected = [
+        "report/smoke/report.md", "report/smoke/report.pdf", *(f"report/smoke/notebooks/{name}.ipynb" for name in NOTEBOOKS),
+        "runs/smoke/fp32/weights.pt", "runs/smoke/ptq/int8.pt", "runs/smoke/qat/int8.pt", "runs/smoke/compare/latency.csv", "runs/smoke/split.npz",
+        "figures/smoke/01_curves.png", "figures/smoke/02_exponents.png", "figures/smoke/03_curves.png", "figures/smoke/04_tradeoff.png",
+    ]
+    assert [name for name in expected if not (built.root / name).exists()] == []
+    assert (built.root / "report/smoke/report.pdf").read_bytes().startswith(b"%PDF")
+    assert not list(built.root.rglob("*.part")) and not list(built.root.rglob("*.partial.ipynb"))
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_every_cell_was_run_without_error_in_a_small_notebook(built, name):
+    path = built.root / "report/smoke/notebooks" / f"{name}.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    assert not [output for cell in code for output in cell.outputs if output.output_type == "error"]
+    assert path.stat().st_size < 1_500_000
+    assert str(built.root) not in path.read_text(encoding="utf-8")
+
+
+def test_the_report_has_all_parts_and_its_numbers_are_those_of_the_artifacts(built):
+    report = (built.root / "report/smoke/report.md").read_text(encoding="utf-8")
+    for part in range(1, 7):
+        assert f"## Part {part}:" in report
+    for stage in ("fp32", "ptq", "qat"):
+        metrics = json.loads((built.root / f"runs/smoke/{stage}/metrics.json").read_text())
+        assert f"{metrics['test']['acc']:.2%}" in report
+    assert "Digits (scikit-learn)" in report
+    pictures = re.findall(r"\]\((\.\./[^)]+\.png)\)", report)
+    assert pictures and all((built.root / "report/smoke" / picture).exists() for picture in pictures)
+    assert not re.search(r"undefined|\bnan\b|\| None|\{\{|\{%", report)
+
+
+def test_the_network_learned_and_quantization_kept_it(built):
+    accuracy = {stage: json.loads((built.root / f"runs/smoke/{stage}/metrics.json").read_text())["test"]["acc"] for stage in ("fp32", "ptq", "qat")}
+    assert accuracy["fp32"] > 0.9
+    assert min(accuracy.values()) > accuracy["fp32"] - 0.05
+
+
+def test_a_second_report_does_nothing(built):
+    before = built.hashes("runs", "figures", "report")
+    times = {path: path.stat().st_mtime_ns for path in (built.root / "report/smoke").rglob("*") if path.is_file()}
+    result = built.run()
+    assert result.returncode == 0
+    assert result.stdout.splitlines() == [f"{name}: up to date" for name in [*NOTEBOOKS, "report"]]
+    assert built.hashes("runs", "figures", "report") == before
+    assert times == {path: path.stat().st_mtime_ns for path in times}
+
+
+def test_the_same_artifacts_give_the_same_report_bytes(project):
+    before = project.hashes("report/smoke")
+    (project.root / "runs/smoke/report.stamp.json").unlink()
+    assert project.run().returncode == 0
+    assert project.hashes("report/smoke") == before
+
+
+def test_new_prose_in_a_notebook_shows_and_runs_nothing(project):
+    project.edit_notebook("02_ptq", "markdown", lambda text: text + "\n\nA new sentence.")
+    assert project.status()["ptq"] == "stale: new prose (nothing will be run)"
+    before = project.hashes("runs", "figures")
+    old = nbformat.read(project.root / "report/smoke/notebooks/02_ptq.ipynb", as_version=4)
+    result = project.run()
+    assert "02_ptq: new prose, nothing run" in result.stdout and "never" not in result.stdout
+    new = nbformat.read(project.root / "report/smoke/notebooks/02_ptq.ipynb", as_version=4)
+    assert "A new sentence." in new.cells[0].source
+    assert [cell.get("outputs") for cell in new.cells] == [cell.get("outputs") for cell in old.cells]
+    assert project.hashes("runs", "figures") == before
+    assert set(project.status().values()) == {"up to date"}
+
+
+def test_new_prose_in_the_template_shows_and_runs_nothing(project):
+    project.edit("report/template.md", lambda text: text.replace("## Part 6: Discussion", "## Part 6: Discussion\n\nA new sentence."))
+    before = project.hashes("runs", "figures")
+    result = project.run()
+    assert [line for line in result.stdout.splitlines() if line.endswith("up to date")] == [f"{name}: up to date" for name in NOTEBOOKS]
+    assert "A new sentence." in (project.root / "report/smoke/report.md").read_text()
+    assert project.hashes("runs", "figures") == before
+
+
+def test_a_change_of_the_observer_spares_the_fp32_stage(project):
+    project.edit("labcore/observer.py", lambda text: text + "\nCHANGED = True\n")
+    status = project.status()
+    assert status["fp32"] == "up to date"
+    assert all("labcore/observer.py" in status[stage] for stage in ("ptq", "qat", "compare"))
+    weights = (project.root / "runs/smoke/fp32/weights.pt").stat().st_mtime_ns
+    result = project.run()
+    assert result.returncode == 0, result.stderr
+    assert "01_fp32_train: up to date" in result.stdout
+    assert (project.root / "runs/smoke/fp32/weights.pt").stat().st_mtime_ns == weights
+
+
+@pytest.mark.parametrize(("name", "change"), [
+    ("labcore/observer.py", lambda text: text.replace("Forget what was seen.", "Forget everything.")),
+    ("labcore/train.py", lambda text: "# a comment\n" + text),
+    ("labcore/config.py", lambda text: text.replace("epochs=300", "epochs=301")),
+])
+def test_explanations_and_other_profiles_make_nothing_stale(project, name, change):
+    before = (project.root / name).read_text()
+    project.edit(name, change)
+    assert (project.root / name).read_text() != before
+    assert set(project.status().values()) == {"up to date"}
+
+
+@pytest.mark.parametrize(("arguments", "part"), [
+    (("--seed", "1"), "SEED"), (("--set", "width=16"), "the profile"), (("--data", "images"), "the images"),
+])
+def test_another_option_makes_every_stage_stale_and_says_which(project, arguments, part):
+    from PIL import Image
+
+    for split in ("train", "test"):
+        for shade, name in ((0, "dark"), (255, "bright")):
+            folder = project.root / "images" / split / name
+            folder.mkdir(parents=True)
+            Image.new("RGB", (32, 32), (shade,) * 3).save(folder / "0.png")
+    status = project.status(*arguments)
+    assert all(part in status[stage] for stage in STAGES)
+
+
+def test_a_deleted_figure_comes_back_without_training(project):
+    figure = project.root / "figures/smoke/01_curves.png"
+    content, checkpoint = figure.read_bytes(), (project.root / "runs/smoke/fp32/checkpoint.pt").stat().st_mtime_ns
+    figure.unlink()
+    assert project.status()["fp32"] == "stale: missing: figures/smoke/01_curves.png"
+    result = project.run()
+    assert result.returncode == 0, result.stderr
+    assert figure.read_bytes() == content
+    assert (project.root / "runs/smoke/fp32/checkpoint.pt").stat().st_mtime_ns == checkpoint
+    assert "02_ptq: up to date" in result.stdout
+
+
+def test_a_failing_cell_gives_one_line_a_partial_notebook_and_no_stamp(project):
+    project.edit_notebook("02_ptq", "code", lambda text: text + "\nraise ValueError('a bad cell')")
+    result = project.run()
+    assert result.returncode == 1
+    assert [line for line in result.stderr.splitlines() if line.startswith("error:")] == [
+        "error: 02_ptq.ipynb failed in cell 3: ValueError: a bad cell; see runs/smoke/02_ptq.partial.ipynb."]
+    assert "Traceback" not in result.stderr
+    assert (project.root / "runs/smoke/02_ptq.partial.ipynb").exists()
+    status = project.status()
+    assert status["ptq"] == "stale: never finished"
+    assert status["fp32"] == "up to date"
+    assert "waits for" in status["report"]
+
+
+def test_a_kernel_that_is_killed_is_no_finished_stage(project):
+    project.edit_notebook("03_qat", "code", lambda text: text + "\nimport os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
+    result = project.run()
+    assert result.returncode == 1
+    assert "error: the kernel of 03_qat.ipynb was killed" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert project.status()["qat"] == "stale: never finished"
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_same_weights(project):
+    weights = (project.root / "runs/smoke/fp32/weights.pt").read_bytes()
+    shutil.rmtree(project.root / "runs")
+    process = project.start("report", "--profile", "smoke")
+    history = project.root / "runs/smoke/fp32/history.csv"
+    deadline = time.time() + 120
+    while not history.exists() and time.time() < deadline:
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert history.exists()
+    assert not (project.root / "runs/smoke/fp32.stamp.json").exists()
+    time.sleep(2)  # an orphaned kernel notices and ends
+    assert project.run().returncode == 0
+    assert (project.root / "runs/smoke/fp32/weights.pt").read_bytes() == weights
+
+
+def test_two_runs_of_one_profile_do_not_meet(project):
+    import fcntl
+
+    with open(project.root / "runs/smoke/.lock", "w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        result = project.run()
+    assert result.returncode == 1
+    assert result.stderr.strip() == "error: another run of profile smoke is at work: wait for it or stop it."
+
+
+def test_clean_removes_one_profile_and_keeps_the_sources(project):
+    sources = project.hashes("labcore", "notebooks")
+    assert project.run("clean").returncode == 0
+    assert not any((project.root / folder / "smoke").exists() for folder in ("runs", "figures", "report"))
+    assert project.hashes("labcore", "notebooks") == sources
+    assert (project.root / "report/template.md").exists()
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["report", "--profile", "smok"], "unknown profile 'smok': did you mean 'smoke'?"),
+    (["report", "--profile", "smoke", "--set", "widht=8"], "unknown parameter 'widht': did you mean 'width'?"),
+    (["report", "--profile", "smoke", "--set", "fp32.epoch=2"], "unknown parameter 'epoch': did you mean 'epochs'?"),
+    (["report", "--profile", "smoke", "--set", "width=0"], "width must be in 1 … 1024 channels, found 0"),
+    (["report", "--profile", "smoke", "--seed", "-1"], "SEED must be a whole number in 0 … 4294967295, found '-1'"),
+    (["report", "--profile", "smoke", "--data", "nowhere/at/all"], "nor an existing folder or archive"),
+    (["report", "--make-variables", "PROFIL=smoke"], "make knows no variable 'PROFIL': did you mean 'PROFILE'?"),
+])
+def test_bad_options_are_one_line_and_a_status(arguments, message, capsys):
+    assert pipeline.main(arguments) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_notebook_sources_hold_no_outputs_and_little_code_per_cell(name):
+    notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert all(not cell.outputs and cell.execution_count is None for cell in code)
+    assert not any(re.search(r"^\s*def ", cell.source, re.MULTILINE) for cell in code)
+    lengths = sorted(len(cell.source.splitlines()) for cell in code)
+    assert lengths[len(lengths) // 2] <= 10
+    assert any("assert " in cell.source for cell in code)
+    assert sum("parameters" in cell.metadata.get("tags", []) for cell in code) == 1
+
+
+def test_an_unknown_notebook_parameter_is_refused(tmp_path):
+    with pytest.raises(LabError, match=r"takes no parameter 'PROFILES': did you mean 'PROFILE'\?"):
+        pipeline._papermill(ROOT / "notebooks" / "01_fp32_train.ipynb", tmp_path / "out.ipynb", {"PROFILES": "smoke"})
+
+
+def test_modules_are_found_through_other_modules():
+    found = pipeline.imported_modules("from labcore.quantize import fuse")
+    assert {"quantize", "observer", "model", "train"} <= found
+    assert "observer" not in pipeline.imported_modules("from labcore.train import fit")

@@ -1,0 +1,222 @@
+"""Training: schedules against torch's own, resume to the bit, and what happens when something is wrong."""
+
+import os
+import pickle
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from labcore import LabError, train
+from labcore.config import Augment, Recipe
+from labcore.model import build_model
+from labcore.observer import CustomQConfig
+from labcore.quantize import prepare_qat
+
+RECIPE = Recipe(epochs=3, batch_size=16, lr=0.05, augment=Augment(crop_padding=2))
+
+
+def network(seed: int = 0) -> torch.nn.Module:
+    torch.manual_seed(seed)
+    return build_model("resnet9", 4, width=4)
+
+
+def fit(folder, data, split, recipe=RECIPE, seed=0, model=None):
+    return train.fit(model or network(), recipe, data, split, seed, folder, batch_size=32)
+
+
+def equal(first: dict, second: dict) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def rates(recipe: Recipe, steps: int) -> list[float]:
+    return [train.learning_rate(recipe, step, steps) for step in range(recipe.epochs * steps)]
+
+
+def test_the_cosine_schedule_is_torchs_linear_warmup_and_cosine():
+    recipe = Recipe(epochs=10, batch_size=1, lr=0.4, warmup=0.2)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.4)
+    warmup = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1 / 20, end_factor=1, total_iters=19)
+    expected = []
+    for _ in range(20):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step(), warmup.step()
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.4)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=80)
+    for _ in range(80):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step(), cosine.step()
+    assert rates(recipe, 10) == pytest.approx(expected)
+
+
+def test_warm_restarts_are_torchs():
+    recipe = Recipe(epochs=35, batch_size=1, lr=0.3, lr_min=1e-4, schedule="warm_restarts", restart_epochs=5, restart_mult=2)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.3)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, T_0=5, T_mult=2, eta_min=1e-4)
+    expected = []
+    for _ in range(35):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step(), scheduler.step()
+    assert rates(recipe, 1) == pytest.approx(expected)
+
+
+def test_the_same_seed_gives_the_same_weights_to_the_bit(tmp_path, tiny_data, tiny_split):
+    assert equal(fit(tmp_path / "a", tiny_data, tiny_split).state, fit(tmp_path / "b", tiny_data, tiny_split).state)
+
+
+def test_another_seed_gives_other_weights(tmp_path, tiny_data, tiny_split):
+    assert not equal(fit(tmp_path / "a", tiny_data, tiny_split).state, fit(tmp_path / "b", tiny_data, tiny_split, seed=1).state)
+
+
+def test_training_learns(tmp_path, tiny_data, tiny_split):
+    history = fit(tmp_path, tiny_data, tiny_split, Recipe(epochs=6, batch_size=16, lr=0.05, augment=RECIPE.augment)).history
+    assert history["train_loss"].iloc[-1] < history["train_loss"].iloc[0]
+
+
+@pytest.mark.parametrize("quantized", [False, True], ids=["fp32", "qat"])
+@pytest.mark.parametrize("killed_in_epoch", [1, 2])
+def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(tmp_path, tiny_data, tiny_split, monkeypatch, quantized, killed_in_epoch):
+    recipe = Recipe(epochs=3, batch_size=16, lr=0.02, freeze_at=0.5, mixup_alpha=0.2, mixup_prob=0.5, clip_norm=1.0, augment=RECIPE.augment)
+
+    def model():
+        return prepare_qat(network(), CustomQConfig.POWER2.qat) if quantized else network()
+
+    whole = fit(tmp_path / "whole", tiny_data, tiny_split, recipe, model=model())
+    step, steps = train._step, []
+
+    def dying(*args):
+        steps.append(1)
+        if len(steps) == 4 * killed_in_epoch + 3:
+            raise KeyboardInterrupt
+        return step(*args)
+
+    monkeypatch.setattr(train, "_step", dying)
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path / "killed", tiny_data, tiny_split, recipe, model=model())
+    monkeypatch.setattr(train, "_step", step)
+    resumed = fit(tmp_path / "killed", tiny_data, tiny_split, recipe, model=model())
+    assert equal(whole.state, resumed.state)
+    columns = [name for name in whole.history if name != "train_seconds"]
+    pd.testing.assert_frame_equal(whole.history[columns], resumed.history[columns])
+
+
+def test_a_finished_run_is_loaded_and_not_repeated(tmp_path, tiny_data, tiny_split, monkeypatch):
+    first = fit(tmp_path, tiny_data, tiny_split)
+    monkeypatch.setattr(train, "_step", lambda *args: pytest.fail("trained again"))
+    assert equal(first.state, fit(tmp_path, tiny_data, tiny_split).state)
+
+
+@pytest.mark.parametrize("change", [{"lr": 0.01}, {"epochs": 2}, {"augment": Augment(crop_padding=1)}])
+def test_a_checkpoint_of_another_recipe_is_not_continued(tmp_path, tiny_data, tiny_split, change):
+    fit(tmp_path / "a", tiny_data, tiny_split)
+    other = Recipe(**{**vars(RECIPE), **change})
+    assert equal(fit(tmp_path / "a", tiny_data, tiny_split, other).state, fit(tmp_path / "b", tiny_data, tiny_split, other).state)
+
+
+def test_a_damaged_checkpoint_is_named_and_training_starts_again(tmp_path, tiny_data, tiny_split, capsys):
+    first = fit(tmp_path, tiny_data, tiny_split)
+    checkpoint = tmp_path / "checkpoint.pt"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    assert equal(first.state, fit(tmp_path, tiny_data, tiny_split).state)
+    assert "checkpoint.pt cannot be used" in capsys.readouterr().out
+
+
+def test_the_best_epoch_is_chosen_by_validation_alone(tmp_path, tiny_data, tiny_split, monkeypatch):
+    scores = iter([(1.0, 0.5), (1.0, 0.1), (1.0, 0.9), (1.0, 0.2), (1.0, 0.7), (1.0, 1.0)])  # validation, clean training, …
+    monkeypatch.setattr(train, "score", lambda *args: next(scores))
+    assert fit(tmp_path, tiny_data, tiny_split).best_epoch == 2
+
+
+def test_a_loss_that_is_no_number_stops_and_keeps_the_last_checkpoint(tmp_path, tiny_data, tiny_split, monkeypatch):
+    fit(tmp_path, tiny_data, tiny_split, Recipe(**{**vars(RECIPE), "epochs": 3}))
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    step = train._step
+    monkeypatch.setattr(train, "_step", lambda *args: (step(*args)[0] * float("nan"), torch.tensor(0)))
+    with pytest.raises(LabError, match=r"no longer finite in epoch 1 at learning rate 0\.\d+"):
+        fit(tmp_path, tiny_data, tiny_split, seed=5)
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+
+
+def test_a_batch_larger_than_the_data_is_refused(tmp_path, tiny_data, tiny_split):
+    with pytest.raises(LabError, match="at most the 64 training images, found 65"):
+        fit(tmp_path, tiny_data, tiny_split, Recipe(epochs=1, batch_size=65, lr=0.1))
+
+
+def test_qat_freezes_observers_and_batchnorm_late(tmp_path, tiny_data, tiny_split):
+    model = prepare_qat(network(), CustomQConfig.POWER2.qat)
+    fit(tmp_path, tiny_data, tiny_split, Recipe(epochs=2, batch_size=16, lr=0.01, freeze_at=0.5, augment=RECIPE.augment), model=model)
+    fake = [module for module in model.modules() if isinstance(module, torch.ao.quantization.FakeQuantize)]
+    fused = [module for module in model.modules() if hasattr(module, "freeze_bn")]
+    assert fake and fused
+    assert not any(int(module.observer_enabled) for module in fake) and all(module.freeze_bn for module in fused)
+
+
+def test_scoring_does_not_move_the_observed_ranges(tiny_data):
+    model = prepare_qat(network(), CustomQConfig.POWER2.qat)
+    model(torch.randn(8, 3, 16, 16))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    train.score(model, torch.full((4, 3, 16, 16), 255, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64), 2)
+    assert equal(before, model.state_dict())
+
+
+def test_score_sums_over_unequal_batches():
+    model = network()
+    images, labels = torch.randint(0, 256, (7, 3, 16, 16), dtype=torch.uint8), torch.arange(7) % 4
+    together, split = train.score(model, images, labels, 7), train.score(model, images, labels, 3)
+    assert split == pytest.approx(together, rel=1e-2)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs a Unix system")
+def test_saving_to_a_full_disk_says_so_and_keeps_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "weights.pt"
+    train.save_tensors(path, {"a": torch.ones(2)})
+
+    def full(value, target):
+        target.write(b"part")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(LabError, match="no space left to write .*weights.pt"):
+        train.save_tensors(path, {"a": torch.zeros(2)})
+    assert torch.equal(train.load_tensors(path)["a"], torch.ones(2))
+    assert [child.name for child in tmp_path.iterdir()] == ["weights.pt"]
+
+
+class Evil:
+    """Runs a command where it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+@pytest.mark.parametrize("save", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))], ids=["torch", "pickle"])
+def test_a_pickle_that_would_execute_code_is_refused(tmp_path, save):
+    save({"a": Evil(tmp_path / "executed")}, tmp_path / "weights.pt")
+    with pytest.raises(LabError, match="refused|truncated"):
+        train.load_tensors(tmp_path / "weights.pt")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_the_epoch_can_be_shortened(tmp_path, tiny_data, tiny_split, monkeypatch):
+    step, calls = train._step, []
+    monkeypatch.setattr(train, "_step", lambda *args: calls.append(1) or step(*args))
+    fit(tmp_path, tiny_data, tiny_split, Recipe(epochs=2, batch_size=16, lr=0.01, epoch_images=32, augment=RECIPE.augment))
+    assert len(calls) == 2 * 2
+
+
+def test_mixup_uses_one_share_for_pixels_and_loss(tiny_data):
+    recipe = Recipe(epochs=1, batch_size=8, lr=1e-9, mixup_alpha=1.0, mixup_prob=1.0, label_smoothing=0.0, augment=Augment(crop_padding=0, flip_prob=0))
+    model = network().double().float()
+    images, labels = torch.from_numpy(tiny_data.train_images[:8]), torch.from_numpy(tiny_data.train_labels[:8])
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-9)
+    loss, _ = train._step(model, optimizer, recipe, images, labels, np.random.default_rng(3))
+    rng = np.random.default_rng(3)
+    x = train.augment(images, recipe.augment, rng)
+    mixed, partner, share = train.mixup(x, recipe, rng)
+    logits = network()(mixed).log_softmax(1)
+    one_hot = torch.nn.functional.one_hot(labels, 4).float()
+    target = share[:, None] * one_hot + (1 - share)[:, None] * one_hot[partner]
+    assert loss.item() == pytest.approx(-(target * logits).sum().item(), rel=0.05)
