@@ -8,7 +8,13 @@ PYTHON ?= python3
 VENV ?= .venv
 
 RUN = $(VENV)/bin/python -m labcore.pipeline
-OPTIONS = --profile '$(PROFILE)' --data '$(DATA)' --seed '$(SEED)' --set '$(SET)' --make-variables '$(MAKEOVERRIDES)'
+# Through the environment, so that a path may hold blanks and quotes.
+export LAB_PROFILE := $(PROFILE)
+export LAB_DATA := $(DATA)
+export LAB_SEED := $(SEED)
+export LAB_SET := $(SET)
+export LAB_VARIABLES := $(MAKEOVERRIDES)
+OPTIONS = --profile "$$LAB_PROFILE" --data "$$LAB_DATA" --seed "$$LAB_SEED" --set "$$LAB_SET" --make-variables "$$LAB_VARIABLES"
 
 .PHONY: help report test lab status clean
 .DEFAULT_GOAL := help
@@ -33,6 +39,6 @@ lab: $(VENV)/.installed
 $(VENV)/.installed: requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo 'error: Python 3.11 or newer is needed, found '"$$($(PYTHON) --version)"'; give another with PYTHON=python3.12' >&2; exit 1; }
 	@echo 'installing requirements.txt into $(VENV) (a few minutes, about 5 GB on Linux)'
-	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -m venv $(VENV)
 	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -e . || { echo 'error: the packages could not be installed; is there a network, and space for 5 GB?' >&2; exit 1; }
 	@touch $@

@@ -34,7 +34,11 @@ def code_hash(path: Path) -> str:
         body = getattr(node, "body", None)
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and body:
             first = body[0]
-            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
+            if (
+                isinstance(first, ast.Expr)
+                and isinstance(first.value, ast.Constant)
+                and isinstance(first.value.value, str)
+            ):
                 body.pop(0)
     return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
 
@@ -60,7 +64,9 @@ def atomic_path(path: Path):
         os.replace(partial, path)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise LabError(f"no space left to write {path}: free some disk space and run again; what was there is kept.") from error
+            raise LabError(
+                f"no space left to write {path}: free some disk space and run again; what was there is kept."
+            ) from error
         raise
     finally:
         partial.unlink(missing_ok=True)
@@ -82,7 +88,9 @@ def read_json(path: Path):
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise LabError(f"{path} is missing: run the stage that writes it first (make report does all in order).") from None
+        raise LabError(
+            f"{path} is missing: run the stage that writes it first (make report does all in order)."
+        ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise LabError(f"{path} is damaged ({error}): delete it and run make report again.") from None
 
@@ -94,18 +102,25 @@ def cpu_name() -> str:
             if line.startswith("model name"):
                 return " ".join(line.partition(":")[2].split())
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        return subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, check=True
+        ).stdout.strip()
     return platform.processor() or platform.machine()
 
 
 def git_commit() -> str:
     """The commit checked out, with "+changes" where tracked files differ; "unknown" outside a checkout."""
+
     def git(*words):
-        return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True
+        ).stdout.strip()
 
     try:
         sources = ["labcore", "notebooks", "requirements.txt"]
-        return git("rev-parse", "--short=12", "HEAD") + ("+changes" if git("status", "--porcelain", "--", *sources) else "")
+        return git("rev-parse", "--short=12", "HEAD") + (
+            "+changes" if git("status", "--porcelain", "--", *sources) else ""
+        )
     except (OSError, subprocess.SubprocessError):
         return "unknown"
 

@@ -166,11 +166,29 @@ _full = replace(
 
 # The reference's own hyperparameters, to the letter (its 300 epochs end in the middle of the third cycle).
 _reference_fp32 = Recipe(
-    epochs=300, batch_size=256, lr=0.3, lr_min=1e-4, schedule="warm_restarts", restart_epochs=50, restart_mult=2,
-    warmup=0.0, weight_decay=1e-4, label_smoothing=0.05, mixup_alpha=0.2, mixup_prob=0.5, clip_norm=1.0,
+    epochs=300,
+    batch_size=256,
+    lr=0.3,
+    lr_min=1e-4,
+    schedule="warm_restarts",
+    restart_epochs=50,
+    restart_mult=2,
+    warmup=0.0,
+    weight_decay=1e-4,
+    label_smoothing=0.05,
+    mixup_alpha=0.2,
+    mixup_prob=0.5,
+    clip_norm=1.0,
     augment=Augment(
-        brightness=0.3, contrast=0.3, saturation=0.3, hue=0.1, rotation_degrees=20.0,
-        translate=0.1, scale_min=0.9, scale_max=1.1, erasing_prob=0.6,
+        brightness=0.3,
+        contrast=0.3,
+        saturation=0.3,
+        hue=0.1,
+        rotation_degrees=20.0,
+        translate=0.1,
+        scale_min=0.9,
+        scale_max=1.1,
+        erasing_prob=0.6,
     ),
 )
 _reference = replace(

@@ -56,8 +56,12 @@ def summarize(logits: np.ndarray, labels: np.ndarray) -> dict:
     wide = logits.astype(np.float64)
     loss = (logsumexp(wide, axis=1) - wide[np.arange(n_seen), labels]).mean()
     return {
-        "n_seen": n_seen, "n_correct": n_correct, "acc": n_correct / n_seen,
-        "acc_low": float(low), "acc_high": float(high), "loss": float(loss),
+        "n_seen": n_seen,
+        "n_correct": n_correct,
+        "acc": n_correct / n_seen,
+        "acc_low": float(low),
+        "acc_high": float(high),
+        "loss": float(loss),
     }
 
 
@@ -76,8 +80,13 @@ def compare_paired(before: np.ndarray, after: np.ndarray, labels: np.ndarray) ->
     low, high = drop.tconfint_mean(alpha=0.05) if only_before + only_after else (0.0, 0.0)
     test = mcnemar([[both, only_before], [only_after, neither]], exact=True)
     return {
-        "only_before": only_before, "only_after": only_after, "agree": float((before.argmax(1) == after.argmax(1)).mean()),
-        "acc_drop_pp": float(drop.mean), "acc_drop_pp_low": float(low), "acc_drop_pp_high": float(high), "p_value": float(test.pvalue),
+        "only_before": only_before,
+        "only_after": only_after,
+        "agree": float((before.argmax(1) == after.argmax(1)).mean()),
+        "acc_drop_pp": float(drop.mean),
+        "acc_drop_pp_low": float(low),
+        "acc_drop_pp_high": float(high),
+        "p_value": float(test.pvalue),
     }
 
 

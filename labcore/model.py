@@ -201,7 +201,9 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], source: str = "chec
     own = model.state_dict()
     for name in sorted(own.keys() ^ state.keys()):
         side = "lacks" if name in own else "has the unknown"
-        raise LabError(f"{source} {side} parameter {name!r}: it belongs to another architecture; check arch, width and stem.")
+        raise LabError(
+            f"{source} {side} parameter {name!r}: it belongs to another architecture; check arch, width and stem."
+        )
     for name, value in state.items():
         if own[name].shape != value.shape:
             raise LabError(

@@ -39,11 +39,15 @@ def scale_approximate(scale: float | Tensor, max_shift_amount: int | None = 8) -
         LabError: max_shift_amount is out of range.
     """
     if max_shift_amount is not None and not 0 <= max_shift_amount <= -EXPONENT_MIN:
-        raise LabError(f"max_shift_amount must be in 0 … {-EXPONENT_MIN} or None, found {max_shift_amount!r}; change it.")
+        raise LabError(
+            f"max_shift_amount must be in 0 … {-EXPONENT_MIN} or None, found {max_shift_amount!r}; change it."
+        )
     low = EXPONENT_MIN if max_shift_amount is None else -max_shift_amount
     high = EXPONENT_MAX if max_shift_amount is None else max_shift_amount
     if not isinstance(scale, Tensor):
-        return scale_approximate(torch.tensor(scale, dtype=torch.float32), max_shift_amount).item() if scale > 0 else scale
+        return (
+            scale_approximate(torch.tensor(scale, dtype=torch.float32), max_shift_amount).item() if scale > 0 else scale
+        )
     mantissa, exponent = torch.frexp(scale.clamp(max=torch.finfo(torch.float32).max))
     exponent = (exponent - (mantissa < _SQRT_HALF).to(exponent.dtype)).clamp(low, high)
     power = ((exponent + 127) << 23).view(torch.float32)  # the exponent field of a float32: exactly 2^exponent
@@ -110,7 +114,9 @@ class PowerOfTwoObserver(UniformQuantizationObserverBase):
             return x
         values = x.detach()
         if self.ch_axis >= 0:
-            channels = values.transpose(0, self.ch_axis).flatten(1) if values.dim() > 1 else values.unsqueeze(1)  # (C, n)
+            channels = (
+                values.transpose(0, self.ch_axis).flatten(1) if values.dim() > 1 else values.unsqueeze(1)
+            )  # (C, n)
             low, high = torch.aminmax(channels, dim=1)
         else:
             low, high = torch.aminmax(values)
@@ -148,7 +154,7 @@ class PowerOfTwoObserver(UniformQuantizationObserverBase):
         never_seen = (self.min_val > self.max_val).expand_as(scale)
         return torch.where(never_seen, 1.0, scale), torch.where(never_seen, 0, zero_point)
 
-    def reset_min_max_vals(self, shape: torch.Size = torch.Size()) -> None:
+    def reset_min_max_vals(self, shape: tuple[int, ...] = ()) -> None:
         """Forget what was seen."""
         self.min_val = torch.full(shape, float("inf"), device=self.min_val.device)
         self.max_val = torch.full(shape, float("-inf"), device=self.max_val.device)
@@ -168,7 +174,7 @@ def has_vnni() -> bool:
 
     Without it, x86 kernels add two products of uint8 and int8 in 16 bits, which saturate.
     """
-    return bool(torch.cpu._is_vnni_supported()) or not torch.backends.quantized.engine in ("x86", "fbgemm", "onednn")
+    return bool(torch.cpu._is_vnni_supported()) or torch.backends.quantized.engine not in ("x86", "fbgemm", "onednn")
 
 
 def activation_range() -> tuple[int, int]:
@@ -187,8 +193,20 @@ def power_of_two_qconfig(
     With `is_qat` they sit in fake quantization, and activation ranges are moving averages, as in torch's default.
     """
     low, high = activation_range()
-    activations = {"dtype": torch.quint8, "qscheme": activation, "max_shift_amount": max_shift_amount, "quant_min": low, "quant_max": high}
-    weights = {"dtype": torch.qint8, "qscheme": weight, "max_shift_amount": max_shift_amount, "quant_min": -128, "quant_max": 127}
+    activations = {
+        "dtype": torch.quint8,
+        "qscheme": activation,
+        "max_shift_amount": max_shift_amount,
+        "quant_min": low,
+        "quant_max": high,
+    }
+    weights = {
+        "dtype": torch.qint8,
+        "qscheme": weight,
+        "max_shift_amount": max_shift_amount,
+        "quant_min": -128,
+        "quant_max": 127,
+    }
     if not is_qat:
         return QConfig(PowerOfTwoObserver.with_args(**activations), PowerOfTwoObserver.with_args(**weights))
     return QConfig(

@@ -8,20 +8,17 @@ new prose is copied into the executed notebook without running it.
 
 import argparse
 import contextlib
-import copy
 import fcntl
 import json
-import os
 import re
 import shutil
 import sys
-import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from labcore import LabError
-from labcore.artifacts import ROOT, atomic_path, code_hash, read_json, sha256_file, sha256_json, versions, write_json
+from labcore.artifacts import ROOT, code_hash, read_json, sha256_file, sha256_json, versions, write_json
 from labcore.config import Profile, check_seed, get_profile, nearest, parse_overrides
 
 MAKE_VARIABLES = ("PROFILE", "DATA", "SEED", "SET", "PYTHON", "VENV", "PORT")
@@ -104,13 +101,17 @@ class Pipeline:
         for name in sorted(imported_modules("\n".join(code)) - {"config"}):
             parts[f"labcore/{name}.py"] = code_hash(ROOT / "labcore" / f"{name}.py")
         parts |= {
-            "the profile": sha256_json(asdict(self.profile)), "the images": self.data_sha256(), "SEED": str(self.seed),
+            "the profile": sha256_json(asdict(self.profile)),
+            "the images": self.data_sha256(),
+            "SEED": str(self.seed),
             "versions of Python and packages": sha256_json(versions()),
         }
         for name in stage.needs:
             stamp = self.stamp(name)
             results = {path: digest for path, digest in stamp.get("outputs", {}).items() if path.startswith("runs/")}
-            parts[f"the results of stage {name}"] = sha256_json({p: d for p, d in results.items() if not p.endswith(_NO_RESULT)})
+            parts[f"the results of stage {name}"] = sha256_json(
+                {p: d for p, d in results.items() if not p.endswith(_NO_RESULT)}
+            )
         return parts
 
     def notebook(self, stage: Stage) -> Path:
@@ -141,7 +142,9 @@ class Pipeline:
         if not stamp:
             return "never finished"
         before = stamp.get("inputs", {})
-        changed = [part for part in inputs if before.get(part) != inputs[part]] + [part for part in before if part not in inputs]
+        changed = [part for part in inputs if before.get(part) != inputs[part]] + [
+            part for part in before if part not in inputs
+        ]
         if changed:
             return f"changed: {', '.join(changed)}"
         for path, digest in stamp.get("outputs", {}).items():
@@ -188,49 +191,55 @@ class Pipeline:
             try:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                raise LabError(f"another run of profile {self.profile.name} is at work: wait for it or stop it.") from None
+                raise LabError(
+                    f"another run of profile {self.profile.name} is at work: wait for it or stop it."
+                ) from None
             yield
 
     def _outputs(self, stage: Stage) -> dict[str, str]:
-        paths = [self.executed(stage), *sorted((self.folder / stage.name).glob("*")), *sorted(self.figures.glob(f"{stage.prefix}_*.png"))]
+        paths = [
+            self.executed(stage),
+            *sorted((self.folder / stage.name).glob("*")),
+            *sorted(self.figures.glob(f"{stage.prefix}_*.png")),
+        ]
         if stage.name == "fp32":
             paths.append(self.folder / "split.npz")
-        return {p.relative_to(ROOT).as_posix(): sha256_file(p) for p in paths if p.is_file() and p.name != "checkpoint.pt" and p.name[0] != "."}
+        return {
+            p.relative_to(ROOT).as_posix(): sha256_file(p)
+            for p in paths
+            if p.is_file() and p.name != "checkpoint.pt" and p.name[0] != "."
+        }
 
     def _execute(self, stage: Stage, reason: str) -> None:
+        from labcore.execute import execute, write_executed
+
         print(f"{stage.notebook}: {reason}", flush=True)
         inputs, began = self.inputs(stage), time.time()
         self._stamp_path(stage.name).unlink(missing_ok=True)
-        partial = self.folder / f"{stage.notebook}.partial.ipynb"
         for figure in self.figures.glob(f"{stage.prefix}_*.png"):
             figure.unlink()
         parameters = {"PROFILE": self.profile.name, "DATA": self.source, "SEED": self.seed, "SET": self.overrides}
-        with _live_progress(self.folder / "progress.log"):
-            notebook = _papermill(self.notebook(stage), partial, parameters)
-        _write_notebook(self.executed(stage), notebook)
+        partial = self.folder / f"{stage.notebook}.partial.ipynb"
+        notebook = execute(self.notebook(stage), partial, parameters, self.folder / "progress.log")
+        write_executed(self.executed(stage), notebook)
         partial.unlink(missing_ok=True)
-        write_json(self._stamp_path(stage.name), {
-            "inputs": inputs, "outputs": self._outputs(stage), "prose": self._prose_hash(stage), "wall_seconds": round(time.time() - began, 1),
-        })
+        write_json(
+            self._stamp_path(stage.name),
+            {
+                "inputs": inputs,
+                "outputs": self._outputs(stage),
+                "prose": self._prose_hash(stage),
+                "wall_seconds": round(time.time() - began, 1),
+            },
+        )
         print(f"{stage.notebook}: done in {time.time() - began:.0f} s", flush=True)
 
     def _refresh_prose(self, stage: Stage) -> None:
-        """Put the notebook's new prose around the outputs of the old run."""
-        import nbformat
+        from labcore.execute import with_new_prose, write_executed
 
-        executed = nbformat.read(self.executed(stage), as_version=4)
-        outputs = iter([cell for cell in executed.cells if cell.cell_type == "code" and "injected-parameters" not in cell.metadata.get("tags", [])])
-        injected = [cell for cell in executed.cells if "injected-parameters" in cell.metadata.get("tags", [])]
-        fresh = nbformat.read(self.notebook(stage), as_version=4)
-        executed.cells = []
-        for cell in fresh.cells:
-            executed.cells.append(next(outputs) if cell.cell_type == "code" else cell)
-            if "parameters" in cell.metadata.get("tags", []):
-                executed.cells += injected
-        _write_notebook(self.executed(stage), executed)
-        path = self.executed(stage).relative_to(ROOT).as_posix()
-        stamp = self.stamp(stage.name)
-        stamp["outputs"][path] = sha256_file(self.executed(stage))
+        executed, stamp = self.executed(stage), self.stamp(stage.name)
+        write_executed(executed, with_new_prose(self.notebook(stage), executed))
+        stamp["outputs"][executed.relative_to(ROOT).as_posix()] = sha256_file(executed)
         write_json(self._stamp_path(stage.name), stamp | {"prose": self._prose_hash(stage)})
         print(f"{stage.notebook}: new prose, nothing run")
 
@@ -268,95 +277,9 @@ class Pipeline:
         return gone
 
 
-def _papermill(source: Path, partial: Path, parameters: dict):
-    """Execute a notebook in a fresh kernel; the partial file is what remains when it fails.
-
-    Raises LabError in one line: the LabError of the notebook as it is, or the cell, the error and the partial notebook.
-    """
-    import nbformat
-    import papermill
-    from nbclient.exceptions import DeadKernelError
-    from papermill.exceptions import PapermillExecutionError
-    from traitlets.config import Config
-
-    known = papermill.inspect_notebook(source)
-    for name in parameters:
-        if name not in known:
-            raise LabError(f"{source.name} takes no parameter {name!r}: {nearest(name, known)}")
-    try:
-        papermill.execute_notebook(
-            source, partial, parameters=parameters, kernel_name="python3", cwd=ROOT, progress_bar=False,
-            coalesce_streams=True, start_timeout=120, config=Config({"KernelManager": {"transport": "ipc"}}),
-        )
-    except PapermillExecutionError as error:
-        if error.ename == "LabError":
-            raise LabError(error.evalue) from error
-        raise LabError(f"{source.name} failed in cell {error.exec_count}: {error.ename}: {error.evalue}; see {_relative(partial)}.") from error
-    except DeadKernelError as error:
-        raise LabError(f"the kernel of {source.name} was killed (out of memory?); run again to go on from the last epoch. See {_relative(partial)}.") from error
-    notebook = nbformat.read(partial, as_version=4)
-    unrun = [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip() and cell.execution_count is None]
-    if unrun:
-        raise LabError(f"{source.name}: {len(unrun)} cells were not run (was the kernel killed?); run again. See {_relative(partial)}.")
-    return notebook
-
-
-def _relative(path: Path) -> Path:
-    return path.relative_to(ROOT)
-
-
-def _write_notebook(path: Path, notebook) -> None:
-    """Write an executed notebook without what differs from run to run for no reason: times, durations, file paths."""
-    import nbformat
-
-    tidy = copy.deepcopy(notebook)
-    tidy.metadata = {key: tidy.metadata[key] for key in ("kernelspec",) if key in tidy.metadata}
-    tidy.metadata["language_info"] = {"name": "python"}
-    for number, cell in enumerate(tidy.cells):
-        cell["id"] = f"cell-{number:02d}"
-        tags = cell.metadata.get("tags")
-        cell.metadata = {"tags": tags} if tags else {}
-        if cell.cell_type == "code":
-            cell.outputs = [output for output in cell.outputs if output.output_type != "stream" or output.name != "stderr"]
-    with atomic_path(path) as partial:
-        nbformat.write(tidy, partial)
-
-
-@contextlib.contextmanager
-def _live_progress(log: Path):
-    """Copy to the terminal what the kernel's progress bars write to a file."""
-    log.write_text("", encoding="utf-8")
-    done = threading.Event()
-
-    def copy_lines():
-        with open(log, encoding="utf-8", errors="replace", newline="") as stream:
-            while True:
-                finished = done.is_set()
-                text = stream.read()
-                if text:
-                    sys.stderr.write(text)
-                    sys.stderr.flush()
-                elif finished:
-                    return
-                else:
-                    done.wait(0.2)
-
-    os.environ["LAB_PROGRESS"] = str(log)
-    if sys.stderr.isatty():
-        os.environ["LAB_TERMINAL"] = "1"
-    thread = threading.Thread(target=copy_lines, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-        os.environ.pop("LAB_PROGRESS", None)
-
-
 def check_make_variables(text: str) -> None:
     """What was given on make's command line ("PROFIL=smoke"): LabError with the nearest name for an unknown one."""
-    for name in re.findall(r"(?:^|\s)([A-Za-z_]\w*)\s*:?=", text):
+    for name in re.findall(r"(?:^|\s)([A-Za-z_]\w*)\s*:?=", re.sub(r"\\.", "_", text)):  # make escapes blanks in values
         if name not in MAKE_VARIABLES:
             raise LabError(f"make knows no variable {name!r}: {nearest(name, MAKE_VARIABLES)}")
 
@@ -368,7 +291,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--profile", default="cpu", help="smoke, cpu, full or reference")
     parser.add_argument("--data", default=None, help="cifar10, cifar100, digits, or a path to images")
     parser.add_argument("--seed", default="0")
-    parser.add_argument("--set", default="", dest="overrides", help="name=value pairs that replace values of the profile")
+    parser.add_argument(
+        "--set", default="", dest="overrides", help="name=value pairs that replace values of the profile"
+    )
     parser.add_argument("--make-variables", default="", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     try:
@@ -381,7 +306,7 @@ def main(arguments: list[str] | None = None) -> int:
                 print(f"{name:8} {'stale: ' + reason if reason else 'up to date'}")
         else:
             for folder in pipeline.clean():
-                print(f"removed {_relative(folder)}/")
+                print(f"removed {folder.relative_to(ROOT)}/")
     except LabError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -15,14 +15,21 @@ COLORS = {"fp32": "#1b2a49", "ptq": "#d1603d", "qat": "#e9b44c"}
 _TRAIN, _CLEAN, _VAL = "0.65", "#3a7ca5", "#1b2a49"
 NAMES = {"fp32": "FP32", "fp32_fused": "FP32, fused", "ptq": "PTQ", "qat": "QAT"}
 
-sns.set_theme(context="notebook", style="whitegrid", font_scale=0.85, rc={"axes.titlesize": 11, "axes.titleweight": "bold", "figure.figsize": (8, 3.4)})
+sns.set_theme(
+    context="notebook",
+    style="whitegrid",
+    font_scale=0.85,
+    rc={"axes.titlesize": 11, "axes.titleweight": "bold", "figure.figsize": (8, 3.4)},
+)
 
 
 def _color(name: str) -> str:
     return COLORS.get(name, "#6c7a89")
 
 
-def _figure(columns: int = 1, rows: int = 1, height: float = 3.4, width: float = 8.0, **kwargs) -> tuple[Figure, np.ndarray]:
+def _figure(
+    columns: int = 1, rows: int = 1, height: float = 3.4, width: float = 8.0, **kwargs
+) -> tuple[Figure, np.ndarray]:
     """A figure with a margin at its foot, where the data set is named. It belongs to no window, so nothing is shown twice."""
     figure = Figure(figsize=(width, height), layout="constrained")
     figure.get_layout_engine().set(rect=(0, 0.035, 1, 0.965))
@@ -30,7 +37,9 @@ def _figure(columns: int = 1, rows: int = 1, height: float = 3.4, width: float =
     return figure, axes
 
 
-def image_grid(images: np.ndarray, titles: Sequence[str] = (), columns: int = 10, height: float | None = None) -> Figure:
+def image_grid(
+    images: np.ndarray, titles: Sequence[str] = (), columns: int = 10, height: float | None = None
+) -> Figure:
     """RGB images (N, H, W, 3), uint8 or float in 0 … 1, with an optional title for each row or image."""
     rows = -(-len(images) // columns)
     figure, axes = _figure(columns, rows, height or 0.86 * rows + 0.3)
@@ -46,11 +55,24 @@ def image_grid(images: np.ndarray, titles: Sequence[str] = (), columns: int = 10
 def curves(history: pd.DataFrame, best_epoch: int) -> Figure:
     """Loss and accuracy per epoch: training as it was, training images without augmentation, validation."""
     figure, axes = _figure(2)
-    series = (("train", "training, augmented", _TRAIN, "o", "--"), ("train_clean", "training images, not augmented", _CLEAN, "s", "-"),
-              ("val", "validation", _VAL, "D", "-"))
-    for axis, quantity, label in zip(axes.flat, ("loss", "acc"), ("cross-entropy loss (nats)", "accuracy"), strict=True):
+    series = (
+        ("train", "training, augmented", _TRAIN, "o", "--"),
+        ("train_clean", "training images, not augmented", _CLEAN, "s", "-"),
+        ("val", "validation", _VAL, "D", "-"),
+    )
+    for axis, quantity, label in zip(
+        axes.flat, ("loss", "acc"), ("cross-entropy loss (nats)", "accuracy"), strict=True
+    ):
         for prefix, name, color, marker, line in series:
-            axis.plot(history["epoch"], history[f"{prefix}_{quantity}"], line, color=color, marker=marker, markersize=4, label=name)
+            axis.plot(
+                history["epoch"],
+                history[f"{prefix}_{quantity}"],
+                line,
+                color=color,
+                marker=marker,
+                markersize=4,
+                label=name,
+            )
         axis.axvline(best_epoch, color="0.5", linewidth=1, linestyle=":")
         axis.set(xlabel="epoch", ylabel=label)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -94,7 +116,14 @@ def exponents(table: pd.DataFrame, max_shift_amount: int) -> Figure:
     axis = axes[0, 0]
     for tensor, color, marker in (("weight", COLORS["fp32"], "s"), ("activation", COLORS["ptq"], "o")):
         part = table[table["tensor"] == tensor]
-        axis.scatter(part["exponent"], [layers.index(name) for name in part["layer"]], color=color, marker=marker, s=26, label=tensor)
+        axis.scatter(
+            part["exponent"],
+            [layers.index(name) for name in part["layer"]],
+            color=color,
+            marker=marker,
+            s=26,
+            label=tensor,
+        )
     axis.axvline(-max_shift_amount, color="0.4", linewidth=1, linestyle="--", label=f"clamp at 2^-{max_shift_amount}")
     axis.set_yticks(range(len(layers)), layers, fontsize=7)
     axis.invert_yaxis()
@@ -109,7 +138,9 @@ def weights_on_grid(weights: dict[str, np.ndarray], scales: dict[str, float], bi
     figure, axes = _figure(len(weights), height=2.6)
     for axis, (name, values) in zip(axes.flat, weights.items(), strict=True):
         low, high = -(2 ** (bits - 1)) * scales[name], (2 ** (bits - 1) - 1) * scales[name]
-        axis.hist(values.ravel(), bins=80, color=COLORS["fp32"], histtype="stepfilled", edgecolor="none", log=True, zorder=3)
+        axis.hist(
+            values.ravel(), bins=80, color=COLORS["fp32"], histtype="stepfilled", edgecolor="none", log=True, zorder=3
+        )
         axis.axvspan(low, high, color=COLORS["qat"], alpha=0.25, label="range of the grid")
         axis.set(xlabel="weight", title=f"{name}: scale 2^{int(np.log2(scales[name]))}")
         axis.title.set_fontsize(9)
@@ -126,7 +157,14 @@ def accuracy_bars(table: pd.DataFrame) -> Figure:
     axis.errorbar(positions, table["acc"], yerr=errors, fmt="none", ecolor="0.3", capsize=6)
     for position, (stage, row) in enumerate(table.iterrows()):
         axis.plot(position, row["acc"], "o", markersize=10, color=_color(stage))
-        axis.annotate(f"{row['acc']:.2%}", (position, row["acc"]), xytext=(10, 0), textcoords="offset points", va="center", fontsize=9)
+        axis.annotate(
+            f"{row['acc']:.2%}",
+            (position, row["acc"]),
+            xytext=(10, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=9,
+        )
     axis.set_xticks(positions, [NAMES.get(name, name) for name in table.index])
     axis.set_xlim(-0.5, len(table) - 0.3)
     axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
@@ -137,14 +175,25 @@ def accuracy_bars(table: pd.DataFrame) -> Figure:
 def cost_bars(size_mb: pd.Series, latency: pd.DataFrame) -> Figure:
     """File size (MB = 10^6 bytes) and latency of one image (ms, with quartiles), side by side."""
     figure, axes = _figure(2, height=2.9)
-    panels = ((axes[0, 0], size_mb, size_mb, "file size (MB)", "Size"),
-              (axes[0, 1], latency["latency_ms"], latency["latency_ms_high"], "latency, one image (ms)", "Latency"))
+    panels = (
+        (axes[0, 0], size_mb, size_mb, "file size (MB)", "Size"),
+        (axes[0, 1], latency["latency_ms"], latency["latency_ms_high"], "latency, one image (ms)", "Latency"),
+    )
     for axis, values, tops, label, title in panels:
-        axis.bar([NAMES.get(name, name) for name in values.index], values, color=[_color(name) for name in values.index], width=0.6)
+        axis.bar(
+            [NAMES.get(name, name) for name in values.index],
+            values,
+            color=[_color(name) for name in values.index],
+            width=0.6,
+        )
         for position, (value, top) in enumerate(zip(values, tops, strict=True)):
-            axis.annotate(f"{value:.2f}", (position, top), xytext=(0, 4), textcoords="offset points", ha="center", fontsize=8)
+            axis.annotate(
+                f"{value:.2f}", (position, top), xytext=(0, 4), textcoords="offset points", ha="center", fontsize=8
+            )
         axis.set(ylabel=label, title=title, ylim=(0, 1.18 * tops.max()))
-    errors = np.stack([latency["latency_ms"] - latency["latency_ms_low"], latency["latency_ms_high"] - latency["latency_ms"]])
+    errors = np.stack(
+        [latency["latency_ms"] - latency["latency_ms_low"], latency["latency_ms_high"] - latency["latency_ms"]]
+    )
     axes[0, 1].errorbar(range(len(latency)), latency["latency_ms"], yerr=errors, fmt="none", ecolor="0.3", capsize=4)
     return figure
 
@@ -156,11 +205,25 @@ def tradeoff(table: pd.DataFrame) -> Figure:
     for stage, row in table.iterrows():
         errors = [[row["acc"] - row["acc_low"]], [row["acc_high"] - row["acc"]]]
         axis.errorbar(row["latency_ms"], row["acc"], yerr=errors, color="0.5", linewidth=1, capsize=3)
-        axis.scatter(row["latency_ms"], row["acc"], s=800 * row["size_mb"] / table["size_mb"].max(), color=_color(stage), zorder=3, alpha=0.9)
-        axis.annotate(f"{NAMES.get(stage, stage)}, {row['size_mb']:.2f} MB", (row["latency_ms"], row["acc"]), xytext=(16, 5), textcoords="offset points", fontsize=8)
+        axis.scatter(
+            row["latency_ms"],
+            row["acc"],
+            s=800 * row["size_mb"] / table["size_mb"].max(),
+            color=_color(stage),
+            zorder=3,
+            alpha=0.9,
+        )
+        axis.annotate(
+            f"{NAMES.get(stage, stage)}, {row['size_mb']:.2f} MB",
+            (row["latency_ms"], row["acc"]),
+            xytext=(16, 5),
+            textcoords="offset points",
+            fontsize=8,
+        )
     axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
-    axis.margins(x=0.3)
-    axis.set(xlabel="latency, one image (ms)", ylabel="test accuracy", title="Trade-off: area is file size", xlim=(0, None))
+    axis.margins(y=0.2)
+    axis.set(xlabel="latency, one image (ms)", ylabel="test accuracy", title="Trade-off: area is file size")
+    axis.set_xlim(0, 1.35 * table["latency_ms"].max())
     return figure
 
 
@@ -170,10 +233,28 @@ def confusion(counts: pd.DataFrame, title: str) -> Figure:
     off = counts.to_numpy().astype(float)
     np.fill_diagonal(off, np.nan)
     annotate = len(counts) <= 20
-    sns.heatmap(off, ax=axes[0, 0], cmap="Blues", annot=counts.to_numpy() if annotate else False, fmt="d", annot_kws={"fontsize": 7},
-                xticklabels=counts.columns, yticklabels=counts.index, cbar_kws={"label": "wrong answers"}, linewidths=0.3)
+    sns.heatmap(
+        off,
+        ax=axes[0, 0],
+        cmap="Blues",
+        annot=counts.to_numpy() if annotate else False,
+        fmt="d",
+        annot_kws={"fontsize": 7},
+        xticklabels=counts.columns,
+        yticklabels=counts.index,
+        cbar_kws={"label": "wrong answers"},
+        linewidths=0.3,
+    )
     for position in range(len(counts) if annotate else 0):
-        axes[0, 0].text(position + 0.5, position + 0.5, counts.iat[position, position], ha="center", va="center", fontsize=7, color="0.35")
+        axes[0, 0].text(
+            position + 0.5,
+            position + 0.5,
+            counts.iat[position, position],
+            ha="center",
+            va="center",
+            fontsize=7,
+            color="0.35",
+        )
     axes[0, 0].set(xlabel="predicted", ylabel="true", title=title)
     return figure
 
@@ -184,9 +265,24 @@ def confusion_difference(difference: dict[str, pd.DataFrame]) -> Figure:
     limit = max(1, max(int(table.abs().to_numpy().max()) for table in difference.values()))
     annotate = all(len(table) <= 12 for table in difference.values())
     for position, (axis, (stage, table)) in enumerate(zip(axes.flat, difference.items(), strict=True)):
-        sns.heatmap(table, ax=axis, cmap="RdBu_r", vmin=-limit, vmax=limit, annot=annotate, fmt="+d", annot_kws={"fontsize": 6}, cbar=False,
-                    linewidths=0.3, yticklabels=position == 0)
-        axis.set(xlabel="predicted", ylabel="true" if position == 0 else "", title=f"{NAMES.get(stage, stage)} minus FP32 (images)")
+        sns.heatmap(
+            table,
+            ax=axis,
+            cmap="RdBu_r",
+            vmin=-limit,
+            vmax=limit,
+            annot=annotate,
+            fmt="+d",
+            annot_kws={"fontsize": 6},
+            cbar=False,
+            linewidths=0.3,
+            yticklabels=position == 0,
+        )
+        axis.set(
+            xlabel="predicted",
+            ylabel="true" if position == 0 else "",
+            title=f"{NAMES.get(stage, stage)} minus FP32 (images)",
+        )
         axis.tick_params(labelsize=7)
     return figure
 
@@ -196,10 +292,17 @@ def class_change(change_pp: pd.DataFrame) -> Figure:
     figure, axes = _figure(height=2.8)
     axis, width = axes[0, 0], 0.8 / len(change_pp.columns)
     for number, stage in enumerate(change_pp.columns):
-        axis.bar(np.arange(len(change_pp)) + (number - (len(change_pp.columns) - 1) / 2) * width, change_pp[stage], width, color=_color(stage),
-                 label=NAMES.get(stage, stage))
+        axis.bar(
+            np.arange(len(change_pp)) + (number - (len(change_pp.columns) - 1) / 2) * width,
+            change_pp[stage],
+            width,
+            color=_color(stage),
+            label=NAMES.get(stage, stage),
+        )
     axis.axhline(0, color="0.3", linewidth=0.8)
-    axis.set_xticks(range(len(change_pp)), change_pp.index, rotation=45 if len(change_pp) <= 20 else 90, ha="right", fontsize=8)
+    axis.set_xticks(
+        range(len(change_pp)), change_pp.index, rotation=45 if len(change_pp) <= 20 else 90, ha="right", fontsize=8
+    )
     axis.set(ylabel="change (percentage points)", title="Accuracy per class against FP32")
     axis.legend(fontsize=8)
     return figure

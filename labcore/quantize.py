@@ -71,7 +71,9 @@ def calibrate(prepared: nn.Module, data: ImageData, split: Split, batch_size: in
             bar.update(len(batch))
     for name, module in prepared.named_modules():
         if isinstance(module, PowerOfTwoObserver) and int(module.num_skipped):
-            raise LabError(f"{name} met NaN or infinite values in {int(module.num_skipped)} batches while calibrating; train again.")
+            raise LabError(
+                f"{name} met NaN or infinite values in {int(module.num_skipped)} batches while calibrating; train again."
+            )
     return prepared
 
 
@@ -96,7 +98,9 @@ def load_int8(path: Path, float_model: QuantizableResNet, qconfig: QConfig) -> n
         skeleton.load_state_dict(state)
     except (RuntimeError, KeyError, AttributeError, TypeError, ValueError) as error:
         first = str(error).strip().splitlines()[0][:160]
-        raise LabError(f"{path} does not fit this architecture and configuration ({first}); use the profile that wrote it.") from error
+        raise LabError(
+            f"{path} does not fit this architecture and configuration ({first}); use the profile that wrote it."
+        ) from error
     return skeleton
 
 
@@ -119,7 +123,15 @@ def qparams(model: nn.Module) -> pd.DataFrame:
 
     def add(layer: str, tensor: str, scale, zero_point) -> None:
         scale = float(np.min(np.asarray(scale)))
-        rows.append({"layer": layer, "tensor": tensor, "scale": scale, "zero_point": int(zero_point), "exponent": float(np.log2(scale))})
+        rows.append(
+            {
+                "layer": layer,
+                "tensor": tensor,
+                "scale": scale,
+                "zero_point": int(zero_point),
+                "exponent": float(np.log2(scale)),
+            }
+        )
 
     for name, module in model.named_modules():
         if hasattr(module, "scale") and hasattr(module, "zero_point"):
@@ -127,7 +139,12 @@ def qparams(model: nn.Module) -> pd.DataFrame:
         if hasattr(module, "weight") and callable(module.weight):
             weight = module.weight()
             per_tensor = weight.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric)
-            add(name, "weight", weight.q_scale() if per_tensor else weight.q_per_channel_scales(), weight.q_zero_point() if per_tensor else 0)
+            add(
+                name,
+                "weight",
+                weight.q_scale() if per_tensor else weight.q_per_channel_scales(),
+                weight.q_zero_point() if per_tensor else 0,
+            )
     return pd.DataFrame(rows)
 
 
@@ -148,9 +165,16 @@ def observed(prepared: nn.Module) -> pd.DataFrame:
             if isinstance(watcher, PowerOfTwoObserver):
                 scale, zero_point = watcher.calculate_qparams()
                 free = scale_approximate(watcher.raw_scale(), None)
-                rows.append({
-                    "layer": name, "tensor": tensor, "min": watcher.min_val.min().item(), "max": watcher.max_val.max().item(),
-                    "raw_scale": watcher.raw_scale().min().item(), "scale": scale.min().item(),
-                    "zero_point": zero_point.flatten()[0].item(), "clamped": bool((free != scale).any()),
-                })
+                rows.append(
+                    {
+                        "layer": name,
+                        "tensor": tensor,
+                        "min": watcher.min_val.min().item(),
+                        "max": watcher.max_val.max().item(),
+                        "raw_scale": watcher.raw_scale().min().item(),
+                        "scale": scale.min().item(),
+                        "zero_point": zero_point.flatten()[0].item(),
+                        "clamped": bool((free != scale).any()),
+                    }
+                )
     return pd.DataFrame(rows)

@@ -43,7 +43,9 @@ def markdown_table(table: pd.DataFrame, index: str = "") -> str:
     numbers = [all(value[:1] in "+-–0123456789" for value in table[name]) for name in table.columns]
     rule = [":---", *("---:" if number else ":---" for number in numbers)]
     rows = [[str(label), *values] for label, values in zip(table.index, table.to_numpy(), strict=True)]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in [header, rule, *rows])
+    return "\n".join(
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in [header, rule, *rows]
+    )
 
 
 def _merged(provenance: dict[str, dict], *keys: str) -> str:
@@ -53,7 +55,11 @@ def _merged(provenance: dict[str, dict], *keys: str) -> str:
         for key in keys:
             facts = facts[key]
         values.setdefault(str(facts), []).append(stage)
-    return next(iter(values)) if len(values) == 1 else "; ".join(f"{value} ({', '.join(stages)})" for value, stages in values.items())
+    return (
+        next(iter(values))
+        if len(values) == 1
+        else "; ".join(f"{value} ({', '.join(stages)})" for value, stages in values.items())
+    )
 
 
 def _duration(seconds: float) -> str:
@@ -70,67 +76,134 @@ def context(profile: Profile, wall_seconds: dict[str, float]) -> dict:
     provenance = {stage: read_json(runs / stage / "provenance.json") for stage in STAGES}
     names = list(NAMES)
     latency = pd.DataFrame(stages["compare"]["latency"]).T
-    results = pd.DataFrame({
-        NAMES[name]: {
-            "test accuracy": f"{stages[name]['test']['acc']:.2%}",
-            "95 % interval": f"{stages[name]['test']['acc_low']:.2%} – {stages[name]['test']['acc_high']:.2%}",
-            "accuracy drop (points)": f"{stages['compare']['paired'][name]['acc_drop_pp']:+.2f}" if name != "fp32" else "–",
-            "test loss (nats)": f"{stages[name]['test']['loss']:.4f}",
-            "file size (MB)": f"{stages['compare']['size_mb'][name]:.2f}",
-            "latency, one image (ms)": f"{latency.loc[name, 'latency_ms']:.2f}",
-            "speed-up": f"{latency.loc[name, 'speedup']:.2f}",
-        } for name in names
-    })
+    results = pd.DataFrame(
+        {
+            NAMES[name]: {
+                "test accuracy": f"{stages[name]['test']['acc']:.2%}",
+                "95 % interval": f"{stages[name]['test']['acc_low']:.2%} – {stages[name]['test']['acc_high']:.2%}",
+                "accuracy drop (points)": f"{stages['compare']['paired'][name]['acc_drop_pp']:+.2f}"
+                if name != "fp32"
+                else "–",
+                "test loss (nats)": f"{stages[name]['test']['loss']:.4f}",
+                "file size (MB)": f"{stages['compare']['size_mb'][name]:.2f}",
+                "latency, one image (ms)": f"{latency.loc[name, 'latency_ms']:.2f}",
+                "speed-up": f"{latency.loc[name, 'speedup']:.2f}",
+            }
+            for name in names
+        }
+    )
     machine = {
-        "commit": _merged(provenance, "commit"), "processor": _merged(provenance, "cpu"), "device for training": _merged(provenance, "device"),
-        "threads": _merged(provenance, "threads"), "system": _merged(provenance, "system"), "int8 engine": _merged(provenance, "quantized_engine"),
-        "seed": _merged(provenance, "seed"), "images": _merged(provenance, "data", "label"),
-        "hash of the images": f"`{_merged(provenance, 'data', 'sha256')}`", "hash of the split": f"`{_merged(provenance, 'data', 'split_sha256')}`",
+        "commit": _merged(provenance, "commit"),
+        "processor": _merged(provenance, "cpu"),
+        "device for training": _merged(provenance, "device"),
+        "threads": _merged(provenance, "threads"),
+        "system": _merged(provenance, "system"),
+        "int8 engine": _merged(provenance, "quantized_engine"),
+        "seed": _merged(provenance, "seed"),
+        "images": _merged(provenance, "data", "label"),
+        "hash of the images": f"`{_merged(provenance, 'data', 'sha256')}`",
+        "hash of the split": f"`{_merged(provenance, 'data', 'split_sha256')}`",
         "profile": profile.name,
     } | {f"{name}": _merged(provenance, "versions", name) for name in provenance["fp32"]["versions"]}
     machine |= {f"wall time of {STAGES[stage]}": _duration(seconds) for stage, seconds in wall_seconds.items()}
-    recipes = pd.DataFrame({name: {key: str(value) for key, value in vars(recipe).items() if key != "augment"}
-                            for name, recipe in (("FP32", profile.fp32), ("QAT", profile.qat), ("reference, FP32", PROFILES["reference"].fp32))})
-    augments = pd.DataFrame({name: {key: str(value) for key, value in vars(recipe.augment).items()}
-                             for name, recipe in (("this profile", profile.fp32), ("reference", PROFILES["reference"].fp32))})
+    recipes = pd.DataFrame(
+        {
+            name: {key: str(value) for key, value in vars(recipe).items() if key != "augment"}
+            for name, recipe in (
+                ("FP32", profile.fp32),
+                ("QAT", profile.qat),
+                ("reference, FP32", PROFILES["reference"].fp32),
+            )
+        }
+    )
+    augments = pd.DataFrame(
+        {
+            name: {key: str(value) for key, value in vars(recipe.augment).items()}
+            for name, recipe in (("this profile", profile.fp32), ("reference", PROFILES["reference"].fp32))
+        }
+    )
     return {
-        **stages, "profile": profile, "data": provenance["fp32"]["data"], "threads": provenance["compare"]["threads"], "cpu": provenance["compare"]["cpu"],
-        "latency": latency.T.to_dict(), "reference": read_json(REFERENCE), "results_table": markdown_table(results),
+        **stages,
+        "profile": profile,
+        "data": provenance["fp32"]["data"],
+        "threads": provenance["compare"]["threads"],
+        "cpu": provenance["compare"]["cpu"],
+        "latency": latency.T.to_dict(),
+        "reference": read_json(REFERENCE),
+        "results_table": markdown_table(results),
         "paired_table": markdown_table(_paired(stages["compare"]["paired"]), "pair"),
         "latency_table": markdown_table(_latency(latency), "network"),
         "ablation_table": markdown_table(_ablation(stages["ptq"]["ablation"]), "scheme"),
         "history_table": markdown_table(_history(runs / "fp32" / "history.csv"), "epoch"),
-        "recipe_table": markdown_table(recipes, "hyperparameter"), "augment_table": markdown_table(augments, "transform"),
-        "provenance_table": markdown_table(pd.DataFrame({"value": {name: str(value) for name, value in machine.items()}}), "fact"), "notebooks": STAGES, "duration": _duration,
+        "recipe_table": markdown_table(recipes, "hyperparameter"),
+        "augment_table": markdown_table(augments, "transform"),
+        "provenance_table": markdown_table(
+            pd.DataFrame({"value": {name: str(value) for name, value in machine.items()}}), "fact"
+        ),
+        "notebooks": STAGES,
+        "duration": _duration,
     }
 
 
 def _paired(paired: dict) -> pd.DataFrame:
     titles = {"ptq": "FP32 → PTQ", "qat": "FP32 → QAT", "ptq_qat": "PTQ → QAT"}
-    return pd.DataFrame({titles[name]: {
-        "drop (points)": f"{row['acc_drop_pp']:+.2f}", "95 % interval": f"{row['acc_drop_pp_low']:+.2f} … {row['acc_drop_pp_high']:+.2f}",
-        "right before only": f"{row['only_before']}", "right after only": f"{row['only_after']}", "same answer": f"{row['agree']:.2%}", "McNemar p": f"{row['p_value']:.2g}",
-    } for name, row in ((name, paired[name]) for name in titles)}).T
+    return pd.DataFrame(
+        {
+            titles[name]: {
+                "drop (points)": f"{row['acc_drop_pp']:+.2f}",
+                "95 % interval": f"{row['acc_drop_pp_low']:+.2f} … {row['acc_drop_pp_high']:+.2f}",
+                "right before only": f"{row['only_before']}",
+                "right after only": f"{row['only_after']}",
+                "same answer": f"{row['agree']:.2%}",
+                "McNemar p": f"{row['p_value']:.2g}",
+            }
+            for name, row in ((name, paired[name]) for name in titles)
+        }
+    ).T
 
 
 def _latency(latency: pd.DataFrame) -> pd.DataFrame:
-    return pd.DataFrame({NAMES.get(name, "FP32, fused"): {
-        "median (ms)": f"{row['latency_ms']:.2f}", "quartiles (ms)": f"{row['latency_ms_low']:.2f} … {row['latency_ms_high']:.2f}",
-        "speed-up": f"{row['speedup']:.2f}", "its quartiles": f"{row['speedup_low']:.2f} … {row['speedup_high']:.2f}",
-    } for name, row in latency.iterrows()}).T
+    return pd.DataFrame(
+        {
+            NAMES.get(name, "FP32, fused"): {
+                "median (ms)": f"{row['latency_ms']:.2f}",
+                "quartiles (ms)": f"{row['latency_ms_low']:.2f} … {row['latency_ms_high']:.2f}",
+                "speed-up": f"{row['speedup']:.2f}",
+                "its quartiles": f"{row['speedup_low']:.2f} … {row['speedup_high']:.2f}",
+            }
+            for name, row in latency.iterrows()
+        }
+    ).T
 
 
 def _ablation(rows: list[dict]) -> pd.DataFrame:
-    return pd.DataFrame({row["scheme"]: {
-        "validation accuracy": f"{row['acc']:.2%}", "drop (points)": f"{row['acc_drop_pp']:+.2f}",
-        "95 % interval": f"{row['acc_drop_pp_low']:+.2f} … {row['acc_drop_pp_high']:+.2f}", "loss": f"{row['loss']:.4f}",
-    } for row in rows}).T
+    return pd.DataFrame(
+        {
+            row["scheme"]: {
+                "validation accuracy": f"{row['acc']:.2%}",
+                "drop (points)": f"{row['acc_drop_pp']:+.2f}",
+                "95 % interval": f"{row['acc_drop_pp_low']:+.2f} … {row['acc_drop_pp_high']:+.2f}",
+                "loss": f"{row['loss']:.4f}",
+            }
+            for row in rows
+        }
+    ).T
 
 
 def _history(path: Path) -> pd.DataFrame:
-    columns = {"lr": "learning rate", "train_acc": "training, augmented", "train_clean_acc": "training", "val_acc": "validation", "val_loss": "validation loss"}
+    columns = {
+        "lr": "learning rate",
+        "train_acc": "training, augmented",
+        "train_clean_acc": "training",
+        "val_acc": "validation",
+        "val_loss": "validation loss",
+    }
     history = pd.read_csv(path)
-    shown = history if len(history) <= 20 else history.iloc[sorted({*range(0, len(history), len(history) // 15), len(history) - 1})]
+    shown = (
+        history
+        if len(history) <= 20
+        else history.iloc[sorted({*range(0, len(history), len(history) // 15), len(history) - 1})]
+    )
     return formatted(shown.set_index("epoch")[list(columns)]).rename(columns=columns)
 
 
@@ -148,16 +221,29 @@ def render(profile: Profile, wall_seconds: dict[str, float], for_pdf: bool = Fal
         picture = f"![{caption}](../../figures/{profile.name}/{name}.png)"
         return picture if for_pdf else f"{picture}\n\n*Figure {next(numbers)}: {caption}*"
 
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, autoescape=False)
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,
+    )
     environment.filters |= {
-        "pct": lambda value: f"{value:.2%}", "pp": lambda value: f"{value:.2f}", "signed": lambda value: f"{value:+.2f}",
-        "n": lambda value: f"{value:,}", "f1": lambda value: f"{value:.1f}", "f2": lambda value: f"{value:.2f}", "g2": lambda value: f"{value:.2g}",
+        "pct": lambda value: f"{value:.2%}",
+        "pp": lambda value: f"{value:.2f}",
+        "signed": lambda value: f"{value:+.2f}",
+        "n": lambda value: f"{value:,}",
+        "f1": lambda value: f"{value:.1f}",
+        "f2": lambda value: f"{value:.2f}",
+        "g2": lambda value: f"{value:.2g}",
     }
     environment.globals |= {"source_of": source_of, "figure": figure}
     try:
         return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(context(profile, wall_seconds))
     except jinja2.TemplateError as error:
-        raise LabError(f"the report's template cannot be filled: {error}; the value must come from an artifact.") from error
+        raise LabError(
+            f"the report's template cannot be filled: {error}; the value must come from an artifact."
+        ) from error
 
 
 def write_pdf(markdown: str, pdf: Path) -> None:
@@ -165,7 +251,12 @@ def write_pdf(markdown: str, pdf: Path) -> None:
     import pypandoc
     import typst
 
-    text = pypandoc.convert_text(markdown, "typst", format="markdown-citations+lists_without_preceding_blankline", extra_args=[f"--template={STYLE}", "--columns=1000"])
+    text = pypandoc.convert_text(
+        markdown,
+        "typst",
+        format="markdown-citations+lists_without_preceding_blankline",
+        extra_args=[f"--template={STYLE}", "--columns=1000"],
+    )
     source = pdf.with_name("report.typ")
     write_text(source, text)
     try:

@@ -34,7 +34,9 @@ class Run:
     def split(self) -> Split:
         """The seeded split of the training images; made and saved on first use, read after that."""
         path = self.folder / "split.npz"
-        fresh = make_split(self.data.train_labels, self.profile.validation_fraction, self.profile.calibration_images, self.seed)
+        fresh = make_split(
+            self.data.train_labels, self.profile.validation_fraction, self.profile.calibration_images, self.seed
+        )
         if not path.exists() or load_split(path).sha256 != fresh.sha256:
             save_split(path, fresh)
         return fresh
@@ -60,7 +62,15 @@ class Run:
 
     def save_figure(self, figure: Figure, name: str) -> Image:
         """Write figures/<profile>/<name>.png with the data set named at its foot; returns that picture for display."""
-        figure.text(0.995, 0.005, f"{self.data.label} · profile {self.profile.name}", ha="right", va="bottom", fontsize=7, color="0.4")
+        figure.text(
+            0.995,
+            0.005,
+            f"{self.data.label} · profile {self.profile.name}",
+            ha="right",
+            va="bottom",
+            fontsize=7,
+            color="0.4",
+        )
         path = self.figures / f"{name}.png"
         with atomic_path(path) as partial:
             figure.savefig(partial, format="png", dpi=150, metadata={"Software": None})
@@ -69,11 +79,19 @@ class Run:
     def save_metrics(self, stage: str, metrics: dict) -> dict:
         """Write what the stage measured, and beside it what the numbers depend on."""
         facts = {
-            "data": {"label": self.data.label, "sha256": self.data.sha256, "notice": self.data.notice, "classes": list(self.data.classes),
-                     "n_train": len(self.split.train), "n_validation": len(self.split.validation),
-                     "n_calibration": len(self.split.calibration), "n_test": len(self.data.test_labels),
-                     "split_sha256": self.split.sha256},
-            "profile": self.profile.name, "seed": self.seed,
+            "data": {
+                "label": self.data.label,
+                "sha256": self.data.sha256,
+                "notice": self.data.notice,
+                "classes": list(self.data.classes),
+                "n_train": len(self.split.train),
+                "n_validation": len(self.split.validation),
+                "n_calibration": len(self.split.calibration),
+                "n_test": len(self.data.test_labels),
+                "split_sha256": self.split.sha256,
+            },
+            "profile": self.profile.name,
+            "seed": self.seed,
         }
         write_json(self.path(stage, "metrics.json"), metrics)
         write_json(self.path(stage, "provenance.json"), provenance() | facts)

@@ -127,11 +127,18 @@ def state_hash(state: dict[str, Tensor]) -> str:
 def recipe_key(recipe: Recipe, data: ImageData, split: Split, seed: int, model: nn.Module, quantized: bool) -> str:
     """A hash of what decides the weights: recipe, images, split, seed, first weights, code, torch, kind of device."""
     modules = ("train", "transforms", "model") + (("observer", "quantize") if quantized else ())
-    return sha256_json({
-        "recipe": asdict(recipe), "data": data.sha256, "split": split.sha256, "seed": seed,
-        "first": state_hash(model.state_dict()),
-        "code": modules_hash(*modules), "torch": versions()["torch"], "device": device().type,
-    })
+    return sha256_json(
+        {
+            "recipe": asdict(recipe),
+            "data": data.sha256,
+            "split": split.sha256,
+            "seed": seed,
+            "first": state_hash(model.state_dict()),
+            "code": modules_hash(*modules),
+            "torch": versions()["torch"],
+            "device": device().type,
+        }
+    )
 
 
 def freeze(model: nn.Module) -> None:
@@ -140,8 +147,16 @@ def freeze(model: nn.Module) -> None:
     model.apply(freeze_bn_stats)
 
 
-def fit(model: nn.Module, recipe: Recipe, data: ImageData, split: Split, seed: int, folder: Path,
-        batch_size: int = 500, description: str = "train") -> Result:
+def fit(
+    model: nn.Module,
+    recipe: Recipe,
+    data: ImageData,
+    split: Split,
+    seed: int,
+    folder: Path,
+    batch_size: int = 500,
+    description: str = "train",
+) -> Result:
     """Train `model` in place, or go on where a killed run of the same key stopped.
 
     Writes `checkpoint.pt` and `history.csv` into `folder` after every epoch. A finished run is loaded, not repeated.
@@ -162,9 +177,15 @@ def fit(model: nn.Module, recipe: Recipe, data: ImageData, split: Split, seed: i
     clean = train[torch.linspace(0, len(train) - 1, min(len(train), len(validation))).long()]
     steps = min(len(train), recipe.epoch_images or len(train)) // recipe.batch_size
     if steps == 0:
-        raise LabError(f"batch_size must be at most the {len(train)} training images, found {recipe.batch_size}; lower it.")
+        raise LabError(
+            f"batch_size must be at most the {len(train)} training images, found {recipe.batch_size}; lower it."
+        )
     optimizer = torch.optim.SGD(
-        model.parameters(), lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0, weight_decay=recipe.weight_decay
+        model.parameters(),
+        lr=recipe.lr,
+        momentum=recipe.momentum,
+        nesterov=recipe.momentum > 0,
+        weight_decay=recipe.weight_decay,
     )
     freeze_step = round(recipe.freeze_at * recipe.epochs * steps)
     start, rows, best = _resume(folder / "checkpoint.pt", key, model, optimizer)
@@ -174,7 +195,11 @@ def fit(model: nn.Module, recipe: Recipe, data: ImageData, split: Split, seed: i
             rng = np.random.default_rng([seed, epoch])
             torch.manual_seed(int(rng.integers(2**62)))
             order = train[torch.from_numpy(rng.permutation(len(train))).to(place)]
-            began, total_loss, correct = time.perf_counter(), torch.zeros((), device=place), torch.zeros((), device=place)
+            began, total_loss, correct = (
+                time.perf_counter(),
+                torch.zeros((), device=place),
+                torch.zeros((), device=place),
+            )
             model.train()
             if epoch * steps > freeze_step:
                 freeze(model)
@@ -198,14 +223,24 @@ def fit(model: nn.Module, recipe: Recipe, data: ImageData, split: Split, seed: i
                 )
             val_loss, val_acc = score(model, images[validation], labels[validation], batch_size)
             clean_loss, clean_acc = score(model, images[clean], labels[clean], batch_size)
-            rows.append({
-                "epoch": epoch + 1, "lr": optimizer.param_groups[0]["lr"],
-                "train_loss": total_loss.item() / seen, "train_acc": correct.item() / seen,
-                "train_clean_loss": clean_loss, "train_clean_acc": clean_acc,
-                "val_loss": val_loss, "val_acc": val_acc, "train_seconds": train_seconds,
-            })
+            rows.append(
+                {
+                    "epoch": epoch + 1,
+                    "lr": optimizer.param_groups[0]["lr"],
+                    "train_loss": total_loss.item() / seen,
+                    "train_acc": correct.item() / seen,
+                    "train_clean_loss": clean_loss,
+                    "train_clean_acc": clean_acc,
+                    "val_loss": val_loss,
+                    "val_acc": val_acc,
+                    "train_seconds": train_seconds,
+                }
+            )
             if best is None or val_acc > rows[best["epoch"] - 1]["val_acc"]:
-                best = {"epoch": epoch + 1, "model": {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}}
+                best = {
+                    "epoch": epoch + 1,
+                    "model": {name: value.detach().cpu().clone() for name, value in model.state_dict().items()},
+                }
             bar.set_postfix_str(f"epoch {epoch + 1}/{recipe.epochs} val {val_acc:.2%}")
             _save(folder, key, model, optimizer, rows, best)
     model.load_state_dict(best["model"])
@@ -215,7 +250,9 @@ def fit(model: nn.Module, recipe: Recipe, data: ImageData, split: Split, seed: i
     return Result(pd.DataFrame(rows), best["epoch"], best["model"])
 
 
-def _step(model: nn.Module, optimizer: torch.optim.Optimizer, recipe: Recipe, images: Tensor, labels: Tensor, rng) -> tuple[Tensor, Tensor]:
+def _step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, recipe: Recipe, images: Tensor, labels: Tensor, rng
+) -> tuple[Tensor, Tensor]:
     """One update. Returns the summed loss and the number of hits, on the device. With mixup, a hit is the larger share's label."""
     x = augment(images, recipe.augment, rng)  # (B, 3, H, W)
     share = partner = None
@@ -238,13 +275,17 @@ def _step(model: nn.Module, optimizer: torch.optim.Optimizer, recipe: Recipe, im
     return loss.detach().sum(), (logits.argmax(1) == target).sum()
 
 
-def _save(folder: Path, key: str, model: nn.Module, optimizer: torch.optim.Optimizer, rows: list[dict], best: dict) -> None:
+def _save(
+    folder: Path, key: str, model: nn.Module, optimizer: torch.optim.Optimizer, rows: list[dict], best: dict
+) -> None:
     write_text(folder / "history.csv", pd.DataFrame(rows).to_csv(index=False, float_format="%.6g", lineterminator="\n"))
     state = {"key": key, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "rows": rows, "best": best}
     save_tensors(folder / "checkpoint.pt", state)
 
 
-def _resume(path: Path, key: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, list[dict], dict | None]:
+def _resume(
+    path: Path, key: str, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[int, list[dict], dict | None]:
     """(epochs done, their rows, the best one) from a checkpoint of the same key; (0, [], None) without one.
 
     A checkpoint of another recipe, seed or data set belongs to a run that is now being replaced.
@@ -265,7 +306,10 @@ def _resume(path: Path, key: str, model: nn.Module, optimizer: torch.optim.Optim
 
 def save_tensors(path: Path, value) -> None:
     """Write tensors, numbers and text atomically; the same value gives the same bytes."""
-    with atomic_path(path) as partial, open(partial, "wb") as stream:  # given a path, torch writes its name into the file
+    with (
+        atomic_path(path) as partial,
+        open(partial, "wb") as stream,
+    ):  # given a path, torch writes its name into the file
         torch.save(value, stream)
 
 
@@ -278,12 +322,18 @@ def load_tensors(path: Path):
         raise LabError(f"{path} is missing: run the stage that writes it first (make report does all in order).")
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Detected pickle protocol")  # a foreign pickle is refused just below
+            warnings.filterwarnings(
+                "ignore", message="Detected pickle protocol"
+            )  # a foreign pickle is refused just below
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise LabError(f"{path} is refused: it holds more than weights, or it is damaged ({_first_line(error)}); use another file.") from error
+        raise LabError(
+            f"{path} is refused: it holds more than weights, or it is damaged ({_first_line(error)}); use another file."
+        ) from error
     except (RuntimeError, EOFError, OSError, ValueError, AttributeError, KeyError) as error:
-        raise LabError(f"{path} is truncated or not a checkpoint ({_first_line(error)}); delete it and run the stage again.") from error
+        raise LabError(
+            f"{path} is truncated or not a checkpoint ({_first_line(error)}); delete it and run the stage again."
+        ) from error
 
 
 def _first_line(error: Exception) -> str:

@@ -33,7 +33,9 @@ def augment(images: Tensor, config: Augment, rng: np.random.Generator) -> Tensor
     if config.rotation_degrees:
         x = affine(x.float(), angle=_draw(rng, len(x), -config.rotation_degrees, config.rotation_degrees))
     if config.translate or config.scale_min != 1 or config.scale_max != 1:
-        shift = [np.round(_draw(rng, len(x), -side * config.translate, side * config.translate)) for side in x.shape[:1:-1]]
+        shift = [
+            np.round(_draw(rng, len(x), -side * config.translate, side * config.translate)) for side in x.shape[:1:-1]
+        ]
         x = affine(x.float(), shift=np.stack(shift, 1), scale=_draw(rng, len(x), config.scale_min, config.scale_max))
     x = normalize(x)
     if config.cutout:
@@ -61,7 +63,9 @@ def crop_flip(images: Tensor, config: Augment, rng: np.random.Generator) -> Tens
     columns = _on(images, np.where(flipped, columns[:, ::-1], columns), torch.int64)  # (B, W)
     padded = F.pad(images, (pad, pad, pad, pad))
     batch = torch.arange(count, device=images.device).view(count, 1, 1)
-    return padded[batch, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)  # (B, H, W, 3) seen as (B, 3, H, W)
+    return padded[batch, :, rows[:, :, None], columns[:, None, :]].permute(
+        0, 3, 1, 2
+    )  # (B, H, W, 3) seen as (B, 3, H, W)
 
 
 def _grey(x: Tensor) -> Tensor:
@@ -81,9 +85,12 @@ def adjust_hue(x: Tensor, shift: Tensor) -> Tensor:
     spread = high - low
     safe = torch.where(spread == 0, 1.0, spread)
     sector = torch.where(
-        high == red, (green - blue) / safe, torch.where(high == green, 2 + (blue - red) / safe, 4 + (red - green) / safe)
+        high == red,
+        (green - blue) / safe,
+        torch.where(high == green, 2 + (blue - red) / safe, 4 + (red - green) / safe),
     )
     hue = (sector / 6 + shift.view(-1, 1, 1)) % 1.0
+
     # Each channel of an HSV colour is value - spread * max(0, min(k, 4 - k, 1)), k = (n + 6 hue) mod 6, n = 5, 3, 1.
     def channel(n: int) -> Tensor:
         k = (n + 6 * hue) % 6
@@ -102,7 +109,9 @@ def color_jitter(x: Tensor, config: Augment, rng: np.random.Generator) -> Tensor
     }
     count = len(x)
     order = rng.permuted(np.tile(np.arange(4), (count, 1)), axis=1)  # (B, 4)
-    strengths = [_draw(rng, count, 1 - amount, 1 + amount) for amount in (config.brightness, config.contrast, config.saturation)]
+    strengths = [
+        _draw(rng, count, 1 - amount, 1 + amount) for amount in (config.brightness, config.contrast, config.saturation)
+    ]
     strengths.append(_draw(rng, count, -config.hue, config.hue))
     for turn in range(4):
         for number, adjust in enumerate(adjustments.values()):
@@ -113,7 +122,9 @@ def color_jitter(x: Tensor, config: Augment, rng: np.random.Generator) -> Tensor
     return x
 
 
-def affine(x: Tensor, angle: np.ndarray | float = 0.0, shift: np.ndarray | float = 0.0, scale: np.ndarray | float = 1.0) -> Tensor:
+def affine(
+    x: Tensor, angle: np.ndarray | float = 0.0, shift: np.ndarray | float = 0.0, scale: np.ndarray | float = 1.0
+) -> Tensor:
     """Rotate (degrees, counter-clockwise), scale and shift (pixels right, down) about the centre; nearest pixel, zero fill.
 
     Float images (B, C, H, W); `angle` and `scale` have shape (B,), `shift` (B, 2).
@@ -124,13 +135,18 @@ def affine(x: Tensor, angle: np.ndarray | float = 0.0, shift: np.ndarray | float
     sine, cosine = np.sin(turn) * inverse, np.cos(turn) * inverse
     right, down = np.broadcast_to(shift, (count, 2)).T
     # Output pixel (u, v) about the centre, v downwards -> input pixel; the rotation is undone.
-    theta = np.stack([
-        np.stack([cosine, -sine, -cosine * right + sine * down], 1),
-        np.stack([sine, cosine, -sine * right - cosine * down], 1),
-    ], 1)  # (B, 2, 3)
+    theta = np.stack(
+        [
+            np.stack([cosine, -sine, -cosine * right + sine * down], 1),
+            np.stack([sine, cosine, -sine * right - cosine * down], 1),
+        ],
+        1,
+    )  # (B, 2, 3)
     u = torch.arange(width, device=x.device) - (width - 1) / 2
     v = torch.arange(height, device=x.device) - (height - 1) / 2
-    base = torch.stack([u.expand(height, width), v.view(-1, 1).expand(height, width), torch.ones(height, width, device=x.device)], -1)
+    base = torch.stack(
+        [u.expand(height, width), v.view(-1, 1).expand(height, width), torch.ones(height, width, device=x.device)], -1
+    )
     pixels = base.view(1, -1, 3) @ _on(x, theta).transpose(1, 2)  # (B, H W, 2), pixels from the centre
     grid = (pixels * torch.tensor((2 / width, 2 / height), device=x.device)).view(count, height, width, 2)
     return F.grid_sample(x, grid, mode="nearest", padding_mode="zeros", align_corners=False)
@@ -176,7 +192,9 @@ def mixup(x: Tensor, recipe: Recipe, rng: np.random.Generator) -> tuple[Tensor, 
         The mixed images (B, 3, H, W), the partners' positions (B,) and the shares (B,).
     """
     count = len(x)
-    share = np.where(rng.random(count) < recipe.mixup_prob, rng.beta(recipe.mixup_alpha, recipe.mixup_alpha, count), 1.0)
+    share = np.where(
+        rng.random(count) < recipe.mixup_prob, rng.beta(recipe.mixup_alpha, recipe.mixup_alpha, count), 1.0
+    )
     partner, share = _on(x, rng.permutation(count), torch.int64), _on(x, share)
     weight = share.view(-1, 1, 1, 1)
     mixed = weight * x + (1 - weight) * x[partner]

@@ -1,6 +1,7 @@
 """Files are whole or absent; hashes see what code does and not how it is explained."""
 
 import pytest
+
 from labcore import LabError, artifacts
 
 
@@ -34,7 +35,15 @@ def test_a_missing_or_damaged_artifact_says_what_to_do(tmp_path, content, messag
 CODE = 'def f(x):\n    """Twice."""\n    return 2 * x\n'
 
 
-@pytest.mark.parametrize("same", [CODE.replace("Twice.", "Two times."), "# a comment\n" + CODE, CODE.replace("return", "# why\n    return"), CODE + "\n\n"])
+@pytest.mark.parametrize(
+    "same",
+    [
+        CODE.replace("Twice.", "Two times."),
+        "# a comment\n" + CODE,
+        CODE.replace("return", "# why\n    return"),
+        CODE + "\n\n",
+    ],
+)
 def test_prose_does_not_change_the_hash_of_code(tmp_path, same):
     (tmp_path / "a.py").write_text(CODE)
     (tmp_path / "b.py").write_text(same)

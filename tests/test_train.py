@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+
 from labcore import LabError, train
 from labcore.config import Augment, Recipe
 from labcore.model import build_model
@@ -50,7 +51,9 @@ def test_the_cosine_schedule_is_torchs_linear_warmup_and_cosine():
 
 
 def test_warm_restarts_are_torchs():
-    recipe = Recipe(epochs=35, batch_size=1, lr=0.3, lr_min=1e-4, schedule="warm_restarts", restart_epochs=5, restart_mult=2)
+    recipe = Recipe(
+        epochs=35, batch_size=1, lr=0.3, lr_min=1e-4, schedule="warm_restarts", restart_epochs=5, restart_mult=2
+    )
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.3)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, T_0=5, T_mult=2, eta_min=1e-4)
     expected = []
@@ -65,18 +68,33 @@ def test_the_same_seed_gives_the_same_weights_to_the_bit(tmp_path, tiny_data, ti
 
 
 def test_another_seed_gives_other_weights(tmp_path, tiny_data, tiny_split):
-    assert not equal(fit(tmp_path / "a", tiny_data, tiny_split).state, fit(tmp_path / "b", tiny_data, tiny_split, seed=1).state)
+    assert not equal(
+        fit(tmp_path / "a", tiny_data, tiny_split).state, fit(tmp_path / "b", tiny_data, tiny_split, seed=1).state
+    )
 
 
 def test_training_learns(tmp_path, tiny_data, tiny_split):
-    history = fit(tmp_path, tiny_data, tiny_split, Recipe(epochs=6, batch_size=16, lr=0.05, augment=RECIPE.augment)).history
+    history = fit(
+        tmp_path, tiny_data, tiny_split, Recipe(epochs=6, batch_size=16, lr=0.05, augment=RECIPE.augment)
+    ).history
     assert history["train_loss"].iloc[-1] < history["train_loss"].iloc[0]
 
 
 @pytest.mark.parametrize("quantized", [False, True], ids=["fp32", "qat"])
 @pytest.mark.parametrize("killed_in_epoch", [1, 2])
-def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(tmp_path, tiny_data, tiny_split, monkeypatch, quantized, killed_in_epoch):
-    recipe = Recipe(epochs=3, batch_size=16, lr=0.02, freeze_at=0.5, mixup_alpha=0.2, mixup_prob=0.5, clip_norm=1.0, augment=RECIPE.augment)
+def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(
+    tmp_path, tiny_data, tiny_split, monkeypatch, quantized, killed_in_epoch
+):
+    recipe = Recipe(
+        epochs=3,
+        batch_size=16,
+        lr=0.02,
+        freeze_at=0.5,
+        mixup_alpha=0.2,
+        mixup_prob=0.5,
+        clip_norm=1.0,
+        augment=RECIPE.augment,
+    )
 
     def model():
         return prepare_qat(network(), CustomQConfig.POWER2.qat) if quantized else network()
@@ -110,7 +128,9 @@ def test_a_finished_run_is_loaded_and_not_repeated(tmp_path, tiny_data, tiny_spl
 def test_a_checkpoint_of_another_recipe_is_not_continued(tmp_path, tiny_data, tiny_split, change):
     fit(tmp_path / "a", tiny_data, tiny_split)
     other = Recipe(**{**vars(RECIPE), **change})
-    assert equal(fit(tmp_path / "a", tiny_data, tiny_split, other).state, fit(tmp_path / "b", tiny_data, tiny_split, other).state)
+    assert equal(
+        fit(tmp_path / "a", tiny_data, tiny_split, other).state, fit(tmp_path / "b", tiny_data, tiny_split, other).state
+    )
 
 
 def test_a_damaged_checkpoint_is_named_and_training_starts_again(tmp_path, tiny_data, tiny_split, capsys):
@@ -122,7 +142,9 @@ def test_a_damaged_checkpoint_is_named_and_training_starts_again(tmp_path, tiny_
 
 
 def test_the_best_epoch_is_chosen_by_validation_alone(tmp_path, tiny_data, tiny_split, monkeypatch):
-    scores = iter([(1.0, 0.5), (1.0, 0.1), (1.0, 0.9), (1.0, 0.2), (1.0, 0.7), (1.0, 1.0)])  # validation, clean training, …
+    scores = iter(
+        [(1.0, 0.5), (1.0, 0.1), (1.0, 0.9), (1.0, 0.2), (1.0, 0.7), (1.0, 1.0)]
+    )  # validation, clean training, …
     monkeypatch.setattr(train, "score", lambda *args: next(scores))
     assert fit(tmp_path, tiny_data, tiny_split).best_epoch == 2
 
@@ -144,7 +166,13 @@ def test_a_batch_larger_than_the_data_is_refused(tmp_path, tiny_data, tiny_split
 
 def test_qat_freezes_observers_and_batchnorm_late(tmp_path, tiny_data, tiny_split):
     model = prepare_qat(network(), CustomQConfig.POWER2.qat)
-    fit(tmp_path, tiny_data, tiny_split, Recipe(epochs=2, batch_size=16, lr=0.01, freeze_at=0.5, augment=RECIPE.augment), model=model)
+    fit(
+        tmp_path,
+        tiny_data,
+        tiny_split,
+        Recipe(epochs=2, batch_size=16, lr=0.01, freeze_at=0.5, augment=RECIPE.augment),
+        model=model,
+    )
     fake = [module for module in model.modules() if isinstance(module, torch.ao.quantization.FakeQuantize)]
     fused = [module for module in model.modules() if hasattr(module, "freeze_bn")]
     assert fake and fused
@@ -192,7 +220,9 @@ class Evil:
         return os.system, (f"touch {self.path}",)
 
 
-@pytest.mark.parametrize("save", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))], ids=["torch", "pickle"])
+@pytest.mark.parametrize(
+    "save", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))], ids=["torch", "pickle"]
+)
 def test_a_pickle_that_would_execute_code_is_refused(tmp_path, save):
     save({"a": Evil(tmp_path / "executed")}, tmp_path / "weights.pt")
     with pytest.raises(LabError, match="refused|truncated"):
@@ -203,12 +233,25 @@ def test_a_pickle_that_would_execute_code_is_refused(tmp_path, save):
 def test_the_epoch_can_be_shortened(tmp_path, tiny_data, tiny_split, monkeypatch):
     step, calls = train._step, []
     monkeypatch.setattr(train, "_step", lambda *args: calls.append(1) or step(*args))
-    fit(tmp_path, tiny_data, tiny_split, Recipe(epochs=2, batch_size=16, lr=0.01, epoch_images=32, augment=RECIPE.augment))
+    fit(
+        tmp_path,
+        tiny_data,
+        tiny_split,
+        Recipe(epochs=2, batch_size=16, lr=0.01, epoch_images=32, augment=RECIPE.augment),
+    )
     assert len(calls) == 2 * 2
 
 
 def test_mixup_uses_one_share_for_pixels_and_loss(tiny_data):
-    recipe = Recipe(epochs=1, batch_size=8, lr=1e-9, mixup_alpha=1.0, mixup_prob=1.0, label_smoothing=0.0, augment=Augment(crop_padding=0, flip_prob=0))
+    recipe = Recipe(
+        epochs=1,
+        batch_size=8,
+        lr=1e-9,
+        mixup_alpha=1.0,
+        mixup_prob=1.0,
+        label_smoothing=0.0,
+        augment=Augment(crop_padding=0, flip_prob=0),
+    )
     model = network().double().float()
     images, labels = torch.from_numpy(tiny_data.train_images[:8]), torch.from_numpy(tiny_data.train_labels[:8])
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-9)

@@ -1,0 +1,260 @@
+"""Profiles hold the reference's values; overrides reach inside, and whatever does not fit is refused in one line."""
+
+import copy
+import dataclasses
+
+import pytest
+from labcore import LabError
+from labcore.config import PROFILES, SEED_MAX, check_seed, get_profile, override, parse_overrides
+
+
+def message_of(action) -> str:
+    """The text of the LabError that the action raises; it must be one line."""
+    with pytest.raises(LabError) as caught:
+        action()
+    text = str(caught.value)
+    assert text
+    assert "\n" not in text
+    return text
+
+
+@pytest.mark.parametrize(("typed", "meant"), [("cup", "cpu"), ("smok", "smoke"), ("referense", "reference"), ("ful", "full")])
+def test_a_mistyped_profile_names_the_nearest_one(typed, meant):
+    assert f"did you mean {meant!r}?" in message_of(lambda: get_profile(typed))
+
+
+def test_a_profile_like_no_other_lists_all_of_them():
+    text = message_of(lambda: get_profile("zzzzzz"))
+    assert all(name in text for name in PROFILES)
+
+
+@pytest.mark.parametrize(("typed", "meant"), [("widht", "width"), ("fp32.epoch", "epochs"), ("qat.augment.cutuot", "cutout"), ("fp23", "fp32")])
+def test_a_mistyped_parameter_names_the_nearest_one(typed, meant):
+    text = message_of(lambda: get_profile("cpu", **{typed: "2"}))
+    assert f"did you mean {meant!r}?" in text
+
+
+@pytest.mark.parametrize("dotted", ["fp32", "fp32.", "fp32.augment", "width.epochs", "fp32.lr.x", ".epochs", ".", "fp32..lr", "__class__", "fp32.__init__"])
+def test_a_name_that_leads_to_no_single_value_is_refused(dotted):
+    assert "unknown parameter" in message_of(lambda: get_profile("cpu", **{dotted: "2"}))
+
+
+def test_the_name_of_a_profile_cannot_be_overridden():
+    message_of(lambda: get_profile("cpu", **parse_overrides("name=mine")))
+
+
+@pytest.mark.parametrize(
+    ("dotted", "text", "value"),
+    [
+        ("width", "16", 16),
+        ("arch", "resnet18", "resnet18"),
+        ("data", "digits", "digits"),
+        ("fp32.epochs", "2", 2),
+        ("qat.lr", "1e-3", 1e-3),
+        ("fp32.augment.cutout", "4", 4),
+        ("qat.augment.erasing_scale", "0.1,0.2", (0.1, 0.2)),
+        ("qat.augment.erasing_ratio", "(0.5,2)", (0.5, 2.0)),
+    ],
+)
+def test_an_override_arrives_with_the_type_of_what_it_replaces(dotted, text, value):
+    found = get_profile("cpu", **{dotted: text})
+    for name in dotted.split("."):
+        found = getattr(found, name)
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_an_override_changes_nothing_else():
+    changed = get_profile("cpu", **{"fp32.augment.cutout": "4"})
+    back = dataclasses.replace(changed, fp32=dataclasses.replace(changed.fp32, augment=PROFILES["cpu"].fp32.augment))
+    assert changed != PROFILES["cpu"]
+    assert back == PROFILES["cpu"]
+
+
+def test_an_override_never_changes_the_original():
+    before = copy.deepcopy(PROFILES)
+    get_profile("reference", **{"width": "16", "fp32.epochs": "2", "qat.augment.cutout": "4"})
+    assert before == PROFILES
+
+
+def test_no_override_gives_the_profile_itself():
+    assert get_profile("full") == PROFILES["full"]
+
+
+@pytest.mark.parametrize(
+    "pairs",
+    [
+        ["fp32.lr=0.9", "fp32.lr_min=0.8"],
+        ["fp32.augment.scale_min=1.2", "fp32.augment.scale_max=1.5"],
+    ],
+)
+def test_the_order_of_overrides_does_not_matter(pairs):
+    forward, backward = (get_profile("cpu", **parse_overrides(" ".join(order))) for order in (pairs, pairs[::-1]))
+    assert forward == backward
+
+
+@pytest.mark.parametrize("value", ["", "abc", "1.5", "1e2", "nan", "0x10", "--1", "9" * 5000])
+def test_text_that_is_no_whole_number_is_no_width(value):
+    assert "width must be int" in message_of(lambda: get_profile("cpu", width=value))
+
+
+@pytest.mark.parametrize("value", [None, [16], 16.5, {"a": 1}])
+def test_a_value_of_another_type_is_refused_from_python_too(value):
+    assert "width" in message_of(lambda: get_profile("cpu", width=value))
+
+
+@pytest.mark.parametrize(
+    ("dotted", "value"),
+    [
+        ("width", "0"),
+        ("width", "2000"),
+        ("width", "-8"),
+        ("image_size", "7"),
+        ("image_size", "4096"),
+        ("arch", "resnet99"),
+        ("stem", "Cifar"),
+        ("calibration_images", "0"),
+        ("eval_batch_size", "0"),
+        ("latency_rounds", "2"),
+        ("latency_runs", "0"),
+        ("validation_fraction", "0"),
+        ("validation_fraction", "1"),
+        ("validation_fraction", "nan"),
+        ("fp32.epochs", "0"),
+        ("fp32.epochs", "100001"),
+        ("fp32.batch_size", "0"),
+        ("fp32.epoch_images", "-1"),
+        ("fp32.lr", "0"),
+        ("fp32.lr", "-0.1"),
+        ("fp32.lr", "nan"),
+        ("fp32.lr", "inf"),
+        ("fp32.lr_min", "0.5"),
+        ("fp32.lr_min", "nan"),
+        ("fp32.schedule", "linear"),
+        ("fp32.restart_epochs", "0"),
+        ("fp32.restart_mult", "0"),
+        ("fp32.warmup", "1"),
+        ("fp32.momentum", "1"),
+        ("fp32.label_smoothing", "-0.1"),
+        ("fp32.weight_decay", "-1"),
+        ("fp32.weight_decay", "nan"),
+        ("fp32.weight_decay", "inf"),
+        ("fp32.mixup_alpha", "inf"),
+        ("fp32.mixup_prob", "1.1"),
+        ("fp32.clip_norm", "-1"),
+        ("qat.freeze_at", "1.01"),
+        ("qat.freeze_at", "nan"),
+        ("fp32.augment.crop_padding", "33"),
+        ("fp32.augment.flip_prob", "nan"),
+        ("fp32.augment.hue", "0.6"),
+        ("fp32.augment.brightness", "1.5"),
+        ("fp32.augment.translate", "-0.1"),
+        ("fp32.augment.rotation_degrees", "181"),
+        ("fp32.augment.scale_min", "0"),
+        ("fp32.augment.scale_min", "1.1"),
+        ("fp32.augment.scale_max", "0.9"),
+        ("fp32.augment.scale_max", "inf"),
+        ("fp32.augment.cutout", "-1"),
+        ("fp32.augment.erasing_prob", "2"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_by_name(dotted, value):
+    assert dotted.split(".")[-1] in message_of(lambda: get_profile("cpu", **{dotted: value}))
+
+
+@pytest.mark.parametrize("name", ["erasing_scale", "erasing_ratio"])
+@pytest.mark.parametrize("value", ["0.1", "0.1,0.2,0.3", "0.4,0.1", "-1,2", "nan,nan", "0.1,inf", "a,b", ","])
+def test_an_erasing_range_needs_two_ordered_positive_numbers(name, value):
+    assert name in message_of(lambda: get_profile("cpu", **{f"fp32.augment.{name}": value}))
+
+
+@pytest.mark.parametrize("edge", [("width", 1), ("width", 1024), ("image_size", 8), ("image_size", 512), ("latency_rounds", 3)])
+def test_the_ends_of_a_range_are_inside(edge):
+    assert getattr(get_profile("cpu", **dict([edge])), edge[0]) == edge[1]
+
+
+@pytest.mark.parametrize(
+    ("text", "pairs"),
+    [
+        (None, {}),
+        ("", {}),
+        ("  \t ", {}),
+        ("width=16", {"width": "16"}),
+        (" fp32.epochs=2\twidth=16 ", {"fp32.epochs": "2", "width": "16"}),
+        ("data=a=b", {"data": "a=b"}),
+    ],
+)
+def test_overrides_are_pairs_between_blanks(text, pairs):
+    assert parse_overrides(text) == pairs
+
+
+@pytest.mark.parametrize("text", ["width", "width=", "=16", "=", "width = 16", "width=16 epochs", "width:16"])
+def test_an_override_that_is_no_pair_is_refused_with_an_example(text):
+    assert "example: SET=" in message_of(lambda: parse_overrides(text))
+
+
+@pytest.mark.parametrize(("seed", "value"), [(0, 0), ("0", 0), ("42", 42), (SEED_MAX, 2**32 - 1), (str(SEED_MAX), 2**32 - 1)])
+def test_a_seed_is_a_whole_number(seed, value):
+    assert check_seed(seed) == value
+
+
+@pytest.mark.parametrize("seed", [-1, "-1", 2**32, str(2**32), "abc", "1.5", 1.5, "", None, True, "nan", "1e3", "9" * 5000])
+def test_anything_else_is_no_seed(seed):
+    assert message_of(lambda: check_seed(seed)).startswith("SEED must be a whole number")
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_every_profile_is_valid(name):
+    profile = PROFILES[name]
+    assert profile.name == name
+    assert override(profile, {"width": profile.width}) == profile
+
+
+REFERENCE_RECIPE = {
+    "epochs": 300,
+    "batch_size": 256,
+    "epoch_images": 0,
+    "momentum": 0.9,
+    "weight_decay": 1e-4,
+    "lr": 0.3,
+    "schedule": "warm_restarts",
+    "restart_epochs": 50,
+    "restart_mult": 2,
+    "lr_min": 1e-4,
+    "warmup": 0.0,
+    "label_smoothing": 0.05,
+    "mixup_alpha": 0.2,
+    "mixup_prob": 0.5,
+    "clip_norm": 1.0,
+}
+REFERENCE_AUGMENT = {
+    "crop_padding": 4,
+    "flip_prob": 0.5,
+    "brightness": 0.3,
+    "contrast": 0.3,
+    "saturation": 0.3,
+    "hue": 0.1,
+    "rotation_degrees": 20,
+    "translate": 0.1,
+    "scale_min": 0.9,
+    "scale_max": 1.1,
+    "cutout": 0,
+    "erasing_prob": 0.6,
+    "erasing_scale": (0.02, 0.4),
+    "erasing_ratio": (0.3, 3.3),
+}
+
+
+def test_the_reference_is_trained_as_its_report_says():
+    recipe = dataclasses.asdict(PROFILES["reference"].fp32)
+    assert {name: recipe[name] for name in REFERENCE_RECIPE} == REFERENCE_RECIPE
+
+
+@pytest.mark.parametrize("stage", ["fp32", "qat"])
+def test_the_reference_is_augmented_as_its_report_says(stage):
+    assert dataclasses.asdict(getattr(PROFILES["reference"], stage).augment) == REFERENCE_AUGMENT
+
+
+def test_the_reference_is_a_resnet50_with_a_cifar_stem():
+    profile = PROFILES["reference"]
+    assert (profile.arch, profile.stem, profile.width, profile.image_size) == ("resnet50", "cifar", 64, 32)
