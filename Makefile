@@ -34,7 +34,7 @@ test: $(VENV)/.installed
 	@$(VENV)/bin/python -m pytest
 
 lab: $(VENV)/.installed
-	@$(VENV)/bin/jupyter lab --ip=127.0.0.1 --port=$(PORT) notebooks
+	@$(VENV)/bin/jupyter lab --ip=127.0.0.1 --port=$(PORT) --allow-root notebooks
 
 $(VENV)/.installed: requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo 'error: Python 3.11 or newer is needed, found '"$$($(PYTHON) --version)"'; give another with PYTHON=python3.12' >&2; exit 1; }

@@ -8,8 +8,12 @@ import json
 import os
 import platform
 import subprocess
+import zipfile
+import zlib
 from importlib import metadata
 from pathlib import Path
+
+import numpy as np
 
 from labcore import LabError
 
@@ -95,6 +99,24 @@ def read_json(path: Path):
         raise LabError(f"{path} is damaged ({error}): delete it and run make report again.") from None
 
 
+# What reading a damaged or foreign .npz file can raise.
+NPZ_ERRORS = (OSError, ValueError, EOFError, TypeError, RuntimeError, zipfile.BadZipFile, zlib.error)
+
+
+def write_npz(path: Path, **arrays: np.ndarray) -> None:
+    """Write arrays by name, atomically; the same arrays give the same bytes."""
+    with atomic_path(path) as partial, open(partial, "wb") as stream:
+        np.savez(stream, **arrays)
+
+
+def read_npz(path: Path) -> dict[str, np.ndarray]:
+    """All arrays of a file, read whole; no pickle is executed. Raises one of NPZ_ERRORS where it is damaged."""
+    with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as stored:
+        if isinstance(stored, np.ndarray):
+            raise ValueError("one array instead of several by name")
+        return {name: stored[name] for name in stored.files}
+
+
 def cpu_name() -> str:
     """The processor's name, as the system gives it."""
     with contextlib.suppress(OSError):
@@ -127,7 +149,16 @@ def git_commit() -> str:
 
 def versions() -> dict[str, str]:
     """Python and the packages that numbers depend on, without importing them."""
-    packages = ("torch", "torchvision", "numpy", "pandas", "papermill", "matplotlib", "scikit-learn", "statsmodels")
+    packages = (
+        "torch",
+        "torchvision",
+        "numpy",
+        "pandas",
+        "papermill",
+        "matplotlib",
+        "scikit-learn",
+        "statsmodels",
+    )
     found = {"python": platform.python_version()}
     for name in packages:
         with contextlib.suppress(metadata.PackageNotFoundError):

@@ -47,13 +47,27 @@ class Augment:
     def __post_init__(self):
         _check("augment.crop_padding", self.crop_padding, 0 <= self.crop_padding <= 32, "in 0 … 32 pixels")
         _check("augment.flip_prob", self.flip_prob, 0 <= self.flip_prob <= 1, "a probability in [0, 1]")
-        _check("augment.erasing_prob", self.erasing_prob, 0 <= self.erasing_prob <= 1, "a probability in [0, 1]")
+        _check(
+            "augment.erasing_prob", self.erasing_prob, 0 <= self.erasing_prob <= 1, "a probability in [0, 1]"
+        )
         _check("augment.hue", self.hue, 0 <= self.hue <= 0.5, "in [0, 0.5]")
         for name in ("brightness", "contrast", "saturation"):
             _check(f"augment.{name}", getattr(self, name), 0 <= getattr(self, name) <= 1, "in [0, 1]")
-        _check("augment.translate", self.translate, 0 <= self.translate <= 1, "a share of the image in [0, 1]")
-        _check("augment.rotation_degrees", self.rotation_degrees, 0 <= self.rotation_degrees <= 180, "in [0, 180]")
-        _check("augment.scale_min", self.scale_min, 0 < self.scale_min <= self.scale_max, "above 0, at most scale_max")
+        _check(
+            "augment.translate", self.translate, 0 <= self.translate <= 1, "a share of the image in [0, 1]"
+        )
+        _check(
+            "augment.rotation_degrees",
+            self.rotation_degrees,
+            0 <= self.rotation_degrees <= 180,
+            "in [0, 180]",
+        )
+        _check(
+            "augment.scale_min",
+            self.scale_min,
+            0 < self.scale_min <= self.scale_max,
+            "above 0, at most scale_max",
+        )
         _check("augment.cutout", self.cutout, self.cutout >= 0, "0 or a side in pixels")
 
 
@@ -147,7 +161,9 @@ _smoke = replace(
     data="digits",
     width=8,
     fp32=Recipe(epochs=3, batch_size=64, lr=0.2, augment=Augment(crop_padding=2, flip_prob=0.0)),
-    qat=Recipe(epochs=1, batch_size=64, lr=0.02, freeze_at=0.67, augment=Augment(crop_padding=2, flip_prob=0.0)),
+    qat=Recipe(
+        epochs=1, batch_size=64, lr=0.02, freeze_at=0.67, augment=Augment(crop_padding=2, flip_prob=0.0)
+    ),
     calibration_images=128,
     latency_rounds=5,
     latency_runs=3,
@@ -158,8 +174,12 @@ _full = replace(
     name="full",
     arch="resnet50",
     width=64,
-    fp32=Recipe(epochs=100, batch_size=512, lr=0.4, weight_decay=5e-4, warmup=0.1, augment=Augment(cutout=16)),
-    qat=Recipe(epochs=10, batch_size=512, lr=0.01, weight_decay=5e-4, freeze_at=0.5, augment=Augment(cutout=16)),
+    fp32=Recipe(
+        epochs=100, batch_size=512, lr=0.4, weight_decay=5e-4, warmup=0.1, augment=Augment(cutout=16)
+    ),
+    qat=Recipe(
+        epochs=10, batch_size=512, lr=0.01, weight_decay=5e-4, freeze_at=0.5, augment=Augment(cutout=16)
+    ),
     latency_rounds=50,
     latency_runs=20,
 )
@@ -253,7 +273,9 @@ def parse_overrides(text: str | None) -> dict[str, str]:
     for part in (text or "").split():
         name, sign, value = part.partition("=")
         if not sign or not name or not value:
-            raise LabError(f"SET= takes name=value pairs separated by blanks, found {part!r}; example: SET='width=16'.")
+            raise LabError(
+                f"SET= takes name=value pairs separated by blanks, found {part!r}; example: SET='width=16'."
+            )
         pairs[name] = value
     return pairs
 

@@ -81,9 +81,7 @@ def load_data(source: str | None, image_size: int = 32) -> ImageData:
         try:
             return _cifar("cifar10", image_size)
         except LabError as error:
-            notice = (
-                f"CIFAR-10 could not be had ({error}) Everything below uses scikit-learn's embedded digits instead."
-            )
+            notice = f"CIFAR-10 could not be had ({error}) Everything below uses scikit-learn's embedded digits instead."
             print(f"warning: {notice}", file=sys.stderr)
             digits = _digits(image_size)
             return replace(digits, label=f"{digits.label} (CIFAR-10 could not be had)", notice=notice)
@@ -104,7 +102,9 @@ def make_split(labels: np.ndarray, validation_fraction: float, calibration_image
     rng = np.random.RandomState(seed)
     indices = np.arange(len(labels))
     try:
-        train, validation = train_test_split(indices, test_size=validation_fraction, stratify=labels, random_state=rng)
+        train, validation = train_test_split(
+            indices, test_size=validation_fraction, stratify=labels, random_state=rng
+        )
         calibration = train
         if calibration_images < len(train):
             calibration, _ = train_test_split(
@@ -123,7 +123,11 @@ def save_split(path: Path, split: Split) -> None:
     """Write the indices with their hash."""
     with atomic_path(path) as partial, open(partial, "wb") as stream:
         np.savez(
-            stream, train=split.train, validation=split.validation, calibration=split.calibration, sha256=split.sha256
+            stream,
+            train=split.train,
+            validation=split.validation,
+            calibration=split.calibration,
+            sha256=split.sha256,
         )
 
 
@@ -136,7 +140,9 @@ def load_split(path: Path) -> Split:
     except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise LabError(f"{path} cannot be read as a split ({error}): delete it and run again.") from None
     if split.sha256 != expected:
-        raise LabError(f"{path}: expected hash {expected[:12]}, found {split.sha256[:12]}; delete it and run again.")
+        raise LabError(
+            f"{path}: expected hash {expected[:12]}, found {split.sha256[:12]}; delete it and run again."
+        )
     return split
 
 
@@ -179,7 +185,9 @@ def _cifar(name: str, image_size: int) -> ImageData:
     else:
         images = np.stack([_to_array(Image.fromarray(image), image_size) for image in images])
     labels = np.array(train.targets + test.targets)
-    return _image_data(label, tuple(train.classes), images, labels, np.arange(len(labels)) >= len(train.targets))
+    return _image_data(
+        label, tuple(train.classes), images, labels, np.arange(len(labels)) >= len(train.targets)
+    )
 
 
 def _image_data(
@@ -190,7 +198,13 @@ def _image_data(
     for part in (images, labels, is_test):
         digest.update(np.ascontiguousarray(part))
     return ImageData(
-        label, digest.hexdigest(), classes, images[~is_test], labels[~is_test], images[is_test], labels[is_test]
+        label,
+        digest.hexdigest(),
+        classes,
+        images[~is_test],
+        labels[~is_test],
+        images[is_test],
+        labels[is_test],
     )
 
 
@@ -227,7 +241,11 @@ def _own_images(path: Path, image_size: int) -> ImageData:
         cached = arrays
     label = KNOWN_COPIES.get(key, f"own images: {path.name}")
     data = _image_data(
-        label, tuple(str(name) for name in cached["classes"]), cached["images"], cached["labels"], cached["is_test"]
+        label,
+        tuple(str(name) for name in cached["classes"]),
+        cached["images"],
+        cached["labels"],
+        cached["is_test"],
     )
     return data
 
@@ -304,7 +322,9 @@ def _zip_members(archive: Path) -> Iterator[Member]:
                 if not info.is_dir():
                     yield name, lambda info=info: packed.read(info)
     except (zipfile.BadZipFile, EOFError, zlib.error, OSError, RuntimeError) as error:
-        raise LabError(f"{archive} is truncated, locked or no archive ({error}): fetch or pack it again.") from error
+        raise LabError(
+            f"{archive} is truncated, locked or no archive ({error}): fetch or pack it again."
+        ) from error
 
 
 def _place(name: str) -> tuple[str, str] | None:
@@ -328,7 +348,9 @@ def _to_array(image: Image.Image, size: int) -> np.ndarray:
         ratio = size / min(image.size)
         width, height = (max(size, round(side * ratio)) for side in image.size)
         left, top = (width - size) // 2, (height - size) // 2
-        image = image.resize((width, height), Image.Resampling.BILINEAR).crop((left, top, left + size, top + size))
+        image = image.resize((width, height), Image.Resampling.BILINEAR).crop(
+            (left, top, left + size, top + size)
+        )
     return np.asarray(image).transpose(2, 0, 1)
 
 
@@ -358,7 +380,9 @@ def _decode_all(source: Path, members: Iterator[Member], size: int) -> tuple[str
                 continue
             content = read()
             places.append((*place, name))
-            digests.append(f"{place[0]}/{place[1]}/{PurePosixPath(name).name} {hashlib.sha256(content).hexdigest()}")
+            digests.append(
+                f"{place[0]}/{place[1]}/{PurePosixPath(name).name} {hashlib.sha256(content).hexdigest()}"
+            )
             batch.append((name, content))
             if len(batch) == 1024:
                 flush()
@@ -378,7 +402,9 @@ def _check_classes(source: Path, places: list[tuple[str, str, str]], left_out: i
     counts = {split: Counter(name for place, name, _ in places if place == split) for split in SPLITS}
     expected = "expected train/<class>/<image> and test/<class>/<image>"
     if not places:
-        raise LabError(f"DATA={source}: {expected}, found no image ({left_out} other files); check the folder names.")
+        raise LabError(
+            f"DATA={source}: {expected}, found no image ({left_out} other files); check the folder names."
+        )
     for split in SPLITS:
         if not counts[split]:
             raise LabError(f"DATA={source}: {expected}, found nothing in {split}/; add it.")

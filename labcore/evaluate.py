@@ -1,7 +1,6 @@
 """Accuracy with its uncertainty, paired comparison, confusion, latency. Everything starts from saved logits."""
 
 import time
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +13,15 @@ from statsmodels.stats.weightstats import DescrStatsW
 from torch import Tensor, nn
 
 from labcore import LabError
-from labcore.artifacts import atomic_path
+from labcore.artifacts import NPZ_ERRORS, read_npz, write_npz
 from labcore.progress import progress
 from labcore.transforms import normalize
 
 
 @torch.no_grad()
-def predict(model: nn.Module, images: np.ndarray, batch_size: int = 500, description: str = "evaluate") -> np.ndarray:
+def predict(
+    model: nn.Module, images: np.ndarray, batch_size: int = 500, description: str = "evaluate"
+) -> np.ndarray:
     """Logits (N, classes) in float32, without autocast, for uint8 images (N, 3, H, W); on the model's own device."""
     model.eval()
     place = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
@@ -35,16 +36,15 @@ def predict(model: nn.Module, images: np.ndarray, batch_size: int = 500, descrip
 
 def save_logits(path: Path, logits: np.ndarray, labels: np.ndarray) -> None:
     """Write logits with the labels they belong to."""
-    with atomic_path(path) as partial, open(partial, "wb") as stream:
-        np.savez(stream, logits=logits, labels=labels)
+    write_npz(path, logits=logits, labels=labels)
 
 
 def load_logits(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """(logits, labels); LabError when the file is missing or damaged."""
     try:
-        with np.load(path) as stored:
-            return stored["logits"], stored["labels"]
-    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        stored = read_npz(path)
+        return stored["logits"], stored["labels"]
+    except (KeyError, *NPZ_ERRORS) as error:
         raise LabError(f"{path} cannot be read ({error}): run the stage that writes it again.") from None
 
 
@@ -74,7 +74,10 @@ def compare_paired(before: np.ndarray, after: np.ndarray, labels: np.ndarray) ->
         p_value of McNemar's exact test (McNemar, 1947): how often chance alone splits the discordant images so unevenly.
     """
     right_before, right_after = before.argmax(1) == labels, after.argmax(1) == labels
-    only_before, only_after = int((right_before & ~right_after).sum()), int((~right_before & right_after).sum())
+    only_before, only_after = (
+        int((right_before & ~right_after).sum()),
+        int((~right_before & right_after).sum()),
+    )
     both, neither = int((right_before & right_after).sum()), int((~right_before & ~right_after).sum())
     drop = DescrStatsW(100.0 * (right_before.astype(float) - right_after))
     low, high = drop.tconfint_mean(alpha=0.05) if only_before + only_after else (0.0, 0.0)
@@ -104,7 +107,9 @@ def class_accuracy(logits: np.ndarray, labels: np.ndarray, classes: tuple[str, .
 
 
 @torch.no_grad()
-def latency(models: dict[str, nn.Module], images: Tensor, rounds: int, runs: int, warmup: int = 10) -> pd.DataFrame:
+def latency(
+    models: dict[str, nn.Module], images: Tensor, rounds: int, runs: int, warmup: int = 10
+) -> pd.DataFrame:
     """Time per call, measured side by side.
 
     In every round each model runs `runs` times on `images` (B, 3, H, W); the order changes from round to round, so that a
@@ -126,7 +131,9 @@ def latency(models: dict[str, nn.Module], images: Tensor, rounds: int, runs: int
                     began = time.perf_counter()
                     models[name](images)
                     seconds.append(time.perf_counter() - began)
-                rows.append({"round": number, "model": str(name), "latency_ms": 1000 * float(np.median(seconds))})
+                rows.append(
+                    {"round": number, "model": str(name), "latency_ms": 1000 * float(np.median(seconds))}
+                )
             bar.update()
     return pd.DataFrame(rows)
 
@@ -141,5 +148,9 @@ def latency_table(measured: pd.DataFrame, baseline: str) -> pd.DataFrame:
     ratio = wide[[baseline]].to_numpy() / wide
     columns = {}
     for name, table in (("latency_ms", wide), ("speedup", ratio)):
-        columns |= {name: table.median(), f"{name}_low": table.quantile(0.25), f"{name}_high": table.quantile(0.75)}
+        columns |= {
+            name: table.median(),
+            f"{name}_low": table.quantile(0.25),
+            f"{name}_high": table.quantile(0.75),
+        }
     return pd.DataFrame(columns).loc[list(dict.fromkeys(measured["model"]))]

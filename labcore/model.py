@@ -85,7 +85,9 @@ class QuantizableResNet(nn.Module):
         stem: "cifar" (3×3, stride 1, no pooling, for 32×32 images) or "imagenet" (7×7, stride 2, max pooling).
     """
 
-    def __init__(self, block, layers: list[int], num_classes: int = 1000, width: int = 64, stem: str = "imagenet"):
+    def __init__(
+        self, block, layers: list[int], num_classes: int = 1000, width: int = 64, stem: str = "imagenet"
+    ):
         super().__init__()
         self.quant = QuantStub()
         self.inplanes = width

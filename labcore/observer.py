@@ -28,7 +28,7 @@ def scale_approximate(scale: float | Tensor, max_shift_amount: int | None = 8) -
     m >= sqrt(1/2) and e - 1 elsewhere): exact, the same on CPU and GPU, and without waiting for the device.
 
     Args:
-        scale: a number, or a float32 tensor of any shape.
+        scale: a number, or a float tensor of any shape.
         max_shift_amount: 0 … 126, or None for no clamp but float32's own range.
 
     Returns:
@@ -45,13 +45,14 @@ def scale_approximate(scale: float | Tensor, max_shift_amount: int | None = 8) -
     low = EXPONENT_MIN if max_shift_amount is None else -max_shift_amount
     high = EXPONENT_MAX if max_shift_amount is None else max_shift_amount
     if not isinstance(scale, Tensor):
-        return (
-            scale_approximate(torch.tensor(scale, dtype=torch.float32), max_shift_amount).item() if scale > 0 else scale
-        )
+        number = torch.tensor(scale, dtype=torch.float64)
+        return scale_approximate(number, max_shift_amount).item() if scale > 0 else scale
     mantissa, exponent = torch.frexp(scale.clamp(max=torch.finfo(torch.float32).max))
-    exponent = (exponent - (mantissa < _SQRT_HALF).to(exponent.dtype)).clamp(low, high)
-    power = ((exponent + 127) << 23).view(torch.float32)  # the exponent field of a float32: exactly 2^exponent
-    return torch.where(scale > 0, power, scale)
+    exponent = (exponent - (mantissa.double() < _SQRT_HALF).to(exponent.dtype)).clamp(low, high)
+    power = ((exponent + 127) << 23).view(
+        torch.float32
+    )  # the exponent field of a float32: exactly 2^exponent
+    return torch.where(scale > 0, power.to(scale.dtype), scale)
 
 
 class PowerOfTwoObserver(UniformQuantizationObserverBase):
@@ -98,7 +99,9 @@ class PowerOfTwoObserver(UniformQuantizationObserverBase):
     ):
         super().__init__(dtype=dtype, qscheme=qscheme, quant_min=quant_min, quant_max=quant_max, **kwargs)
         if averaging_constant is not None and not 0 < averaging_constant <= 1:
-            raise LabError(f"averaging_constant must be in (0, 1] or None, found {averaging_constant!r}; change it.")
+            raise LabError(
+                f"averaging_constant must be in (0, 1] or None, found {averaging_constant!r}; change it."
+            )
         scale_approximate(1.0, max_shift_amount)  # checks the range
         self.max_shift_amount = max_shift_amount
         self.averaging_constant = averaging_constant
@@ -113,7 +116,7 @@ class PowerOfTwoObserver(UniformQuantizationObserverBase):
         if x.numel() == 0:
             return x
         values = x.detach()
-        if self.ch_axis >= 0:
+        if self.qscheme in _PER_CHANNEL:
             channels = (
                 values.transpose(0, self.ch_axis).flatten(1) if values.dim() > 1 else values.unsqueeze(1)
             )  # (C, n)
@@ -130,7 +133,9 @@ class PowerOfTwoObserver(UniformQuantizationObserverBase):
         else:
             first = self.min_val > self.max_val
             new_low = torch.where(first, low, self.min_val + self.averaging_constant * (low - self.min_val))
-            new_high = torch.where(first, high, self.max_val + self.averaging_constant * (high - self.max_val))
+            new_high = torch.where(
+                first, high, self.max_val + self.averaging_constant * (high - self.max_val)
+            )
         self.min_val.copy_(torch.where(usable, new_low, self.min_val))
         self.max_val.copy_(torch.where(usable, new_high, self.max_val))
         return x
@@ -144,7 +149,11 @@ class PowerOfTwoObserver(UniformQuantizationObserverBase):
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
         """(scale, zero_point): float32 and int64, each of shape (1,) per tensor or (C,) per channel."""
-        scale = scale_approximate(self.raw_scale(), self.max_shift_amount)
+        raw = self.raw_scale()
+        scale = scale_approximate(raw, self.max_shift_amount)
+        if self.dtype == torch.quint8 and self.quant_max < 255:
+            # Kernels clamp to all of quint8, so only a scale rounded up keeps values inside a narrower range.
+            scale = torch.where(scale < raw, 2 * scale, scale)
         if self.qscheme not in _SYMMETRIC:
             zero_point = self.quant_min - torch.round(self.min_val.clamp(max=0) / scale)
             zero_point = zero_point.clamp(self.quant_min, self.quant_max).to(torch.int64)
@@ -174,7 +183,11 @@ def has_vnni() -> bool:
 
     Without it, x86 kernels add two products of uint8 and int8 in 16 bits, which saturate.
     """
-    return bool(torch.cpu._is_vnni_supported()) or torch.backends.quantized.engine not in ("x86", "fbgemm", "onednn")
+    return bool(torch.cpu._is_vnni_supported()) or torch.backends.quantized.engine not in (
+        "x86",
+        "fbgemm",
+        "onednn",
+    )
 
 
 def activation_range() -> tuple[int, int]:

@@ -108,7 +108,9 @@ class Pipeline:
         }
         for name in stage.needs:
             stamp = self.stamp(name)
-            results = {path: digest for path, digest in stamp.get("outputs", {}).items() if path.startswith("runs/")}
+            results = {
+                path: digest for path, digest in stamp.get("outputs", {}).items() if path.startswith("runs/")
+            }
             parts[f"the results of stage {name}"] = sha256_json(
                 {p: d for p, d in results.items() if not p.endswith(_NO_RESULT)}
             )
@@ -134,7 +136,9 @@ class Pipeline:
         return {}
 
     def _prose_hash(self, stage: Stage) -> str:
-        return sha256_json([_source(cell) for cell in _cells(self.notebook(stage)) if cell["cell_type"] != "code"])
+        return sha256_json(
+            [_source(cell) for cell in _cells(self.notebook(stage)) if cell["cell_type"] != "code"]
+        )
 
     def stale(self, name: str, inputs: dict[str, str]) -> str:
         """Why something must be made again, in words; empty where it need not."""
@@ -167,7 +171,9 @@ class Pipeline:
             elif reason:
                 doubtful.append(stage.name)
             rows.append((stage.name, reason))
-        reason = f"waits for: {', '.join(doubtful)}" if doubtful else self.stale("report", self._report_inputs())
+        reason = (
+            f"waits for: {', '.join(doubtful)}" if doubtful else self.stale("report", self._report_inputs())
+        )
         return [*rows, ("report", reason)]
 
     def run(self) -> None:
@@ -218,7 +224,12 @@ class Pipeline:
         self._stamp_path(stage.name).unlink(missing_ok=True)
         for figure in self.figures.glob(f"{stage.prefix}_*.png"):
             figure.unlink()
-        parameters = {"PROFILE": self.profile.name, "DATA": self.source, "SEED": self.seed, "SET": self.overrides}
+        parameters = {
+            "PROFILE": self.profile.name,
+            "DATA": self.source,
+            "SEED": self.seed,
+            "SET": self.overrides,
+        }
         partial = self.folder / f"{stage.notebook}.partial.ipynb"
         notebook = execute(self.notebook(stage), partial, parameters, self.folder / "progress.log")
         write_executed(self.executed(stage), notebook)
@@ -244,7 +255,9 @@ class Pipeline:
         print(f"{stage.notebook}: new prose, nothing run")
 
     def _report_inputs(self) -> dict[str, str]:
-        parts = {f"report/{path.name}": sha256_file(path) for path in sorted((ROOT / "report").glob("template*"))}
+        parts = {
+            f"report/{path.name}": sha256_file(path) for path in sorted((ROOT / "report").glob("template*"))
+        }
         for name in ("report", "tables"):
             parts[f"labcore/{name}.py"] = code_hash(ROOT / "labcore" / f"{name}.py")
         for stage in STAGES:
@@ -279,7 +292,9 @@ class Pipeline:
 
 def check_make_variables(text: str) -> None:
     """What was given on make's command line ("PROFIL=smoke"): LabError with the nearest name for an unknown one."""
-    for name in re.findall(r"(?:^|\s)([A-Za-z_]\w*)\s*:?=", re.sub(r"\\.", "_", text)):  # make escapes blanks in values
+    for name in re.findall(
+        r"(?:^|\s)([A-Za-z_]\w*)\s*:?=", re.sub(r"\\.", "_", text)
+    ):  # make escapes blanks in values
         if name not in MAKE_VARIABLES:
             raise LabError(f"make knows no variable {name!r}: {nearest(name, MAKE_VARIABLES)}")
 

@@ -86,7 +86,9 @@ def curves(history: pd.DataFrame, best_epoch: int) -> Figure:
 def lr_curve(epochs: np.ndarray, rates: dict[str, np.ndarray]) -> Figure:
     """Learning rate against the epoch for one or more schedules."""
     figure, axes = _figure(height=2.8)
-    for (name, rate), color, line in zip(rates.items(), (_VAL, "#d1603d", "0.5"), ("-", "--", ":"), strict=False):
+    for (name, rate), color, line in zip(
+        rates.items(), (_VAL, "#d1603d", "0.5"), ("-", "--", ":"), strict=False
+    ):
         axes[0, 0].plot(epochs, rate, line, color=color, label=name)
     axes[0, 0].set(xlabel="epoch", ylabel="learning rate", title="Learning rate")
     axes[0, 0].legend(fontsize=8)
@@ -97,14 +99,22 @@ def scale_staircase(scales: np.ndarray, approximated: np.ndarray) -> Figure:
     """The rounding of a scale, and the ratio it causes."""
     figure, axes = _figure(2)
     axes[0, 0].plot(scales, scales, color="0.65", linestyle="--", label="scale as observed")
-    axes[0, 0].plot(scales, approximated, color=COLORS["ptq"], drawstyle="steps-mid", label="scale_approximate(scale)")
-    axes[0, 0].set(xscale="log", yscale="log", xlabel="scale", ylabel="scale after rounding", title="The staircase")
+    axes[0, 0].plot(
+        scales, approximated, color=COLORS["ptq"], drawstyle="steps-mid", label="scale_approximate(scale)"
+    )
+    axes[0, 0].set(
+        xscale="log", yscale="log", xlabel="scale", ylabel="scale after rounding", title="The staircase"
+    )
     axes[0, 0].legend(fontsize=8)
     axes[0, 1].plot(scales, approximated / scales, color=COLORS["ptq"])
     for limit in (2**0.5, 2**-0.5):
         axes[0, 1].axhline(limit, color="0.5", linewidth=1, linestyle=":")
-    axes[0, 1].set(xscale="log", ylim=(0, 4), xlabel="scale", ylabel="rounded / observed", title="The error it makes")
-    axes[0, 1].annotate("coarser steps", (0.98, 1.6), xycoords=("axes fraction", "data"), ha="right", fontsize=8)
+    axes[0, 1].set(
+        xscale="log", ylim=(0, 4), xlabel="scale", ylabel="rounded / observed", title="The error it makes"
+    )
+    axes[0, 1].annotate(
+        "coarser steps", (0.98, 1.6), xycoords=("axes fraction", "data"), ha="right", fontsize=8
+    )
     axes[0, 1].annotate("clipping", (0.98, 0.35), xycoords=("axes fraction", "data"), ha="right", fontsize=8)
     return figure
 
@@ -124,7 +134,9 @@ def exponents(table: pd.DataFrame, max_shift_amount: int) -> Figure:
             s=26,
             label=tensor,
         )
-    axis.axvline(-max_shift_amount, color="0.4", linewidth=1, linestyle="--", label=f"clamp at 2^-{max_shift_amount}")
+    axis.axvline(
+        -max_shift_amount, color="0.4", linewidth=1, linestyle="--", label=f"clamp at 2^-{max_shift_amount}"
+    )
     axis.set_yticks(range(len(layers)), layers, fontsize=7)
     axis.invert_yaxis()
     axis.set(xlabel="exponent k of the scale 2^k", title="Exponent map")
@@ -139,7 +151,13 @@ def weights_on_grid(weights: dict[str, np.ndarray], scales: dict[str, float], bi
     for axis, (name, values) in zip(axes.flat, weights.items(), strict=True):
         low, high = -(2 ** (bits - 1)) * scales[name], (2 ** (bits - 1) - 1) * scales[name]
         axis.hist(
-            values.ravel(), bins=80, color=COLORS["fp32"], histtype="stepfilled", edgecolor="none", log=True, zorder=3
+            values.ravel(),
+            bins=80,
+            color=COLORS["fp32"],
+            histtype="stepfilled",
+            edgecolor="none",
+            log=True,
+            zorder=3,
         )
         axis.axvspan(low, high, color=COLORS["qat"], alpha=0.25, label="range of the grid")
         axis.set(xlabel="weight", title=f"{name}: scale 2^{int(np.log2(scales[name]))}")
@@ -188,13 +206,23 @@ def cost_bars(size_mb: pd.Series, latency: pd.DataFrame) -> Figure:
         )
         for position, (value, top) in enumerate(zip(values, tops, strict=True)):
             axis.annotate(
-                f"{value:.2f}", (position, top), xytext=(0, 4), textcoords="offset points", ha="center", fontsize=8
+                f"{value:.2f}",
+                (position, top),
+                xytext=(0, 4),
+                textcoords="offset points",
+                ha="center",
+                fontsize=8,
             )
         axis.set(ylabel=label, title=title, ylim=(0, 1.18 * tops.max()))
     errors = np.stack(
-        [latency["latency_ms"] - latency["latency_ms_low"], latency["latency_ms_high"] - latency["latency_ms"]]
+        [
+            latency["latency_ms"] - latency["latency_ms_low"],
+            latency["latency_ms_high"] - latency["latency_ms"],
+        ]
     )
-    axes[0, 1].errorbar(range(len(latency)), latency["latency_ms"], yerr=errors, fmt="none", ecolor="0.3", capsize=4)
+    axes[0, 1].errorbar(
+        range(len(latency)), latency["latency_ms"], yerr=errors, fmt="none", ecolor="0.3", capsize=4
+    )
     return figure
 
 
@@ -301,7 +329,11 @@ def class_change(change_pp: pd.DataFrame) -> Figure:
         )
     axis.axhline(0, color="0.3", linewidth=0.8)
     axis.set_xticks(
-        range(len(change_pp)), change_pp.index, rotation=45 if len(change_pp) <= 20 else 90, ha="right", fontsize=8
+        range(len(change_pp)),
+        change_pp.index,
+        rotation=45 if len(change_pp) <= 20 else 90,
+        ha="right",
+        fontsize=8,
     )
     axis.set(ylabel="change (percentage points)", title="Accuracy per class against FP32")
     axis.legend(fontsize=8)

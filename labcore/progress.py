@@ -15,4 +15,6 @@ def progress(total: int | None, description: str, unit: str = "it") -> tqdm:
     target = os.environ.get("LAB_PROGRESS")
     stream = open(target, "a", encoding="utf-8") if target else sys.stderr  # noqa: SIM115 (closed with the process)
     interval = 0.5 if target is None or os.environ.get("LAB_TERMINAL") else 30
-    return tqdm(total=total, desc=description, unit=unit, file=stream, mininterval=interval, leave=True, ncols=100)
+    return tqdm(
+        total=total, desc=description, unit=unit, file=stream, mininterval=interval, leave=True, ncols=100
+    )

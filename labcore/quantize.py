@@ -5,6 +5,7 @@ Reference: Krishnamoorthi (2018), "Quantizing deep convolutional networks for ef
 
 import copy
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from labcore.data import ImageData, Split
 from labcore.model import QuantizableResNet, load_weights
 from labcore.observer import PowerOfTwoObserver, scale_approximate
 from labcore.progress import progress
-from labcore.train import load_tensors, save_tensors
+from labcore.train import first_line, load_tensors, save_tensors
 from labcore.transforms import normalize
 
 
@@ -58,23 +59,34 @@ def prepare_qat(model: QuantizableResNet, qconfig: QConfig) -> QuantizableResNet
 def calibrate(prepared: nn.Module, data: ImageData, split: Split, batch_size: int = 128) -> nn.Module:
     """Let the observers see the calibration images: training images, evaluation transforms, float32. In place.
 
-    Raises LabError for an empty calibration set and where an observer met NaN or infinity, naming the layer.
+    Raises LabError for an empty calibration set and where an observer meets NaN or infinity, naming the layer.
     """
     images = data.train_images[split.calibration]
     if len(images) == 0:
         raise LabError("the calibration set is empty: set calibration_images to at least 1.")
     prepared.eval()
-    with progress(len(images), "calibrate", unit="image") as bar:
-        for start in range(0, len(images), batch_size):
-            batch = torch.from_numpy(images[start : start + batch_size])
-            prepared(normalize(batch))
-            bar.update(len(batch))
-    for name, module in prepared.named_modules():
-        if isinstance(module, PowerOfTwoObserver) and int(module.num_skipped):
-            raise LabError(
-                f"{name} met NaN or infinite values in {int(module.num_skipped)} batches while calibrating; train again."
-            )
+    hooks = [
+        module.register_forward_pre_hook(partial(_refuse_not_finite, name))
+        for name, module in prepared.named_modules()
+        if isinstance(module, tq.ObserverBase)
+    ]
+    try:
+        with progress(len(images), "calibrate", unit="image") as bar:
+            for start in range(0, len(images), batch_size):
+                batch = torch.from_numpy(images[start : start + batch_size])
+                prepared(normalize(batch))
+                bar.update(len(batch))
+    finally:
+        for hook in hooks:
+            hook.remove()
     return prepared
+
+
+def _refuse_not_finite(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    if not torch.isfinite(inputs[0]).all():
+        raise LabError(
+            f"{name} met NaN or infinite values while calibrating: the weights are damaged; train again."
+        )
 
 
 def convert(prepared: nn.Module) -> nn.Module:
@@ -95,19 +107,32 @@ def load_int8(path: Path, float_model: QuantizableResNet, qconfig: QConfig) -> n
     state = _quiet(load_tensors, path)
     skeleton = convert(prepare_ptq(float_model, qconfig))
     try:
+        expected = _shapes(skeleton.state_dict())
+        if _shapes(state) != expected:  # int8 layers would take weights of any shape
+            raise ValueError("names or shapes differ")
         skeleton.load_state_dict(state)
     except (RuntimeError, KeyError, AttributeError, TypeError, ValueError) as error:
-        first = str(error).strip().splitlines()[0][:160]
         raise LabError(
-            f"{path} does not fit this architecture and configuration ({first}); use the profile that wrote it."
+            f"{path} does not fit this architecture and configuration ({first_line(error)}); use the profile that wrote it."
         ) from error
     return skeleton
+
+
+def _shapes(state: dict) -> dict:
+    """Name -> shape, also inside the pair (weight, bias) that a linear layer packs."""
+    parts = {name: value if isinstance(value, tuple) else (value,) for name, value in state.items()}
+    return {
+        name: [tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__ for v in part]
+        for name, part in parts.items()
+    }
 
 
 def load_float(path: Path, model: QuantizableResNet) -> QuantizableResNet:
     """Read FP32 weights into `model`; LabError as in load_tensors and load_weights."""
     state = load_tensors(path)
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()
+    ):
         raise LabError(f"{path} holds no state dict of tensors; use a file written by the fp32 stage.")
     load_weights(model, state, str(path))
     return model.eval()

@@ -29,7 +29,8 @@ def source_of(module: str, name: str) -> str:
             raise LabError(f"labcore/{module}.py defines no {name}: correct the report's template.")
         node = found[0]
     lines = text.splitlines()
-    start, body = node.lineno - 1, node.body
+    body = node.body
+    start = min(part.lineno for part in [node, *node.decorator_list]) - 1
     if ast.get_docstring(node):
         kept = lines[start : body[0].lineno - 1] + lines[body[0].end_lineno : node.end_lineno]
     else:
@@ -105,7 +106,9 @@ def context(profile: Profile, wall_seconds: dict[str, float]) -> dict:
         "hash of the split": f"`{_merged(provenance, 'data', 'split_sha256')}`",
         "profile": profile.name,
     } | {f"{name}": _merged(provenance, "versions", name) for name in provenance["fp32"]["versions"]}
-    machine |= {f"wall time of {STAGES[stage]}": _duration(seconds) for stage, seconds in wall_seconds.items()}
+    machine |= {
+        f"wall time of {STAGES[stage]}": _duration(seconds) for stage, seconds in wall_seconds.items()
+    }
     recipes = pd.DataFrame(
         {
             name: {key: str(value) for key, value in vars(recipe).items() if key != "augment"}
@@ -239,7 +242,9 @@ def render(profile: Profile, wall_seconds: dict[str, float], for_pdf: bool = Fal
     }
     environment.globals |= {"source_of": source_of, "figure": figure}
     try:
-        return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(context(profile, wall_seconds))
+        return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+            context(profile, wall_seconds)
+        )
     except jinja2.TemplateError as error:
         raise LabError(
             f"the report's template cannot be filled: {error}; the value must come from an artifact."

@@ -35,7 +35,10 @@ class Run:
         """The seeded split of the training images; made and saved on first use, read after that."""
         path = self.folder / "split.npz"
         fresh = make_split(
-            self.data.train_labels, self.profile.validation_fraction, self.profile.calibration_images, self.seed
+            self.data.train_labels,
+            self.profile.validation_fraction,
+            self.profile.calibration_images,
+            self.seed,
         )
         if not path.exists() or load_split(path).sha256 != fresh.sha256:
             save_split(path, fresh)

@@ -6,6 +6,7 @@ with the same weights as a run that was never killed; on CPU with the same numbe
 
 import contextlib
 import hashlib
+import io
 import math
 import pickle
 import time
@@ -124,7 +125,9 @@ def state_hash(state: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def recipe_key(recipe: Recipe, data: ImageData, split: Split, seed: int, model: nn.Module, quantized: bool) -> str:
+def recipe_key(
+    recipe: Recipe, data: ImageData, split: Split, seed: int, model: nn.Module, quantized: bool
+) -> str:
     """A hash of what decides the weights: recipe, images, split, seed, first weights, code, torch, kind of device."""
     modules = ("train", "transforms", "model") + (("observer", "quantize") if quantized else ())
     return sha256_json(
@@ -171,7 +174,10 @@ def fit(
     place = device()
     model.to(place, memory_format=torch.channels_last)
     key = recipe_key(recipe, data, split, seed, model, is_fake_quantized(model))
-    images, labels = torch.from_numpy(data.train_images).to(place), torch.from_numpy(data.train_labels).to(place)
+    images, labels = (
+        torch.from_numpy(data.train_images).to(place),
+        torch.from_numpy(data.train_labels).to(place),
+    )
     train, validation = torch.from_numpy(split.train).to(place), torch.from_numpy(split.validation).to(place)
     # Training images scored like validation images: the gap between the two curves is overfitting, not augmentation.
     clean = train[torch.linspace(0, len(train) - 1, min(len(train), len(validation))).long()]
@@ -239,7 +245,9 @@ def fit(
             if best is None or val_acc > rows[best["epoch"] - 1]["val_acc"]:
                 best = {
                     "epoch": epoch + 1,
-                    "model": {name: value.detach().cpu().clone() for name, value in model.state_dict().items()},
+                    "model": {
+                        name: value.detach().cpu().clone() for name, value in model.state_dict().items()
+                    },
                 }
             bar.set_postfix_str(f"epoch {epoch + 1}/{recipe.epochs} val {val_acc:.2%}")
             _save(folder, key, model, optimizer, rows, best)
@@ -264,7 +272,9 @@ def _step(
     loss = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing, reduction="none")  # (B,)
     target = labels
     if share is not None:
-        other = F.cross_entropy(logits, labels[partner], label_smoothing=recipe.label_smoothing, reduction="none")
+        other = F.cross_entropy(
+            logits, labels[partner], label_smoothing=recipe.label_smoothing, reduction="none"
+        )
         loss = share * loss + (1 - share) * other
         target = torch.where(share >= 0.5, labels, labels[partner])
     optimizer.zero_grad(set_to_none=True)
@@ -278,8 +288,17 @@ def _step(
 def _save(
     folder: Path, key: str, model: nn.Module, optimizer: torch.optim.Optimizer, rows: list[dict], best: dict
 ) -> None:
-    write_text(folder / "history.csv", pd.DataFrame(rows).to_csv(index=False, float_format="%.6g", lineterminator="\n"))
-    state = {"key": key, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "rows": rows, "best": best}
+    write_text(
+        folder / "history.csv",
+        pd.DataFrame(rows).to_csv(index=False, float_format="%.6g", lineterminator="\n"),
+    )
+    state = {
+        "key": key,
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "rows": rows,
+        "best": best,
+    }
     save_tensors(folder / "checkpoint.pt", state)
 
 
@@ -306,11 +325,12 @@ def _resume(
 
 def save_tensors(path: Path, value) -> None:
     """Write tensors, numbers and text atomically; the same value gives the same bytes."""
-    with (
-        atomic_path(path) as partial,
-        open(partial, "wb") as stream,
-    ):  # given a path, torch writes its name into the file
-        torch.save(value, stream)
+    buffer = (
+        io.BytesIO()
+    )  # given a path, torch would write its name into the file, and hide a full disk's error
+    torch.save(value, buffer)
+    with atomic_path(path) as partial:
+        partial.write_bytes(buffer.getbuffer())
 
 
 def load_tensors(path: Path):
@@ -319,7 +339,9 @@ def load_tensors(path: Path):
     Raises LabError for a missing or truncated file, and for a pickle that holds more than tensors, numbers and text.
     """
     if not Path(path).exists():
-        raise LabError(f"{path} is missing: run the stage that writes it first (make report does all in order).")
+        raise LabError(
+            f"{path} is missing: run the stage that writes it first (make report does all in order)."
+        )
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings(
@@ -328,13 +350,14 @@ def load_tensors(path: Path):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise LabError(
-            f"{path} is refused: it holds more than weights, or it is damaged ({_first_line(error)}); use another file."
+            f"{path} is refused: it holds more than weights, or it is damaged ({first_line(error)}); use another file."
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, AttributeError, KeyError) as error:
+    except Exception as error:  # torch's reader raises almost anything on foreign bytes
         raise LabError(
-            f"{path} is truncated or not a checkpoint ({_first_line(error)}); delete it and run the stage again."
+            f"{path} is truncated or not a checkpoint ({first_line(error)}); delete it and run the stage again."
         ) from error
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """An error in one line, for a message that names the file."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]

@@ -34,9 +34,12 @@ def augment(images: Tensor, config: Augment, rng: np.random.Generator) -> Tensor
         x = affine(x.float(), angle=_draw(rng, len(x), -config.rotation_degrees, config.rotation_degrees))
     if config.translate or config.scale_min != 1 or config.scale_max != 1:
         shift = [
-            np.round(_draw(rng, len(x), -side * config.translate, side * config.translate)) for side in x.shape[:1:-1]
+            np.round(_draw(rng, len(x), -side * config.translate, side * config.translate))
+            for side in x.shape[:1:-1]
         ]
-        x = affine(x.float(), shift=np.stack(shift, 1), scale=_draw(rng, len(x), config.scale_min, config.scale_max))
+        x = affine(
+            x.float(), shift=np.stack(shift, 1), scale=_draw(rng, len(x), config.scale_min, config.scale_max)
+        )
     x = normalize(x)
     if config.cutout:
         x = _erase(x, *_cutout_boxes(x, config.cutout, rng))
@@ -110,7 +113,8 @@ def color_jitter(x: Tensor, config: Augment, rng: np.random.Generator) -> Tensor
     count = len(x)
     order = rng.permuted(np.tile(np.arange(4), (count, 1)), axis=1)  # (B, 4)
     strengths = [
-        _draw(rng, count, 1 - amount, 1 + amount) for amount in (config.brightness, config.contrast, config.saturation)
+        _draw(rng, count, 1 - amount, 1 + amount)
+        for amount in (config.brightness, config.contrast, config.saturation)
     ]
     strengths.append(_draw(rng, count, -config.hue, config.hue))
     for turn in range(4):
@@ -123,7 +127,10 @@ def color_jitter(x: Tensor, config: Augment, rng: np.random.Generator) -> Tensor
 
 
 def affine(
-    x: Tensor, angle: np.ndarray | float = 0.0, shift: np.ndarray | float = 0.0, scale: np.ndarray | float = 1.0
+    x: Tensor,
+    angle: np.ndarray | float = 0.0,
+    shift: np.ndarray | float = 0.0,
+    scale: np.ndarray | float = 1.0,
 ) -> Tensor:
     """Rotate (degrees, counter-clockwise), scale and shift (pixels right, down) about the centre; nearest pixel, zero fill.
 
@@ -145,7 +152,12 @@ def affine(
     u = torch.arange(width, device=x.device) - (width - 1) / 2
     v = torch.arange(height, device=x.device) - (height - 1) / 2
     base = torch.stack(
-        [u.expand(height, width), v.view(-1, 1).expand(height, width), torch.ones(height, width, device=x.device)], -1
+        [
+            u.expand(height, width),
+            v.view(-1, 1).expand(height, width),
+            torch.ones(height, width, device=x.device),
+        ],
+        -1,
     )
     pixels = base.view(1, -1, 3) @ _on(x, theta).transpose(1, 2)  # (B, H W, 2), pixels from the centre
     grid = (pixels * torch.tensor((2 / width, 2 / height), device=x.device)).view(count, height, width, 2)

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 
 import pytest
+
 from labcore import LabError
 from labcore.config import PROFILES, SEED_MAX, check_seed, get_profile, override, parse_overrides
 
@@ -18,7 +19,9 @@ def message_of(action) -> str:
     return text
 
 
-@pytest.mark.parametrize(("typed", "meant"), [("cup", "cpu"), ("smok", "smoke"), ("referense", "reference"), ("ful", "full")])
+@pytest.mark.parametrize(
+    ("typed", "meant"), [("cup", "cpu"), ("smok", "smoke"), ("referense", "reference"), ("ful", "full")]
+)
 def test_a_mistyped_profile_names_the_nearest_one(typed, meant):
     assert f"did you mean {meant!r}?" in message_of(lambda: get_profile(typed))
 
@@ -28,13 +31,30 @@ def test_a_profile_like_no_other_lists_all_of_them():
     assert all(name in text for name in PROFILES)
 
 
-@pytest.mark.parametrize(("typed", "meant"), [("widht", "width"), ("fp32.epoch", "epochs"), ("qat.augment.cutuot", "cutout"), ("fp23", "fp32")])
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [("widht", "width"), ("fp32.epoch", "epochs"), ("qat.augment.cutuot", "cutout"), ("fp23", "fp32")],
+)
 def test_a_mistyped_parameter_names_the_nearest_one(typed, meant):
     text = message_of(lambda: get_profile("cpu", **{typed: "2"}))
     assert f"did you mean {meant!r}?" in text
 
 
-@pytest.mark.parametrize("dotted", ["fp32", "fp32.", "fp32.augment", "width.epochs", "fp32.lr.x", ".epochs", ".", "fp32..lr", "__class__", "fp32.__init__"])
+@pytest.mark.parametrize(
+    "dotted",
+    [
+        "fp32",
+        "fp32.",
+        "fp32.augment",
+        "width.epochs",
+        "fp32.lr.x",
+        ".epochs",
+        ".",
+        "fp32..lr",
+        "__class__",
+        "fp32.__init__",
+    ],
+)
 def test_a_name_that_leads_to_no_single_value_is_refused(dotted):
     assert "unknown parameter" in message_of(lambda: get_profile("cpu", **{dotted: "2"}))
 
@@ -66,7 +86,9 @@ def test_an_override_arrives_with_the_type_of_what_it_replaces(dotted, text, val
 
 def test_an_override_changes_nothing_else():
     changed = get_profile("cpu", **{"fp32.augment.cutout": "4"})
-    back = dataclasses.replace(changed, fp32=dataclasses.replace(changed.fp32, augment=PROFILES["cpu"].fp32.augment))
+    back = dataclasses.replace(
+        changed, fp32=dataclasses.replace(changed.fp32, augment=PROFILES["cpu"].fp32.augment)
+    )
     assert changed != PROFILES["cpu"]
     assert back == PROFILES["cpu"]
 
@@ -89,7 +111,9 @@ def test_no_override_gives_the_profile_itself():
     ],
 )
 def test_the_order_of_overrides_does_not_matter(pairs):
-    forward, backward = (get_profile("cpu", **parse_overrides(" ".join(order))) for order in (pairs, pairs[::-1]))
+    forward, backward = (
+        get_profile("cpu", **parse_overrides(" ".join(order))) for order in (pairs, pairs[::-1])
+    )
     assert forward == backward
 
 
@@ -168,7 +192,9 @@ def test_an_erasing_range_needs_two_ordered_positive_numbers(name, value):
     assert name in message_of(lambda: get_profile("cpu", **{f"fp32.augment.{name}": value}))
 
 
-@pytest.mark.parametrize("edge", [("width", 1), ("width", 1024), ("image_size", 8), ("image_size", 512), ("latency_rounds", 3)])
+@pytest.mark.parametrize(
+    "edge", [("width", 1), ("width", 1024), ("image_size", 8), ("image_size", 512), ("latency_rounds", 3)]
+)
 def test_the_ends_of_a_range_are_inside(edge):
     assert getattr(get_profile("cpu", **dict([edge])), edge[0]) == edge[1]
 
@@ -193,12 +219,16 @@ def test_an_override_that_is_no_pair_is_refused_with_an_example(text):
     assert "example: SET=" in message_of(lambda: parse_overrides(text))
 
 
-@pytest.mark.parametrize(("seed", "value"), [(0, 0), ("0", 0), ("42", 42), (SEED_MAX, 2**32 - 1), (str(SEED_MAX), 2**32 - 1)])
+@pytest.mark.parametrize(
+    ("seed", "value"), [(0, 0), ("0", 0), ("42", 42), (SEED_MAX, 2**32 - 1), (str(SEED_MAX), 2**32 - 1)]
+)
 def test_a_seed_is_a_whole_number(seed, value):
     assert check_seed(seed) == value
 
 
-@pytest.mark.parametrize("seed", [-1, "-1", 2**32, str(2**32), "abc", "1.5", 1.5, "", None, True, "nan", "1e3", "9" * 5000])
+@pytest.mark.parametrize(
+    "seed", [-1, "-1", 2**32, str(2**32), "abc", "1.5", 1.5, "", None, True, "nan", "1e3", "9" * 5000]
+)
 def test_anything_else_is_no_seed(seed):
     assert message_of(lambda: check_seed(seed)).startswith("SEED must be a whole number")
 

@@ -1,17 +1,30 @@
 """Every number of the evaluation against a second way to get it."""
 
+import gc
 import math
+import warnings
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from labcore import LabError
-from labcore.data import MEAN, STD
-from labcore.evaluate import class_accuracy, compare_paired, confusion, latency, latency_table, load_logits, predict, save_logits, summarize
 from scipy.stats import binomtest, t
 from sklearn.metrics import confusion_matrix
 from torch import nn
+
+from labcore import LabError
+from labcore.data import MEAN, STD
+from labcore.evaluate import (
+    class_accuracy,
+    compare_paired,
+    confusion,
+    latency,
+    latency_table,
+    load_logits,
+    predict,
+    save_logits,
+    summarize,
+)
 
 
 def scores(count: int = 200, classes: int = 5, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -26,7 +39,15 @@ def voting(predictions: list[int], classes: int = 3) -> np.ndarray:
 
 def network() -> nn.Module:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.5), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Dropout(0.5),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4, 3),
+    )
     model[1].running_mean.fill_(0.3)
     return model
 
@@ -39,7 +60,9 @@ def test_the_loss_is_torchs_mean_cross_entropy():
 
 def test_counts_and_accuracy_are_those_of_a_loop():
     logits, labels = scores()
-    correct = sum(max(range(5), key=lambda index: row[index]) == label for row, label in zip(logits, labels, strict=True))
+    correct = sum(
+        max(range(5), key=lambda index: row[index]) == label for row, label in zip(logits, labels, strict=True)
+    )
     result = summarize(logits, labels)
     assert (result["n_seen"], result["n_correct"], result["acc"]) == (200, correct, correct / 200)
 
@@ -88,20 +111,30 @@ class TestPairs:
         count, mean = sum(table), (table[1] - table[2]) / sum(table)
         variance = ((table[1] + table[2]) - count * mean**2) / (count - 1)
         half = t.ppf(0.975, count - 1) * math.sqrt(max(variance, 0) / count)
-        assert [found["acc_drop_pp_low"], found["acc_drop_pp_high"]] == pytest.approx([100 * (mean - half), 100 * (mean + half)], abs=1e-9)
+        assert [found["acc_drop_pp_low"], found["acc_drop_pp_high"]] == pytest.approx(
+            [100 * (mean - half), 100 * (mean + half)], abs=1e-9
+        )
 
 
 def test_a_network_compared_with_itself_has_no_drop():
     logits, labels = scores()
     assert compare_paired(logits, logits.copy(), labels) == {
-        "only_before": 0, "only_after": 0, "agree": 1.0, "acc_drop_pp": 0.0, "acc_drop_pp_low": 0.0, "acc_drop_pp_high": 0.0, "p_value": 1.0,
+        "only_before": 0,
+        "only_after": 0,
+        "agree": 1.0,
+        "acc_drop_pp": 0.0,
+        "acc_drop_pp_low": 0.0,
+        "acc_drop_pp_high": 0.0,
+        "p_value": 1.0,
     }
 
 
 def test_exchanging_the_networks_changes_the_sign():
     (first, labels), (second, _) = scores(), scores(seed=1)
     there, back = compare_paired(first, second, labels), compare_paired(second, first, labels)
-    assert there["acc_drop_pp"] == -back["acc_drop_pp"] != 0 and there["acc_drop_pp_low"] == pytest.approx(-back["acc_drop_pp_high"])
+    assert there["acc_drop_pp"] == -back["acc_drop_pp"] != 0 and there["acc_drop_pp_low"] == pytest.approx(
+        -back["acc_drop_pp_high"]
+    )
     assert (there["p_value"], there["agree"]) == (back["p_value"], back["agree"])
 
 
@@ -137,7 +170,9 @@ def test_predictions_are_those_of_one_pass_in_eval_mode(batch_size, tiny_data):
 def test_prediction_leaves_the_network_in_eval_mode_with_its_statistics(tiny_data):
     model = network().train()
     predict(model, tiny_data.test_images)
-    assert not model.training and all(torch.equal(value, model.state_dict()[name]) for name, value in network().state_dict().items())
+    assert not model.training and all(
+        torch.equal(value, model.state_dict()[name]) for name, value in network().state_dict().items()
+    )
 
 
 def test_prediction_keeps_no_graph(tiny_data):
@@ -157,14 +192,18 @@ def test_logits_survive_the_file(tmp_path):
 def cut(share: float):
     def damage(path):
         path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+
     return damage
 
 
-def flip(position: int):
+def flip(offset: int, start: bytes = b"PK"):
+    """A changed byte, counted from where `start` is found first."""
+
     def damage(path):
         content = bytearray(path.read_bytes())
-        content[position] ^= 0x55
+        content[content.index(start) + offset] ^= 0x55
         path.write_bytes(content)
+
     return damage
 
 
@@ -183,10 +222,43 @@ def objects(path):
         np.savez(stream, logits=np.array([{}]), labels=np.zeros(1))
 
 
-@pytest.mark.parametrize("damage", [
-    lambda path: path.unlink(), cut(0), cut(0.01), cut(0.5), cut(0.999), flip(0), flip(4), flip(8), flip(300), other_array, other_names, objects,
-    lambda path: path.write_text("<html>404 Not Found</html>"),
-], ids=["missing", "empty", "stub", "half", "end", "magic", "version", "method", "data", "array", "names", "objects", "html"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.unlink(),
+        cut(0),
+        cut(0.01),
+        cut(0.5),
+        cut(0.999),
+        flip(0),
+        flip(300),
+        flip(0, b"NUMPY"),
+        flip(6, b"PK\1\2"),
+        flip(8, b"PK\1\2"),
+        flip(10, b"PK\1\2"),
+        other_array,
+        other_names,
+        objects,
+        lambda path: path.write_text("<html>404 Not Found</html>"),
+    ],
+    ids=[
+        "missing",
+        "empty",
+        "stub",
+        "half",
+        "end",
+        "magic",
+        "data",
+        "header",
+        "version",
+        "flags",
+        "method",
+        "array",
+        "names",
+        "objects",
+        "html",
+    ],
+)
 def test_damaged_logits_are_refused_in_one_line_that_names_the_file(damage, tmp_path):
     path = tmp_path / "logits.npz"
     save_logits(path, *scores())
@@ -194,6 +266,18 @@ def test_damaged_logits_are_refused_in_one_line_that_names_the_file(damage, tmp_
     with pytest.raises(LabError) as caught:
         load_logits(path)
     assert "logits.npz" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_damaged_logits_leave_no_file_open(tmp_path):
+    path = tmp_path / "logits.npz"
+    save_logits(path, *scores())
+    cut(0.5)(path)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with pytest.raises(LabError):
+            load_logits(path)
+        gc.collect()
+    assert [str(warning.message) for warning in caught] == []
 
 
 class Counting(nn.Module):
@@ -208,9 +292,13 @@ class Counting(nn.Module):
 
 
 def test_latency_has_a_positive_row_for_every_round_and_model():
-    table = latency({"a": Counting(), "b": Counting(), "c": Counting()}, torch.zeros(1, 3, 4, 4), rounds=4, runs=3, warmup=0)
+    table = latency(
+        {"a": Counting(), "b": Counting(), "c": Counting()}, torch.zeros(1, 3, 4, 4), rounds=4, runs=3, warmup=0
+    )
     assert list(table.columns) == ["round", "model", "latency_ms"] and (table["latency_ms"] > 0).all()
-    assert sorted(zip(table["round"], table["model"], strict=True)) == [(number, name) for number in range(4) for name in "abc"]
+    assert sorted(zip(table["round"], table["model"], strict=True)) == [
+        (number, name) for number in range(4) for name in "abc"
+    ]
 
 
 def test_latency_calls_every_model_equally_often_in_eval_mode_without_gradients():
@@ -227,10 +315,15 @@ def test_latency_changes_the_order_from_round_to_round():
 def test_latency_is_the_median_in_milliseconds(monkeypatch):
     clock = iter([0.0, 0.001, 1.0, 1.002, 2.0, 2.9])
     monkeypatch.setattr("labcore.evaluate.time.perf_counter", lambda: next(clock))
-    assert latency({"a": Counting()}, torch.zeros(1), rounds=1, runs=3, warmup=0)["latency_ms"].tolist() == pytest.approx([2.0])
+    assert latency({"a": Counting()}, torch.zeros(1), rounds=1, runs=3, warmup=0)[
+        "latency_ms"
+    ].tolist() == pytest.approx([2.0])
 
 
-MEASURED = pd.DataFrame([(0, "z", 10.0), (0, "a", 5.0), (1, "a", 4.0), (1, "z", 12.0), (2, "z", 40.0), (2, "a", 4.0)], columns=["round", "model", "latency_ms"])
+MEASURED = pd.DataFrame(
+    [(0, "z", 10.0), (0, "a", 5.0), (1, "a", 4.0), (1, "z", 12.0), (2, "z", 40.0), (2, "a", 4.0)],
+    columns=["round", "model", "latency_ms"],
+)
 
 
 def test_the_latency_table_has_medians_and_quartiles_in_the_order_of_the_models():
@@ -241,4 +334,7 @@ def test_the_latency_table_has_medians_and_quartiles_in_the_order_of_the_models(
 
 def test_the_speedup_is_the_median_of_the_ratios_within_rounds():
     table = latency_table(MEASURED, "z")
-    assert table[["speedup_low", "speedup", "speedup_high"]].to_numpy().tolist() == [[1, 1, 1], [2.5, 3, 6.5]]  # of 2, 3, 10
+    assert table[["speedup_low", "speedup", "speedup_high"]].to_numpy().tolist() == [
+        [1, 1, 1],
+        [2.5, 3, 6.5],
+    ]  # of 2, 3, 10

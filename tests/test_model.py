@@ -5,9 +5,10 @@ import copy
 import pytest
 import torch
 import torchvision
+from torch import nn
+
 from labcore import LabError
 from labcore.model import QuantizableBottleneck, build_model, load_weights
-from torch import nn
 
 ARCHITECTURES = ["resnet9", "resnet18", "resnet34", "resnet50"]
 
@@ -41,7 +42,9 @@ def logits(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
 @pytest.fixture(scope="module", params=["resnet18", "resnet34", "resnet50"])
 def pair(request):
     """(ours, torchvision's), each with weights of its own."""
-    return build_model(request.param, 10, 64, "imagenet").eval(), lived_in(getattr(torchvision.models, request.param)(num_classes=10), seed=1)
+    return build_model(request.param, 10, 64, "imagenet").eval(), lived_in(
+        getattr(torchvision.models, request.param)(num_classes=10), seed=1
+    )
 
 
 def test_names_and_shapes_are_torchvisions(pair):
@@ -103,12 +106,20 @@ def without(name: str) -> dict:
     return {key: value for key, value in network("resnet18").state_dict().items() if key != name}
 
 
-@pytest.mark.parametrize(("state", "named"), [
-    (lambda: network("resnet34").state_dict(), "layer1.2.bn1.bias"), (lambda: network("resnet50").state_dict(), "layer1.0.bn3.bias"),
-    (lambda: network("resnet18", width=8).state_dict(), "conv1.weight"), (lambda: network("resnet18", classes=6).state_dict(), "fc.weight"),
-    (lambda: network("resnet18", stem="imagenet").state_dict(), "conv1.weight"), (lambda: without("layer3.1.conv2.weight"), "layer3.1.conv2.weight"),
-    (lambda: without("") | {"extra": torch.zeros(1)}, "extra"), (dict, "bn1.bias"),
-], ids=["deeper", "bottleneck", "wider", "classes", "stem", "missing", "unknown", "empty"])
+@pytest.mark.parametrize(
+    ("state", "named"),
+    [
+        (lambda: network("resnet34").state_dict(), "layer1.2.bn1.bias"),
+        (lambda: network("resnet50").state_dict(), "layer1.0.bn3.bias"),
+        (lambda: network("resnet18", width=8).state_dict(), "conv1.weight"),
+        (lambda: network("resnet18", classes=6).state_dict(), "fc.weight"),
+        (lambda: network("resnet18", stem="imagenet").state_dict(), "conv1.weight"),
+        (lambda: without("layer3.1.conv2.weight"), "layer3.1.conv2.weight"),
+        (lambda: without("") | {"extra": torch.zeros(1)}, "extra"),
+        (dict, "bn1.bias"),
+    ],
+    ids=["deeper", "bottleneck", "wider", "classes", "stem", "missing", "unknown", "empty"],
+)
 def test_weights_of_another_network_are_refused_in_one_line_that_names_the_parameter(state, named):
     with pytest.raises(LabError) as caught:
         load_weights(network("resnet18"), state(), "some.pt")
@@ -135,7 +146,9 @@ def test_fusion_keeps_the_logits(arch, stem, is_qat):
     model = network(arch, stem=stem)
     expected = logits(model, images(size=32))
     model.fuse_model(is_qat)
-    torch.testing.assert_close(logits(model.eval(), images(size=32)), expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
+    torch.testing.assert_close(
+        logits(model.eval(), images(size=32)), expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item()
+    )
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -157,8 +170,22 @@ def test_fusion_for_training_keeps_every_batch_norm(arch):
 def test_fusion_for_training_puts_every_batch_norm_behind_its_convolution(arch):
     model = network(arch)
     model.fuse_model(is_qat=True)
-    fused = [module for module in model.modules() if isinstance(module, torch.ao.nn.intrinsic.ConvBn2d | torch.ao.nn.intrinsic.ConvBnReLU2d)]
+    fused = [
+        module
+        for module in model.modules()
+        if isinstance(module, torch.ao.nn.intrinsic.ConvBn2d | torch.ao.nn.intrinsic.ConvBnReLU2d)
+    ]
     assert len(fused) == batch_norms(model)
+
+
+@pytest.mark.parametrize("is_qat", [False, True])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_fusion_leaves_no_relu_to_run_on_its_own(arch, is_qat):
+    model = network(arch)
+    model.fuse_model(is_qat)
+    fused = (torch.ao.nn.intrinsic.ConvReLU2d, torch.ao.nn.intrinsic.ConvBnReLU2d)
+    inside = {part for module in model.modules() if isinstance(module, fused) for part in module}
+    assert inside and not [module for module in model.modules() if isinstance(module, nn.ReLU) and module not in inside]
 
 
 @pytest.mark.parametrize("is_qat", [False, True])

@@ -5,11 +5,19 @@ import math
 import numpy as np
 import pytest
 import torch
-from labcore import LabError, observer
-from labcore.observer import CusQuantObserver, CustomQConfig, PowerOfTwoObserver, activation_range, has_vnni, scale_approximate
 from torch.ao.quantization import FakeQuantize
 from torch.ao.quantization import observer as torch_observers
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from labcore import LabError, observer
+from labcore.observer import (
+    CusQuantObserver,
+    CustomQConfig,
+    PowerOfTwoObserver,
+    activation_range,
+    has_vnni,
+    scale_approximate,
+)
 
 INF, NAN = float("inf"), float("nan")
 TENSOR = [torch.per_tensor_affine, torch.per_tensor_symmetric]
@@ -58,10 +66,24 @@ def test_exact_powers_of_two_stay():
     assert [scale_approximate(power, None) for power in powers] == powers
 
 
-@pytest.mark.parametrize(("scale", "limit", "expected"), [
-    (2.0**-9, 8, 2.0**-8), (1e-30, 8, 2.0**-8), (2.0**9, 8, 2.0**8), (3e38, 8, 2.0**8), (INF, 8, 2.0**8), (1e300, 8, 2.0**8), (1e-320, 8, 2.0**-8), (1e-45, 8, 2.0**-8),
-    (1e-30, None, 2.0**-100), (1e-45, None, 2.0**-126), (INF, None, 2.0**127), (3.3, 0, 1.0), (0.01, 0, 1.0),
-])
+@pytest.mark.parametrize(
+    ("scale", "limit", "expected"),
+    [
+        (2.0**-9, 8, 2.0**-8),
+        (1e-30, 8, 2.0**-8),
+        (2.0**9, 8, 2.0**8),
+        (3e38, 8, 2.0**8),
+        (INF, 8, 2.0**8),
+        (1e300, 8, 2.0**8),
+        (1e-320, 8, 2.0**-8),
+        (1e-45, 8, 2.0**-8),
+        (1e-30, None, 2.0**-100),
+        (1e-45, None, 2.0**-126),
+        (INF, None, 2.0**127),
+        (3.3, 0, 1.0),
+        (0.01, 0, 1.0),
+    ],
+)
 def test_the_exponent_is_clamped(scale, limit, expected):
     assert scale_approximate(scale, limit) == expected
 
@@ -123,8 +145,12 @@ def test_the_raw_scale_per_tensor_is_torchs_to_the_bit(dtype, scheme, averaging)
 @pytest.mark.parametrize("averaging", [None, 0.01])
 @pytest.mark.parametrize("axis", [0, 1, 3])
 def test_the_raw_scale_per_channel_is_torchs_to_the_bit(dtype, scheme, averaging, axis):
-    kwargs = {"dtype": dtype, "qscheme": scheme, "ch_axis": axis} | ({"averaging_constant": averaging} if averaging else {})
-    expected = (torch_observers.MovingAveragePerChannelMinMaxObserver if averaging else torch_observers.PerChannelMinMaxObserver)(**kwargs)
+    kwargs = {"dtype": dtype, "qscheme": scheme, "ch_axis": axis} | (
+        {"averaging_constant": averaging} if averaging else {}
+    )
+    expected = (
+        torch_observers.MovingAveragePerChannelMinMaxObserver if averaging else torch_observers.PerChannelMinMaxObserver
+    )(**kwargs)
     watcher = PowerOfTwoObserver(**kwargs)
     for batch in batches():
         watcher(batch), expected(batch)
@@ -134,7 +160,9 @@ def test_the_raw_scale_per_channel_is_torchs_to_the_bit(dtype, scheme, averaging
 def test_a_channel_axis_counted_from_the_end_means_the_same_axis():
     kwargs = {"qscheme": torch.per_channel_symmetric, "dtype": torch.qint8}
     batch = batches(1)[0] * torch.tensor([1.0, 30.0])
-    assert seen(batch, ch_axis=-1, **kwargs).raw_scale().tolist() == seen(batch, ch_axis=3, **kwargs).raw_scale().tolist()
+    assert (
+        seen(batch, ch_axis=-1, **kwargs).raw_scale().tolist() == seen(batch, ch_axis=3, **kwargs).raw_scale().tolist()
+    )
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -144,22 +172,31 @@ def test_every_scale_is_a_power_of_two(scheme, size):
     assert (torch.frexp(scale).mantissa == 0.5).all()
 
 
-@pytest.mark.parametrize(("batch", "dtype", "scale", "zero_point"), [
-    ([-1.0, 2.984375], torch.quint8, 2.0**-6, 64),  # 3.984375 / 255 = 2^-6; 0 + 1 * 64
-    ([-1.0, 2.984375], torch.qint8, 2.0**-6, -64),
-    ([0.5, 3.984375], torch.quint8, 2.0**-6, 0),  # the range is widened to hold zero
-    ([-3.984375, -0.5], torch.quint8, 2.0**-6, 255),
-    ([-1.0, 1.8], torch.quint8, 2.0**-7, 128),  # 2.8 / 255 = 2^-6.51
-    ([-5.0, 0.1], torch.quint8, 2.0**-6, 255),  # 5.1 / 255 = 2^-5.64; 5 * 64 = 320 is clamped
-])
+@pytest.mark.parametrize(
+    ("batch", "dtype", "scale", "zero_point"),
+    [
+        ([-1.0, 2.984375], torch.quint8, 2.0**-6, 64),  # 3.984375 / 255 = 2^-6; 0 + 1 * 64
+        ([-1.0, 2.984375], torch.qint8, 2.0**-6, -64),
+        ([0.5, 3.984375], torch.quint8, 2.0**-6, 0),  # the range is widened to hold zero
+        ([-3.984375, -0.5], torch.quint8, 2.0**-6, 255),
+        ([-1.0, 1.8], torch.quint8, 2.0**-7, 128),  # 2.8 / 255 = 2^-6.51
+        ([-5.0, 0.1], torch.quint8, 2.0**-6, 255),  # 5.1 / 255 = 2^-5.64; 5 * 64 = 320 is clamped
+    ],
+)
 def test_the_affine_zero_point_is_the_one_worked_out_by_hand(batch, dtype, scale, zero_point):
     assert qparams(batch, qscheme=torch.per_tensor_affine, dtype=dtype) == ([scale], [zero_point])
 
 
-@pytest.mark.parametrize(("kwargs", "zero_point"), [
-    ({"dtype": torch.quint8}, 128), ({"dtype": torch.quint8, "quant_min": 0, "quant_max": 127}, 64), ({"dtype": torch.quint8, "quant_min": 0, "quant_max": 255}, 128),
-    ({"dtype": torch.qint8}, 0), ({"dtype": torch.qint8, "quant_min": -128, "quant_max": 127}, 0),
-])
+@pytest.mark.parametrize(
+    ("kwargs", "zero_point"),
+    [
+        ({"dtype": torch.quint8}, 128),
+        ({"dtype": torch.quint8, "quant_min": 0, "quant_max": 127}, 64),
+        ({"dtype": torch.quint8, "quant_min": 0, "quant_max": 255}, 128),
+        ({"dtype": torch.qint8}, 0),
+        ({"dtype": torch.qint8, "quant_min": -128, "quant_max": 127}, 0),
+    ],
+)
 def test_the_symmetric_zero_point_is_the_middle_of_the_range(kwargs, zero_point):
     assert qparams([-0.3, 5.0], **kwargs)[1] == [zero_point]
 
@@ -181,12 +218,22 @@ def test_an_empty_batch_changes_nothing():
     assert qparams([1.0, -2.0], torch.empty(0, 4)) == qparams([1.0, -2.0])
 
 
-@pytest.mark.parametrize(("batch", "scheme", "scale", "zero_point"), [
-    ([0.0, 0.0], "symmetric", 2.0**-8, 128), ([0.0, 0.0], "affine", 2.0**-8, 0),
-    ([51.0], "affine", 2.0**-2, 0), ([-51.0], "affine", 2.0**-2, 204), ([51.0, 51.0, 51.0], "symmetric", 2.0**-1, 128),  # 51 / 255 = 0.2, 51 / 127.5 = 0.4
-    (7.0, "symmetric", 2.0**-4, 128), ([1e30], "symmetric", 2.0**8, 128), ([-1e30], "affine", 2.0**8, 255), ([-3e38, 3e38], "affine", 2.0**8, 255),
-    ([1e-45], "symmetric", 2.0**-8, 128), ([-1e-45], "affine", 2.0**-8, 0),
-])
+@pytest.mark.parametrize(
+    ("batch", "scheme", "scale", "zero_point"),
+    [
+        ([0.0, 0.0], "symmetric", 2.0**-8, 128),
+        ([0.0, 0.0], "affine", 2.0**-8, 0),
+        ([51.0], "affine", 2.0**-2, 0),
+        ([-51.0], "affine", 2.0**-2, 204),
+        ([51.0, 51.0, 51.0], "symmetric", 2.0**-1, 128),  # 51 / 255 = 0.2, 51 / 127.5 = 0.4
+        (7.0, "symmetric", 2.0**-4, 128),
+        ([1e30], "symmetric", 2.0**8, 128),
+        ([-1e30], "affine", 2.0**8, 255),
+        ([-3e38, 3e38], "affine", 2.0**8, 255),
+        ([1e-45], "symmetric", 2.0**-8, 128),
+        ([-1e-45], "affine", 2.0**-8, 0),
+    ],
+)
 def test_degenerate_ranges_give_usable_parameters(batch, scheme, scale, zero_point):
     assert qparams(batch, qscheme=getattr(torch, f"per_tensor_{scheme}")) == ([scale], [zero_point])
 
@@ -241,7 +288,9 @@ def test_a_state_dict_brings_the_range_into_a_fresh_observer(scheme):
     watcher = seen(*batches(), torch.full((5, 3, 4, 2), NAN), qscheme=scheme)
     fresh = PowerOfTwoObserver(qscheme=scheme)
     fresh.load_state_dict(watcher.state_dict())
-    assert [part.tolist() for part in fresh.calculate_qparams()] == [part.tolist() for part in watcher.calculate_qparams()]
+    assert [part.tolist() for part in fresh.calculate_qparams()] == [
+        part.tolist() for part in watcher.calculate_qparams()
+    ]
     assert fresh.num_skipped == 1
 
 
@@ -249,7 +298,9 @@ class NoHostSync(TorchDispatchMode):
     """Fails on the operators by which the host waits for a device's value."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        assert not any(name in str(function) for name in ("_local_scalar_dense", "aten.item", "aten.is_nonzero", "aten.equal")), function
+        assert not any(
+            name in str(function) for name in ("_local_scalar_dense", "aten.item", "aten.is_nonzero", "aten.equal")
+        ), function
         return function(*args, **(kwargs or {}))
 
 
@@ -289,7 +340,9 @@ def test_fake_quantization_puts_values_on_the_grid(dtype, scheme):
 
 def test_the_gradient_of_fake_quantization_is_one_inside_and_zero_where_clipped():
     fake = FakeQuantize(observer=PowerOfTwoObserver, dtype=torch.qint8, quant_min=-128, quant_max=127)
-    batch = torch.tensor([-170.0, -129.0, -127.9, -0.3, 0.0, 60.2, 127.2, 128.0, 170.0], requires_grad=True)  # 170 / 127.5 is rounded to 1
+    batch = torch.tensor(
+        [-170.0, -129.0, -127.9, -0.3, 0.0, 60.2, 127.2, 128.0, 170.0], requires_grad=True
+    )  # 170 / 127.5 is rounded to 1
     fake(batch).sum().backward()
     assert fake.scale.item() == 1
     assert batch.grad.tolist() == [0, 0, 1, 1, 1, 1, 1, 0, 0]
@@ -301,7 +354,11 @@ def test_the_assignments_name_is_the_observer():
 
 @pytest.mark.parametrize(("config", "is_power"), [(CustomQConfig.POWER2, True), (CustomQConfig.DEFAULT, False)])
 def test_each_configuration_observes_weights_and_activations_in_its_own_way(config, is_power):
-    watchers = [config.value.activation(), config.value.weight(), *(part().activation_post_process for part in config.qat)]
+    watchers = [
+        config.value.activation(),
+        config.value.weight(),
+        *(part().activation_post_process for part in config.qat),
+    ]
     assert [isinstance(watcher, PowerOfTwoObserver) for watcher in watchers] == [is_power] * 4
 
 
@@ -314,7 +371,10 @@ def test_only_the_training_configuration_fakes_quantization(config):
 def test_the_power_configuration_is_the_references_scheme():
     activation, weight = (part() for part in CustomQConfig.POWER2.value)
     assert (activation.dtype, weight.dtype) == (torch.quint8, torch.qint8)
-    assert {activation.qscheme, weight.qscheme} == {torch.per_tensor_symmetric} and (activation.max_shift_amount, weight.max_shift_amount) == (8, 8)
+    assert {activation.qscheme, weight.qscheme} == {torch.per_tensor_symmetric} and (
+        activation.max_shift_amount,
+        weight.max_shift_amount,
+    ) == (8, 8)
 
 
 def test_training_averages_the_range_of_activations_only():
@@ -327,6 +387,7 @@ def test_activations_use_all_eight_bits_where_the_processor_adds_exactly(monkeyp
     assert has_vnni() and activation_range() == (0, 255)
 
 
+@pytest.mark.skipif("x86" not in torch.backends.quantized.supported_engines, reason="needs the x86 engine")
 def test_activations_keep_to_seven_bits_where_sums_of_16_bits_would_saturate(monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
     monkeypatch.setattr(observer.torch.backends.quantized, "engine", "x86")

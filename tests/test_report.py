@@ -4,19 +4,27 @@ import ast
 
 import pandas as pd
 import pytest
+
 from labcore import LabError, report
 from labcore.report import markdown_table, source_of
 
 
 def parsed(module: str, name: str) -> ast.AST:
-    node, = ast.parse(source_of(module, name)).body
+    (node,) = ast.parse(source_of(module, name)).body
     return node
 
 
-@pytest.mark.parametrize(("module", "name"), [
-    ("observer", "scale_approximate"), ("observer", "PowerOfTwoObserver.forward"), ("observer", "PowerOfTwoObserver.calculate_qparams"),
-    ("quantize", "calibrate"), ("model", "QuantizableBottleneck"), ("model", "QuantizableBottleneck.__init__"),
-])
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("observer", "scale_approximate"),
+        ("observer", "PowerOfTwoObserver.forward"),
+        ("observer", "PowerOfTwoObserver.calculate_qparams"),
+        ("quantize", "calibrate"),
+        ("model", "QuantizableBottleneck"),
+        ("model", "QuantizableBottleneck.__init__"),
+    ],
+)
 def test_the_source_stands_alone_and_has_its_name(module, name):
     assert parsed(module, name).name == name.split(".")[-1]
 
@@ -34,20 +42,30 @@ def module(tmp_path, monkeypatch):
     return tmp_path / "labcore" / "sample.py"
 
 
-@pytest.mark.parametrize(("text", "name", "expected"), [
-    ('def f(x):\n    """One line."""\n    return x\n\n\ny = 1\n', "f", "def f(x):\n    return x"),
-    ('class A:\n    def f(self):\n        """Two\n        lines.\n        """\n        if self:\n            return 1\n', "A.f", "def f(self):\n    if self:\n        return 1"),
-    ("def f():\n    # why\n    return 1\n", "f", "def f():\n    # why\n    return 1"),
-    ('def f():\n    return """a\nb"""\n', "f", 'def f():\n    return """a\nb"""'),
-    ("async def f():\n    pass\n", "f", "async def f():\n    pass"),
-    ("@cache\ndef f():\n    pass\n", "f", "@cache\ndef f():\n    pass"),
-], ids=["function", "method", "comment", "long text", "async", "decorated"])
+@pytest.mark.parametrize(
+    ("text", "name", "expected"),
+    [
+        ('def f(x):\n    """One line."""\n    return x\n\n\ny = 1\n', "f", "def f(x):\n    return x"),
+        (
+            'class A:\n    def f(self):\n        """Two\n        lines.\n        """\n        if self:\n            return 1\n',
+            "A.f",
+            "def f(self):\n    if self:\n        return 1",
+        ),
+        ("def f():\n    # why\n    return 1\n", "f", "def f():\n    # why\n    return 1"),
+        ('def f():\n    return """a\nb"""\n', "f", 'def f():\n    return """a\nb"""'),
+        ("async def f():\n    pass\n", "f", "async def f():\n    pass"),
+        ("@cache\ndef f():\n    pass\n", "f", "@cache\ndef f():\n    pass"),
+    ],
+    ids=["function", "method", "comment", "long text", "async", "decorated"],
+)
 def test_the_source_is_the_code_without_docstring_and_indentation(text, name, expected, module):
     module.write_text(text, encoding="utf-8")
     assert source_of("sample", name) == expected
 
 
-@pytest.mark.parametrize("name", ["nothing", "PowerOfTwoObserver.nothing", "scale_approximate.nothing", "Nothing.forward", ""])
+@pytest.mark.parametrize(
+    "name", ["nothing", "PowerOfTwoObserver.nothing", "scale_approximate.nothing", "Nothing.forward", ""]
+)
 def test_an_unknown_name_is_refused(name):
     with pytest.raises(LabError, match="labcore/observer.py defines no"):
         source_of("observer", name)
@@ -55,7 +73,13 @@ def test_an_unknown_name_is_refused(name):
 
 def test_a_table_sets_numbers_right_and_text_left():
     table = pd.DataFrame({"share": ["1.5%", "–", "-3"], "name": ["a", "1", "b"]}, index=["x", "y", "z"])
-    assert markdown_table(table, "row").splitlines() == ["| row | share | name |", "| :--- | ---: | :--- |", "| x | 1.5% | a |", "| y | – | 1 |", "| z | -3 | b |"]
+    assert markdown_table(table, "row").splitlines() == [
+        "| row | share | name |",
+        "| :--- | ---: | :--- |",
+        "| x | 1.5% | a |",
+        "| y | – | 1 |",
+        "| z | -3 | b |",
+    ]
 
 
 def test_a_bar_in_a_cell_does_not_end_the_cell():
@@ -64,4 +88,8 @@ def test_a_bar_in_a_cell_does_not_end_the_cell():
 
 
 def test_labels_that_are_no_text_are_written_as_text():
-    assert markdown_table(pd.DataFrame({1: ["x"]}, index=[7])).splitlines() == ["|  | 1 |", "| :--- | :--- |", "| 7 | x |"]
+    assert markdown_table(pd.DataFrame({1: ["x"]}, index=[7])).splitlines() == [
+        "|  | 1 |",
+        "| :--- | :--- |",
+        "| 7 | x |",
+    ]
