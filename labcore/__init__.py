@@ -7,3 +7,6 @@ Importing this package stays cheap: the modules that need torch are imported by 
 
 class LabError(Exception):
     """A problem the user can fix. Its text is one line: what was expected, what was found, what to do."""
+
+    def __init__(self, text: str):
+        super().__init__(" ".join(str(text).splitlines()))

@@ -5,9 +5,11 @@ import contextlib
 import errno
 import hashlib
 import json
+import lzma
 import os
 import platform
 import subprocess
+import tarfile
 import zipfile
 import zlib
 from importlib import metadata
@@ -99,8 +101,19 @@ def read_json(path: Path):
         raise LabError(f"{path} is damaged ({error}): delete it and run make report again.") from None
 
 
-# What reading a damaged or foreign .npz file can raise.
-NPZ_ERRORS = (OSError, ValueError, EOFError, TypeError, RuntimeError, zipfile.BadZipFile, zlib.error)
+# What readers of damaged or foreign files raise: archives, .npz files, images.
+UNREADABLE = (
+    OSError,
+    KeyError,
+    ValueError,
+    TypeError,
+    EOFError,
+    RuntimeError,
+    tarfile.TarError,
+    zipfile.BadZipFile,
+    lzma.LZMAError,
+    zlib.error,
+)
 
 
 def write_npz(path: Path, **arrays: np.ndarray) -> None:
@@ -110,7 +123,7 @@ def write_npz(path: Path, **arrays: np.ndarray) -> None:
 
 
 def read_npz(path: Path) -> dict[str, np.ndarray]:
-    """All arrays of a file, read whole; no pickle is executed. Raises one of NPZ_ERRORS where it is damaged."""
+    """All arrays of a file, read whole; no pickle is executed. Raises one of UNREADABLE where it is damaged."""
     with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as stored:
         if isinstance(stored, np.ndarray):
             raise ValueError("one array instead of several by name")

@@ -68,7 +68,12 @@ class Augment:
             0 < self.scale_min <= self.scale_max,
             "above 0, at most scale_max",
         )
+        _check("augment.scale_max", self.scale_max, self.scale_max <= 10, "at most 10")
         _check("augment.cutout", self.cutout, self.cutout >= 0, "0 or a side in pixels")
+        for name, top in (("erasing_scale", 1), ("erasing_ratio", 100)):
+            pair = getattr(self, name)
+            ok = len(pair) == 2 and 0 < pair[0] <= pair[1] <= top
+            _check(f"augment.{name}", pair, ok, f"two numbers, low,high, above 0 and at most {top}")
 
 
 @dataclass(frozen=True)
@@ -110,8 +115,8 @@ class Recipe:
         _check("restart_epochs", self.restart_epochs, self.restart_epochs >= 1, "at least 1")
         _check("restart_mult", self.restart_mult, self.restart_mult >= 1, "at least 1")
         _check("mixup_prob", self.mixup_prob, 0 <= self.mixup_prob <= 1, "a probability in [0, 1]")
-        _check("mixup_alpha", self.mixup_alpha, self.mixup_alpha >= 0, "0 or more")
-        _check("weight_decay", self.weight_decay, self.weight_decay >= 0, "0 or more")
+        _check("mixup_alpha", self.mixup_alpha, 0 <= self.mixup_alpha <= 100, "in [0, 100]")
+        _check("weight_decay", self.weight_decay, 0 <= self.weight_decay <= 100, "in [0, 100]")
         _check("clip_norm", self.clip_norm, self.clip_norm >= 0, "0 (off) or a norm")
         _check("freeze_at", self.freeze_at, 0 <= self.freeze_at <= 1, "a share of the epochs in [0, 1]")
         for name in ("warmup", "momentum", "label_smoothing"):
@@ -230,7 +235,10 @@ def nearest(name: str, known) -> str:
 def _convert(name: str, text, current):
     """Text from the command line -> the type of the value it replaces."""
     kind = type(current)
-    if not isinstance(text, str) or kind is str or current is None:
+    if current is None or isinstance(text, str) and kind is str:
+        return text
+    if not isinstance(text, str):
+        _check(name, text, isinstance(text, (int, float) if kind is float else kind), kind.__name__)
         return text
     try:
         if kind is tuple:
@@ -245,6 +253,7 @@ def override(config, values: dict):
 
     Raises LabError for an unknown name (with the nearest one), a wrong type or a value out of range.
     """
+    changes, inner_values = {}, {}
     for dotted, value in values.items():
         name, _, rest = dotted.partition(".")
         known = [f.name for f in dataclasses.fields(config) if f.name != "name"]
@@ -255,12 +264,15 @@ def override(config, values: dict):
             inner = [f.name for f in dataclasses.fields(current)] if dataclasses.is_dataclass(current) else []
             hint = f"it holds {', '.join(inner)}" if inner else "it holds one value"
             raise LabError(f"unknown parameter {dotted!r}: {name} is not written like this; {hint}.")
-        new = override(current, {rest: value}) if rest else _convert(dotted, value, current)
-        config = replace(config, **{name: new})
-    return config
+        if rest:
+            inner_values.setdefault(name, {})[rest] = value
+        else:
+            changes[name] = _convert(dotted, value, current)
+    changes |= {name: override(getattr(config, name), part) for name, part in inner_values.items()}
+    return replace(config, **changes)  # at once: a check may compare two of them
 
 
-def get_profile(name: str, **overrides) -> Profile:
+def get_profile(name: str, /, **overrides) -> Profile:
     """The profile of that name, with overrides (dotted names allowed through a dict: get_profile("cpu", **{...}))."""
     if name not in PROFILES:
         raise LabError(f"unknown profile {name!r}: {nearest(name, PROFILES)}")

@@ -13,7 +13,7 @@ from statsmodels.stats.weightstats import DescrStatsW
 from torch import Tensor, nn
 
 from labcore import LabError
-from labcore.artifacts import NPZ_ERRORS, read_npz, write_npz
+from labcore.artifacts import UNREADABLE, read_npz, write_npz
 from labcore.progress import progress
 from labcore.transforms import normalize
 
@@ -44,7 +44,7 @@ def load_logits(path: Path) -> tuple[np.ndarray, np.ndarray]:
     try:
         stored = read_npz(path)
         return stored["logits"], stored["labels"]
-    except (KeyError, *NPZ_ERRORS) as error:
+    except UNREADABLE as error:
         raise LabError(f"{path} cannot be read ({error}): run the stage that writes it again.") from None
 
 

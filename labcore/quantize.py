@@ -16,11 +16,11 @@ from torch.ao import quantization as tq
 from torch.ao.quantization import QConfig
 
 from labcore import LabError
+from labcore.checkpoint import first_line, load_tensors, save_tensors
 from labcore.data import ImageData, Split
 from labcore.model import QuantizableResNet, load_weights
 from labcore.observer import PowerOfTwoObserver, scale_approximate
 from labcore.progress import progress
-from labcore.train import first_line, load_tensors, save_tensors
 from labcore.transforms import normalize
 
 

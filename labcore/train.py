@@ -5,12 +5,8 @@ with the same weights as a run that was never killed; on CPU with the same numbe
 """
 
 import contextlib
-import hashlib
-import io
 import math
-import pickle
 import time
-import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,7 +19,8 @@ from torch.ao.nn.intrinsic.qat import freeze_bn_stats
 from torch.ao.quantization import FakeQuantize, disable_observer
 
 from labcore import LabError
-from labcore.artifacts import atomic_path, modules_hash, sha256_json, versions, write_text
+from labcore.artifacts import modules_hash, sha256_json, versions, write_text
+from labcore.checkpoint import load_tensors, save_tensors, state_hash
 from labcore.config import Recipe
 from labcore.data import ImageData, Split
 from labcore.progress import progress
@@ -114,15 +111,6 @@ def score(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int) -> 
             correct += (logits.argmax(1) == target).sum().item()
     model.train(training)
     return loss / len(images), correct / len(images)
-
-
-def state_hash(state: dict[str, Tensor]) -> str:
-    """SHA-256 over names, shapes and bytes of a state dict of plain tensors."""
-    digest = hashlib.sha256()
-    for name, value in state.items():
-        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def recipe_key(
@@ -321,43 +309,3 @@ def _resume(
     except (LabError, KeyError, TypeError) as error:
         print(f"note: {path.name} cannot be used ({error}); training starts again.")
         return 0, [], None
-
-
-def save_tensors(path: Path, value) -> None:
-    """Write tensors, numbers and text atomically; the same value gives the same bytes."""
-    buffer = (
-        io.BytesIO()
-    )  # given a path, torch would write its name into the file, and hide a full disk's error
-    torch.save(value, buffer)
-    with atomic_path(path) as partial:
-        partial.write_bytes(buffer.getbuffer())
-
-
-def load_tensors(path: Path):
-    """Read what save_tensors wrote, on the CPU, without executing anything.
-
-    Raises LabError for a missing or truncated file, and for a pickle that holds more than tensors, numbers and text.
-    """
-    if not Path(path).exists():
-        raise LabError(
-            f"{path} is missing: run the stage that writes it first (make report does all in order)."
-        )
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", message="Detected pickle protocol"
-            )  # a foreign pickle is refused just below
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise LabError(
-            f"{path} is refused: it holds more than weights, or it is damaged ({first_line(error)}); use another file."
-        ) from error
-    except Exception as error:  # torch's reader raises almost anything on foreign bytes
-        raise LabError(
-            f"{path} is truncated or not a checkpoint ({first_line(error)}); delete it and run the stage again."
-        ) from error
-
-
-def first_line(error: Exception) -> str:
-    """An error in one line, for a message that names the file."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]

@@ -170,7 +170,7 @@ def _erase(x: Tensor, top: np.ndarray, left: np.ndarray, height: np.ndarray, wid
     in_rows = (rows >= top[:, None]) & (rows < (top + height)[:, None])
     in_columns = (columns >= left[:, None]) & (columns < (left + width)[:, None])
     box = _on(x, in_rows, torch.bool)[:, None, :, None] & _on(x, in_columns, torch.bool)[:, None, None, :]
-    return x.masked_fill(box, 0)
+    return x.masked_fill_(box, 0)
 
 
 def _cutout_boxes(x: Tensor, side: int, rng: np.random.Generator):
@@ -204,8 +204,11 @@ def mixup(x: Tensor, recipe: Recipe, rng: np.random.Generator) -> tuple[Tensor, 
         The mixed images (B, 3, H, W), the partners' positions (B,) and the shares (B,).
     """
     count = len(x)
-    share = np.where(
-        rng.random(count) < recipe.mixup_prob, rng.beta(recipe.mixup_alpha, recipe.mixup_alpha, count), 1.0
+    mixed = rng.random(count) < recipe.mixup_prob
+    share = (
+        np.where(mixed, rng.beta(recipe.mixup_alpha, recipe.mixup_alpha, count), 1.0)
+        if recipe.mixup_alpha
+        else np.ones(count)
     )
     partner, share = _on(x, rng.permutation(count), torch.int64), _on(x, share)
     weight = share.view(-1, 1, 1, 1)

@@ -12,7 +12,9 @@ def tiny_data() -> ImageData:
     rng = np.random.default_rng(0)
     labels = np.arange(128) % 4
     images = (labels[:, None, None, None] * 60 + rng.integers(0, 40, (128, 3, 16, 16))).astype(np.uint8)
-    return ImageData("tiny", "0" * 64, ("a", "b", "c", "d"), images[:96], labels[:96], images[96:], labels[96:])
+    return ImageData(
+        "tiny", "0" * 64, ("a", "b", "c", "d"), images[:96], labels[:96], images[96:], labels[96:]
+    )
 
 
 @pytest.fixture

@@ -592,6 +592,19 @@ def test_cifar_comes_as_torchvision_gives_it(monkeypatch, source, label, size):
     assert data.test_labels.tolist() == [0, 1]
 
 
+def test_cifar_is_read_from_the_cache_until_its_files_change(monkeypatch, data_dir):
+    batches = data_dir / "cifar-10-batches-py"
+    batches.mkdir(parents=True)
+    (batches / "data_batch_1").write_bytes(b"a")
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", FakeCIFAR)
+    first = load_data("cifar10")
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", lambda *args, **kwargs: pytest.fail("read again"))
+    assert load_data("cifar10").sha256 == first.sha256
+    (batches / "data_batch_1").write_bytes(b"changed")
+    with pytest.raises(pytest.fail.Exception, match="read again"):
+        load_data("cifar10")
+
+
 def test_cifar_without_a_network_is_refused_when_asked_for_by_name():
     text = refusal("cifar10")
     assert "CIFAR-10 needs a download" in text

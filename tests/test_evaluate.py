@@ -61,7 +61,8 @@ def test_the_loss_is_torchs_mean_cross_entropy():
 def test_counts_and_accuracy_are_those_of_a_loop():
     logits, labels = scores()
     correct = sum(
-        max(range(5), key=lambda index: row[index]) == label for row, label in zip(logits, labels, strict=True)
+        max(range(5), key=lambda index: row[index]) == label
+        for row, label in zip(logits, labels, strict=True)
     )
     result = summarize(logits, labels)
     assert (result["n_seen"], result["n_correct"], result["acc"]) == (200, correct, correct / 200)
@@ -71,7 +72,10 @@ def test_counts_and_accuracy_are_those_of_a_loop():
 def test_the_interval_is_wilsons_formula(correct, count):
     result = summarize(voting([1] * correct + [2] * (count - correct)), np.ones(count, int))
     z, share = 1.959963984540054, correct / count
-    centre, half = share + z**2 / (2 * count), z * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
+    centre, half = (
+        share + z**2 / (2 * count),
+        z * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2)),
+    )
     expected = [(centre - half) / (1 + z**2 / count), (centre + half) / (1 + z**2 / count)]
     assert [result["acc_low"], result["acc_high"]] == pytest.approx(expected, abs=1e-9)
 
@@ -86,7 +90,9 @@ def test_a_confident_mistake_costs_its_whole_margin():
 
 
 #                             both  only before  only after  neither
-@pytest.mark.parametrize("table", [(5, 3, 1, 2), (0, 6, 0, 0), (4, 0, 7, 1), (10, 2, 2, 0), (900, 31, 12, 57)])
+@pytest.mark.parametrize(
+    "table", [(5, 3, 1, 2), (0, 6, 0, 0), (4, 0, 7, 1), (10, 2, 2, 0), (900, 31, 12, 57)]
+)
 class TestPairs:
     @pytest.fixture
     def found(self, table):
@@ -293,7 +299,11 @@ class Counting(nn.Module):
 
 def test_latency_has_a_positive_row_for_every_round_and_model():
     table = latency(
-        {"a": Counting(), "b": Counting(), "c": Counting()}, torch.zeros(1, 3, 4, 4), rounds=4, runs=3, warmup=0
+        {"a": Counting(), "b": Counting(), "c": Counting()},
+        torch.zeros(1, 3, 4, 4),
+        rounds=4,
+        runs=3,
+        warmup=0,
     )
     assert list(table.columns) == ["round", "model", "latency_ms"] and (table["latency_ms"] > 0).all()
     assert sorted(zip(table["round"], table["model"], strict=True)) == [
@@ -329,7 +339,10 @@ MEASURED = pd.DataFrame(
 def test_the_latency_table_has_medians_and_quartiles_in_the_order_of_the_models():
     table = latency_table(MEASURED, "z")
     assert list(table.index) == ["z", "a"]
-    assert table[["latency_ms_low", "latency_ms", "latency_ms_high"]].to_numpy().tolist() == [[11, 12, 26], [4, 4, 4.5]]
+    assert table[["latency_ms_low", "latency_ms", "latency_ms_high"]].to_numpy().tolist() == [
+        [11, 12, 26],
+        [4, 4, 4.5],
+    ]
 
 
 def test_the_speedup_is_the_median_of_the_ratios_within_rounds():

@@ -63,7 +63,9 @@ def test_torchvisions_weights_give_torchvisions_logits(pair):
 def test_our_weights_load_strictly_into_torchvisions_network(pair):
     ours, theirs = lived_in(copy.deepcopy(pair[0]), seed=2), copy.deepcopy(pair[1])
     theirs.load_state_dict(ours.state_dict())
-    torch.testing.assert_close(logits(ours, images(size=64)), logits(theirs, images(size=64)), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        logits(ours, images(size=64)), logits(theirs, images(size=64)), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_resnet50_with_the_cifar_stem_has_its_known_number_of_parameters():
@@ -185,7 +187,9 @@ def test_fusion_leaves_no_relu_to_run_on_its_own(arch, is_qat):
     model.fuse_model(is_qat)
     fused = (torch.ao.nn.intrinsic.ConvReLU2d, torch.ao.nn.intrinsic.ConvBnReLU2d)
     inside = {part for module in model.modules() if isinstance(module, fused) for part in module}
-    assert inside and not [module for module in model.modules() if isinstance(module, nn.ReLU) and module not in inside]
+    assert inside and not [
+        module for module in model.modules() if isinstance(module, nn.ReLU) and module not in inside
+    ]
 
 
 @pytest.mark.parametrize("is_qat", [False, True])

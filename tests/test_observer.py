@@ -51,14 +51,22 @@ def batches(count: int = 4, shape: tuple[int, ...] = (5, 3, 4, 2), shift: float 
 def test_the_approximation_is_the_power_nearest_in_the_logarithm(limit):
     exponents = np.random.default_rng(limit).uniform(-limit - 3, limit + 3, 400)
     scales = [float(np.float32(2.0**exponent)) for exponent in exponents]
-    assert [scale_approximate(scale, limit) for scale in scales] == [nearest_power(scale, limit) for scale in scales]
+    assert [scale_approximate(scale, limit) for scale in scales] == [
+        nearest_power(scale, limit) for scale in scales
+    ]
 
 
 @pytest.mark.parametrize("exponent", [-9, -1, 0, 1, 5])
 def test_floats_next_to_the_geometric_middle_go_to_the_right_side(exponent):
     middle = np.float32(2.0 ** (exponent + 0.5))
-    scales = [float(np.nextafter(middle, np.float32(0))), float(middle), float(np.nextafter(middle, np.float32(1e9)))]
-    assert [scale_approximate(scale, 20) for scale in scales] == [nearest_power(scale, 20) for scale in scales]
+    scales = [
+        float(np.nextafter(middle, np.float32(0))),
+        float(middle),
+        float(np.nextafter(middle, np.float32(1e9))),
+    ]
+    assert [scale_approximate(scale, 20) for scale in scales] == [
+        nearest_power(scale, 20) for scale in scales
+    ]
 
 
 def test_exact_powers_of_two_stay():
@@ -99,7 +107,9 @@ def test_what_is_no_positive_scale_comes_back_as_it_is(scale, kind):
 @pytest.mark.parametrize("limit", [3, 8, None])
 def test_floats_and_tensors_agree(limit):
     scales = torch.tensor([1e-45, 1e-38, 1e-5, 0.3, 1, 1.5, 77, 1e30, INF, 0, -2])
-    assert scale_approximate(scales, limit).tolist() == [scale_approximate(scale, limit) for scale in scales.tolist()]
+    assert scale_approximate(scales, limit).tolist() == [
+        scale_approximate(scale, limit) for scale in scales.tolist()
+    ]
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (1,), (4,), (2, 3, 1)])
@@ -133,7 +143,9 @@ def test_a_larger_scale_never_gets_a_smaller_power():
 @pytest.mark.parametrize("averaging", [None, 0.01, 0.7])
 def test_the_raw_scale_per_tensor_is_torchs_to_the_bit(dtype, scheme, averaging):
     kwargs = {"dtype": dtype, "qscheme": scheme} | ({"averaging_constant": averaging} if averaging else {})
-    expected = (torch_observers.MovingAverageMinMaxObserver if averaging else torch_observers.MinMaxObserver)(**kwargs)
+    expected = (torch_observers.MovingAverageMinMaxObserver if averaging else torch_observers.MinMaxObserver)(
+        **kwargs
+    )
     watcher = PowerOfTwoObserver(**kwargs)
     for batch in batches():
         watcher(batch), expected(batch)
@@ -149,7 +161,9 @@ def test_the_raw_scale_per_channel_is_torchs_to_the_bit(dtype, scheme, averaging
         {"averaging_constant": averaging} if averaging else {}
     )
     expected = (
-        torch_observers.MovingAveragePerChannelMinMaxObserver if averaging else torch_observers.PerChannelMinMaxObserver
+        torch_observers.MovingAveragePerChannelMinMaxObserver
+        if averaging
+        else torch_observers.PerChannelMinMaxObserver
     )(**kwargs)
     watcher = PowerOfTwoObserver(**kwargs)
     for batch in batches():
@@ -161,7 +175,8 @@ def test_a_channel_axis_counted_from_the_end_means_the_same_axis():
     kwargs = {"qscheme": torch.per_channel_symmetric, "dtype": torch.qint8}
     batch = batches(1)[0] * torch.tensor([1.0, 30.0])
     assert (
-        seen(batch, ch_axis=-1, **kwargs).raw_scale().tolist() == seen(batch, ch_axis=3, **kwargs).raw_scale().tolist()
+        seen(batch, ch_axis=-1, **kwargs).raw_scale().tolist()
+        == seen(batch, ch_axis=3, **kwargs).raw_scale().tolist()
     )
 
 
@@ -299,7 +314,8 @@ class NoHostSync(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         assert not any(
-            name in str(function) for name in ("_local_scalar_dense", "aten.item", "aten.is_nonzero", "aten.equal")
+            name in str(function)
+            for name in ("_local_scalar_dense", "aten.item", "aten.is_nonzero", "aten.equal")
         ), function
         return function(*args, **(kwargs or {}))
 
@@ -330,12 +346,19 @@ def test_the_observer_runs_on_a_device_without_values(scheme):
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_fake_quantization_puts_values_on_the_grid(dtype, scheme):
     low, high = torch.iinfo(dtype).min, torch.iinfo(dtype).max
-    fake = FakeQuantize(observer=PowerOfTwoObserver, dtype=dtype, qscheme=scheme, quant_min=low, quant_max=high)
+    fake = FakeQuantize(
+        observer=PowerOfTwoObserver, dtype=dtype, qscheme=scheme, quant_min=low, quant_max=high
+    )
     batch = batches(1)[0]
     shape = (-1, *[1] * (batch.dim() - 1))
     output = fake(batch)
     steps = output / fake.scale.view(shape) + fake.zero_point.view(shape)
-    assert torch.equal(steps, steps.round()) and steps.min() >= low and steps.max() <= high and len(steps.unique()) > 20
+    assert (
+        torch.equal(steps, steps.round())
+        and steps.min() >= low
+        and steps.max() <= high
+        and len(steps.unique()) > 20
+    )
 
 
 def test_the_gradient_of_fake_quantization_is_one_inside_and_zero_where_clipped():
@@ -352,7 +375,9 @@ def test_the_assignments_name_is_the_observer():
     assert CusQuantObserver is PowerOfTwoObserver
 
 
-@pytest.mark.parametrize(("config", "is_power"), [(CustomQConfig.POWER2, True), (CustomQConfig.DEFAULT, False)])
+@pytest.mark.parametrize(
+    ("config", "is_power"), [(CustomQConfig.POWER2, True), (CustomQConfig.DEFAULT, False)]
+)
 def test_each_configuration_observes_weights_and_activations_in_its_own_way(config, is_power):
     watchers = [
         config.value.activation(),

@@ -29,7 +29,9 @@ class Project:
         self.root = root
         for folder in ("labcore", "notebooks"):
             shutil.copytree(
-                ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
+                ROOT / folder,
+                root / folder,
+                ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"),
             )
         (root / "report").mkdir()
         for template in (ROOT / "report").glob("template*"):
@@ -65,7 +67,9 @@ class Project:
             for path in sorted((self.root / folder).rglob("*"))
             if path.is_file() and ".stamp" not in path.name
         ]
-        return {str(path.relative_to(self.root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+        return {
+            str(path.relative_to(self.root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files
+        }
 
     def edit(self, name: str, change) -> None:
         path = self.root / name
@@ -157,7 +161,9 @@ def test_the_network_learned_and_quantization_kept_it(built):
 
 def test_a_second_report_does_nothing(built):
     before = built.hashes("runs", "figures", "report")
-    times = {path: path.stat().st_mtime_ns for path in (built.root / "report/smoke").rglob("*") if path.is_file()}
+    times = {
+        path: path.stat().st_mtime_ns for path in (built.root / "report/smoke").rglob("*") if path.is_file()
+    }
     result = built.run()
     assert result.returncode == 0
     assert result.stdout.splitlines() == [f"{name}: up to date" for name in [*NOTEBOOKS, "report"]]
@@ -249,7 +255,10 @@ def test_another_option_makes_every_stage_stale_and_says_which(project, argument
 
 def test_a_deleted_figure_comes_back_without_training(project):
     figure = project.root / "figures/smoke/01_curves.png"
-    content, checkpoint = figure.read_bytes(), (project.root / "runs/smoke/fp32/checkpoint.pt").stat().st_mtime_ns
+    content, checkpoint = (
+        figure.read_bytes(),
+        (project.root / "runs/smoke/fp32/checkpoint.pt").stat().st_mtime_ns,
+    )
     figure.unlink()
     assert project.status()["fp32"] == "stale: missing: figures/smoke/01_curves.png"
     result = project.run()
@@ -324,15 +333,24 @@ def test_clean_removes_one_profile_and_keeps_the_sources(project):
     ("arguments", "message"),
     [
         (["report", "--profile", "smok"], "unknown profile 'smok': did you mean 'smoke'?"),
-        (["report", "--profile", "smoke", "--set", "widht=8"], "unknown parameter 'widht': did you mean 'width'?"),
+        (
+            ["report", "--profile", "smoke", "--set", "widht=8"],
+            "unknown parameter 'widht': did you mean 'width'?",
+        ),
         (
             ["report", "--profile", "smoke", "--set", "fp32.epoch=2"],
             "unknown parameter 'epoch': did you mean 'epochs'?",
         ),
         (["report", "--profile", "smoke", "--set", "width=0"], "width must be in 1 … 1024 channels, found 0"),
-        (["report", "--profile", "smoke", "--seed", "-1"], "SEED must be a whole number in 0 … 4294967295, found '-1'"),
+        (
+            ["report", "--profile", "smoke", "--seed", "-1"],
+            "SEED must be a whole number in 0 … 4294967295, found '-1'",
+        ),
         (["report", "--profile", "smoke", "--data", "nowhere/at/all"], "nor an existing folder or archive"),
-        (["report", "--make-variables", "PROFIL=smoke"], "make knows no variable 'PROFIL': did you mean 'PROFILE'?"),
+        (
+            ["report", "--make-variables", "PROFIL=smoke"],
+            "make knows no variable 'PROFIL': did you mean 'PROFILE'?",
+        ),
     ],
 )
 def test_bad_options_are_one_line_and_a_status(arguments, message, capsys):
@@ -355,7 +373,12 @@ def test_notebook_sources_hold_no_outputs_and_little_code_per_cell(name):
 
 def test_an_unknown_notebook_parameter_is_refused(tmp_path):
     with pytest.raises(LabError, match=r"takes no parameter 'PROFILES': did you mean 'PROFILE'\?"):
-        execute(ROOT / "notebooks/01_fp32_train.ipynb", tmp_path / "out.ipynb", {"PROFILES": "smoke"}, tmp_path / "log")
+        execute(
+            ROOT / "notebooks/01_fp32_train.ipynb",
+            tmp_path / "out.ipynb",
+            {"PROFILES": "smoke"},
+            tmp_path / "log",
+        )
 
 
 def test_modules_are_found_through_other_modules():

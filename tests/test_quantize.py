@@ -12,6 +12,7 @@ from torch import nn
 from torch.ao.nn.quantized import Conv2d, QFunctional
 
 from labcore import LabError, quantize
+from labcore.checkpoint import load_tensors, save_tensors
 from labcore.data import Split
 from labcore.model import build_model
 from labcore.observer import CustomQConfig, PowerOfTwoObserver, has_vnni, power_of_two_qconfig
@@ -27,11 +28,12 @@ from labcore.quantize import (
     qparams,
     save_int8,
 )
-from labcore.train import load_tensors, save_tensors
 from labcore.transforms import normalize
 
 POWER2, DEFAULT = CustomQConfig.POWER2, CustomQConfig.DEFAULT
-exact_sums = pytest.mark.skipif(not has_vnni(), reason="this processor adds int8 products in 16 bits, which saturate")
+exact_sums = pytest.mark.skipif(
+    not has_vnni(), reason="this processor adds int8 products in 16 bits, which saturate"
+)
 
 
 def network(arch: str = "resnet9", width: int = 4, classes: int = 4) -> nn.Module:
@@ -81,7 +83,11 @@ def test_every_step_works_on_a_copy(step):
     with torch.no_grad():
         for value in step(model).parameters():
             value.add_(1)
-    assert unchanged(model, before) and [name for name, _ in model.named_modules()] == names and not model.training
+    assert (
+        unchanged(model, before)
+        and [name for name, _ in model.named_modules()] == names
+        and not model.training
+    )
 
 
 def test_convert_works_on_a_copy(tiny_data, tiny_split):
@@ -137,7 +143,9 @@ def by_hand(layer: Conv2d, given: torch.Tensor, relu: bool) -> np.ndarray:
 
 
 @exact_sums
-@pytest.mark.parametrize(("name", "relu"), [("conv1", True), ("layer4.2.conv1", True), ("layer4.2.conv2", False)])
+@pytest.mark.parametrize(
+    ("name", "relu"), [("conv1", True), ("layer4.2.conv1", True), ("layer4.2.conv2", False)]
+)
 def test_a_converted_convolution_computes_what_integers_give_by_hand(name, relu, int8, tiny_data):
     seen, layer = [], int8.get_submodule(name)
     layer.register_forward_hook(lambda module, given, output: seen.append((given[0], output)))
@@ -321,7 +329,8 @@ def test_float_weights_survive_the_file(tiny_data, tmp_path):
     save_tensors(tmp_path / "net.pt", model.state_dict())
     torch.manual_seed(9)
     assert torch.equal(
-        logits(load_float(tmp_path / "net.pt", build_model("resnet9", 4, 4)), tiny_data), logits(model, tiny_data)
+        logits(load_float(tmp_path / "net.pt", build_model("resnet9", 4, 4)), tiny_data),
+        logits(model, tiny_data),
     )
 
 
@@ -344,7 +353,10 @@ def test_calibration_looks_at_the_calibration_images_only(tiny_data, tiny_split)
     images = np.full_like(tiny_data.train_images, 255)
     images[tiny_split.calibration] = tiny_data.train_images[tiny_split.calibration] // 2
     prepared = calibrate(
-        prepare_ptq(network(), POWER2.value), replace(tiny_data, train_images=images), tiny_split, batch_size=5
+        prepare_ptq(network(), POWER2.value),
+        replace(tiny_data, train_images=images),
+        tiny_split,
+        batch_size=5,
     )
     expected = normalize(torch.from_numpy(images[tiny_split.calibration]))
     watcher = prepared.quant.activation_post_process
@@ -374,7 +386,11 @@ def test_a_tensor_counts_as_clamped_where_the_limits_change_its_scale(wanted, gi
         .set_index(["layer", "tensor"])
         .loc[("fc", "weight")]
     )
-    assert (row["clamped"], row["scale"], row["raw_scale"]) == (wanted != given, 2.0**given, pytest.approx(2.0**wanted))
+    assert (row["clamped"], row["scale"], row["raw_scale"]) == (
+        wanted != given,
+        2.0**given,
+        pytest.approx(2.0**wanted),
+    )
 
 
 def test_clamped_tensors_are_those_whose_raw_scale_lies_beyond_the_limits(tiny_data, tiny_split):
@@ -397,7 +413,8 @@ def test_the_observed_scales_are_those_that_the_int8_network_gets(tiny_data, tin
     assert len(planned) == len(got)
     for tensor in ("weight", "activation"):
         columns = [
-            table[table["tensor"] == tensor][["scale", "zero_point"]].to_numpy().tolist() for table in (planned, got)
+            table[table["tensor"] == tensor][["scale", "zero_point"]].to_numpy().tolist()
+            for table in (planned, got)
         ]
         assert columns[0] == columns[1]
 

@@ -84,7 +84,11 @@ def test_a_table_sets_numbers_right_and_text_left():
 
 def test_a_bar_in_a_cell_does_not_end_the_cell():
     table = pd.DataFrame({"a|b": ["c|d"]}, index=["e|f"])
-    assert markdown_table(table, "g|h").splitlines() == [r"| g\|h | a\|b |", "| :--- | :--- |", r"| e\|f | c\|d |"]
+    assert markdown_table(table, "g|h").splitlines() == [
+        r"| g\|h | a\|b |",
+        "| :--- | :--- |",
+        r"| e\|f | c\|d |",
+    ]
 
 
 def test_labels_that_are_no_text_are_written_as_text():

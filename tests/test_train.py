@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
-from labcore import LabError, train
+from labcore import LabError, checkpoint, train
 from labcore.config import Augment, Recipe
 from labcore.model import build_model
 from labcore.observer import CustomQConfig
@@ -54,7 +54,13 @@ def test_the_cosine_schedule_is_torchs_linear_warmup_and_cosine():
 
 def test_warm_restarts_are_torchs():
     recipe = Recipe(
-        epochs=35, batch_size=1, lr=0.3, lr_min=1e-4, schedule="warm_restarts", restart_epochs=5, restart_mult=2
+        epochs=35,
+        batch_size=1,
+        lr=0.3,
+        lr_min=1e-4,
+        schedule="warm_restarts",
+        restart_epochs=5,
+        restart_mult=2,
     )
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.3)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, T_0=5, T_mult=2, eta_min=1e-4)
@@ -66,12 +72,15 @@ def test_warm_restarts_are_torchs():
 
 
 def test_the_same_seed_gives_the_same_weights_to_the_bit(tmp_path, tiny_data, tiny_split):
-    assert equal(fit(tmp_path / "a", tiny_data, tiny_split).state, fit(tmp_path / "b", tiny_data, tiny_split).state)
+    assert equal(
+        fit(tmp_path / "a", tiny_data, tiny_split).state, fit(tmp_path / "b", tiny_data, tiny_split).state
+    )
 
 
 def test_another_seed_gives_other_weights(tmp_path, tiny_data, tiny_split):
     assert not equal(
-        fit(tmp_path / "a", tiny_data, tiny_split).state, fit(tmp_path / "b", tiny_data, tiny_split, seed=1).state
+        fit(tmp_path / "a", tiny_data, tiny_split).state,
+        fit(tmp_path / "b", tiny_data, tiny_split, seed=1).state,
     )
 
 
@@ -131,7 +140,8 @@ def test_a_checkpoint_of_another_recipe_is_not_continued(tmp_path, tiny_data, ti
     fit(tmp_path / "a", tiny_data, tiny_split)
     other = Recipe(**{**vars(RECIPE), **change})
     assert equal(
-        fit(tmp_path / "a", tiny_data, tiny_split, other).state, fit(tmp_path / "b", tiny_data, tiny_split, other).state
+        fit(tmp_path / "a", tiny_data, tiny_split, other).state,
+        fit(tmp_path / "b", tiny_data, tiny_split, other).state,
     )
 
 
@@ -151,7 +161,9 @@ def test_the_best_epoch_is_chosen_by_validation_alone(tmp_path, tiny_data, tiny_
     assert fit(tmp_path, tiny_data, tiny_split).best_epoch == 2
 
 
-def test_a_loss_that_is_no_number_stops_and_keeps_the_last_checkpoint(tmp_path, tiny_data, tiny_split, monkeypatch):
+def test_a_loss_that_is_no_number_stops_and_keeps_the_last_checkpoint(
+    tmp_path, tiny_data, tiny_split, monkeypatch
+):
     fit(tmp_path, tiny_data, tiny_split, Recipe(**{**vars(RECIPE), "epochs": 3}))
     before = (tmp_path / "checkpoint.pt").read_bytes()
     step = train._step
@@ -178,14 +190,18 @@ def test_qat_freezes_observers_and_batchnorm_late(tmp_path, tiny_data, tiny_spli
     fake = [module for module in model.modules() if isinstance(module, torch.ao.quantization.FakeQuantize)]
     fused = [module for module in model.modules() if hasattr(module, "freeze_bn")]
     assert fake and fused
-    assert not any(int(module.observer_enabled) for module in fake) and all(module.freeze_bn for module in fused)
+    assert not any(int(module.observer_enabled) for module in fake) and all(
+        module.freeze_bn for module in fused
+    )
 
 
 def test_scoring_does_not_move_the_observed_ranges(tiny_data):
     model = prepare_qat(network(), CustomQConfig.POWER2.qat)
     model(torch.randn(8, 3, 16, 16))
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    train.score(model, torch.full((4, 3, 16, 16), 255, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64), 2)
+    train.score(
+        model, torch.full((4, 3, 16, 16), 255, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64), 2
+    )
     assert equal(before, model.state_dict())
 
 
@@ -198,7 +214,7 @@ def test_score_sums_over_unequal_batches():
 
 def test_saving_to_a_full_disk_says_so_and_keeps_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "weights.pt"
-    train.save_tensors(path, {"a": torch.ones(2)})
+    checkpoint.save_tensors(path, {"a": torch.ones(2)})
 
     def full(target, content):
         target.write_text("part")
@@ -206,8 +222,8 @@ def test_saving_to_a_full_disk_says_so_and_keeps_the_old_file(tmp_path, monkeypa
 
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(LabError, match=r"no space left to write .*weights\.pt"):
-        train.save_tensors(path, {"a": torch.zeros(2)})
-    assert torch.equal(train.load_tensors(path)["a"], torch.ones(2))
+        checkpoint.save_tensors(path, {"a": torch.zeros(2)})
+    assert torch.equal(checkpoint.load_tensors(path)["a"], torch.ones(2))
     assert [child.name for child in tmp_path.iterdir()] == ["weights.pt"]
 
 
@@ -227,7 +243,7 @@ class Evil:
 def test_a_pickle_that_would_execute_code_is_refused(tmp_path, save):
     save({"a": Evil(tmp_path / "executed")}, tmp_path / "weights.pt")
     with pytest.raises(LabError, match="refused|truncated"):
-        train.load_tensors(tmp_path / "weights.pt")
+        checkpoint.load_tensors(tmp_path / "weights.pt")
     assert not (tmp_path / "executed").exists()
 
 
@@ -254,7 +270,10 @@ def test_mixup_uses_one_share_for_pixels_and_loss(tiny_data):
         augment=Augment(crop_padding=0, flip_prob=0),
     )
     model = network().double().float()
-    images, labels = torch.from_numpy(tiny_data.train_images[:8]), torch.from_numpy(tiny_data.train_labels[:8])
+    images, labels = (
+        torch.from_numpy(tiny_data.train_images[:8]),
+        torch.from_numpy(tiny_data.train_labels[:8]),
+    )
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-9)
     loss, _ = train._step(model, optimizer, recipe, images, labels, np.random.default_rng(3))
     rng = np.random.default_rng(3)
