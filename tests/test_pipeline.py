@@ -383,5 +383,5 @@ def test_an_unknown_notebook_parameter_is_refused(tmp_path):
 
 def test_modules_are_found_through_other_modules():
     found = pipeline.imported_modules("from labcore.quantize import fuse")
-    assert {"quantize", "observer", "model", "train"} <= found
+    assert {"quantize", "observer", "model", "checkpoint"} <= found
     assert "observer" not in pipeline.imported_modules("from labcore.train import fit")
