@@ -144,7 +144,7 @@ class Profile:
     def __post_init__(self):
         _check("arch", self.arch, self.arch in ARCHITECTURES, f"one of {', '.join(ARCHITECTURES)}")
         _check("stem", self.stem, self.stem in STEMS, f"one of {', '.join(STEMS)}")
-        _check("width", self.width, 1 <= self.width <= 1024, "in 1 … 1024 channels")
+        _check("width", self.width, 4 <= self.width <= 1024, "in 4 … 1024 channels")
         _check("image_size", self.image_size, 8 <= self.image_size <= 512, "in 8 … 512 pixels")
         _check("calibration_images", self.calibration_images, self.calibration_images >= 1, "at least 1")
         _check("eval_batch_size", self.eval_batch_size, self.eval_batch_size >= 1, "at least 1")

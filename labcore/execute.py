@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import os
-import sys
 import threading
 from pathlib import Path
 
@@ -94,31 +93,34 @@ def _tags(cell: nbformat.NotebookNode) -> list[str]:
 
 @contextlib.contextmanager
 def _live_progress(log: Path):
-    """Copy to the terminal what the kernel's progress bars write to a file."""
+    """Copy to the terminal what the kernel's progress bars write to `log`; what the kernel itself says goes to kernel.log."""
     log.write_text("", encoding="utf-8")
-    done = threading.Event()
+    done, terminal = threading.Event(), os.dup(2)
 
-    def copy_lines():
-        with open(log, encoding="utf-8", errors="replace", newline="") as stream:
+    def copy_progress():
+        with open(log, "rb") as stream:
             while True:
                 finished = done.is_set()
-                text = stream.read()
-                if text:
-                    sys.stderr.write(text)
-                    sys.stderr.flush()
+                content = stream.read()
+                if content:
+                    os.write(terminal, content)
                 elif finished:
                     return
                 else:
                     done.wait(0.2)
 
     os.environ["LAB_PROGRESS"] = str(log)
-    if sys.stderr.isatty():
+    if os.isatty(terminal):
         os.environ["LAB_TERMINAL"] = "1"
-    thread = threading.Thread(target=copy_lines, daemon=True)
+    thread = threading.Thread(target=copy_progress, daemon=True)
     thread.start()
+    with open(log.with_name("kernel.log"), "w", encoding="utf-8") as kernel_log:
+        os.dup2(kernel_log.fileno(), 2)  # the kernel inherits this
     try:
         yield
     finally:
+        os.dup2(terminal, 2)
         done.set()
         thread.join()
+        os.close(terminal)
         os.environ.pop("LAB_PROGRESS", None)

@@ -22,7 +22,7 @@ _SYMMETRIC = (torch.per_tensor_symmetric, torch.per_channel_symmetric)
 
 
 def scale_approximate(scale: float | Tensor, max_shift_amount: int | None = 8) -> float | Tensor:
-    """The nearest power of two, with its exponent clamped: 2^clamp(round(log2(scale)), -max_shift_amount, max_shift_amount).
+    """The nearest power of two, its exponent clamped: 2^clamp(round(log2(scale)), -max_shift_amount, max_shift_amount).
 
     The exponent is read from the number's own bits (scale = m 2^e with 0.5 <= m < 1, so round(log2(scale)) is e where
     m >= sqrt(1/2) and e - 1 elsewhere): exact, the same on CPU and GPU, and without waiting for the device.
@@ -49,9 +49,8 @@ def scale_approximate(scale: float | Tensor, max_shift_amount: int | None = 8) -
         return scale_approximate(number, max_shift_amount).item() if scale > 0 else scale
     mantissa, exponent = torch.frexp(scale.clamp(max=torch.finfo(torch.float32).max))
     exponent = (exponent - (mantissa.double() < _SQRT_HALF).to(exponent.dtype)).clamp(low, high)
-    power = ((exponent + 127) << 23).view(
-        torch.float32
-    )  # the exponent field of a float32: exactly 2^exponent
+    # The exponent field of a float32, written as an integer: exactly 2^exponent.
+    power = ((exponent + 127) << 23).view(torch.float32)
     return torch.where(scale > 0, power.to(scale.dtype), scale)
 
 
@@ -63,6 +62,9 @@ class PowerOfTwoObserver(UniformQuantizationObserverBase):
         symmetric:  raw scale = max(-lo, hi) / (Q / 2),  zero_point = 0 (qint8) or 128 (quint8; the middle of the range)
         affine:     raw scale = (hi - lo) / Q,           zero_point = clamp(quant_min - round(lo / scale))
         both:       scale = scale_approximate(raw scale, max_shift_amount)
+
+    Where unsigned codes are kept below 255 (see activation_range), the scale is rounded up instead: kernels clamp to the
+    whole of quint8, so nothing else would keep values inside the narrower range.
 
     The raw scale equals that of torch's MinMaxObserver (MovingAverageMinMaxObserver with `averaging_constant`) bit for
     bit. Everything is computed on tensors; nothing waits for the device.
@@ -152,7 +154,6 @@ class PowerOfTwoObserver(UniformQuantizationObserverBase):
         raw = self.raw_scale()
         scale = scale_approximate(raw, self.max_shift_amount)
         if self.dtype == torch.quint8 and self.quant_max < 255:
-            # Kernels clamp to all of quint8, so only a scale rounded up keeps values inside a narrower range.
             scale = torch.where(scale < raw, 2 * scale, scale)
         if self.qscheme not in _SYMMETRIC:
             zero_point = self.quant_min - torch.round(self.min_val.clamp(max=0) / scale)
@@ -179,7 +180,7 @@ class PowerOfTwoObserver(UniformQuantizationObserverBase):
 
 
 def has_vnni() -> bool:
-    """Whether int8 kernels add up products in 32 bits (AVX512-VNNI, AVX-VNNI or Arm).
+    """Whether int8 kernels add up products in 32 bits: x86 with AVX512-VNNI, or not x86.
 
     Without it, x86 kernels add two products of uint8 and int8 in 16 bits, which saturate.
     """

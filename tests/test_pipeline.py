@@ -341,7 +341,7 @@ def test_clean_removes_one_profile_and_keeps_the_sources(project):
             ["report", "--profile", "smoke", "--set", "fp32.epoch=2"],
             "unknown parameter 'epoch': did you mean 'epochs'?",
         ),
-        (["report", "--profile", "smoke", "--set", "width=0"], "width must be in 1 … 1024 channels, found 0"),
+        (["report", "--profile", "smoke", "--set", "width=0"], "width must be in 4 … 1024 channels, found 0"),
         (
             ["report", "--profile", "smoke", "--seed", "-1"],
             "SEED must be a whole number in 0 … 4294967295, found '-1'",
