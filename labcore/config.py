@@ -118,7 +118,7 @@ class Recipe:
         _check("mixup_alpha", self.mixup_alpha, 0 <= self.mixup_alpha <= 100, "in [0, 100]")
         _check("weight_decay", self.weight_decay, 0 <= self.weight_decay <= 100, "in [0, 100]")
         _check("clip_norm", self.clip_norm, self.clip_norm >= 0, "0 (off) or a norm")
-        _check("freeze_at", self.freeze_at, 0 <= self.freeze_at <= 1, "a share of the epochs in [0, 1]")
+        _check("freeze_at", self.freeze_at, 0 < self.freeze_at <= 1, "a share of the epochs in (0, 1]")
         for name in ("warmup", "momentum", "label_smoothing"):
             _fraction(name, getattr(self, name))
 

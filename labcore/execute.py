@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import os
+import tempfile
 import threading
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def execute(source: Path, partial: Path, parameters: dict, log: Path) -> nbforma
             raise LabError(f"{source.name} takes no parameter {name!r}: {nearest(name, known)}")
     see = f"see {partial.relative_to(ROOT) if partial.is_relative_to(ROOT) else partial}."
     try:
-        with _live_progress(log):
+        with _live_progress(log), tempfile.TemporaryDirectory(prefix="lab-") as sockets:
             papermill.execute_notebook(
                 source,
                 partial,
@@ -38,7 +39,9 @@ def execute(source: Path, partial: Path, parameters: dict, log: Path) -> nbforma
                 progress_bar=False,
                 coalesce_streams=True,
                 start_timeout=120,
-                config=Config({"KernelManager": {"transport": "ipc"}}),  # no open ports
+                config=Config(
+                    {"KernelManager": {"transport": "ipc", "ip": f"{sockets}/kernel"}}
+                ),  # no open ports
             )
     except PapermillExecutionError as error:
         if error.ename == "LabError":
@@ -124,3 +127,4 @@ def _live_progress(log: Path):
         thread.join()
         os.close(terminal)
         os.environ.pop("LAB_PROGRESS", None)
+        os.environ.pop("LAB_TERMINAL", None)

@@ -28,7 +28,7 @@ def scale_approximate(scale: float | Tensor, max_shift_amount: int | None = 8) -
     m >= sqrt(1/2) and e - 1 elsewhere): exact, the same on CPU and GPU, and without waiting for the device.
 
     Args:
-        scale: a number, or a float tensor of any shape.
+        scale: a number, or a float32 or float64 tensor of any shape.
         max_shift_amount: 0 … 126, or None for no clamp but float32's own range.
 
     Returns:

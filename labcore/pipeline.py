@@ -2,11 +2,12 @@
 
 A stage is fresh when everything it was made from has the hash it had then, and everything it wrote is still there. What
 a stage is made from: the code cells of its notebook, the modules of labcore they import, the profile, the images, the
-seed, the versions of the packages, and the results of the stages before it. Comments, docstrings and prose do not count;
+seed, the versions of the packages, and the results of the stages before it. Docstrings and comments of the modules and the notebooks' prose do not count;
 new prose is copied into the executed notebook without running it.
 """
 
 import argparse
+import ast
 import contextlib
 import fcntl
 import json
@@ -19,7 +20,7 @@ from pathlib import Path
 
 from labcore import LabError
 from labcore.artifacts import ROOT, code_hash, read_json, sha256_file, sha256_json, versions, write_json
-from labcore.config import Profile, check_seed, get_profile, nearest, parse_overrides
+from labcore.config import PROFILES, Profile, check_seed, get_profile, nearest, parse_overrides
 
 MAKE_VARIABLES = ("PROFILE", "DATA", "SEED", "SET", "PYTHON", "VENV", "PORT")
 
@@ -41,9 +42,11 @@ class Stage:
 STAGES = (
     Stage("fp32", "01_fp32_train"),
     Stage("ptq", "02_ptq", ("fp32",)),
-    Stage("qat", "03_qat", ("fp32", "ptq")),
+    Stage("qat", "03_qat", ("fp32",)),
     Stage("compare", "04_compare", ("fp32", "ptq", "qat")),
 )
+# The first notebook and the report show the reference's hyperparameters beside the profile's.
+_REFERENCE = sha256_json(asdict(PROFILES["reference"]))
 # Written by a stage, but no result: the next stage does not depend on them.
 _NO_RESULT = ("checkpoint.pt", "provenance.json")
 
@@ -52,9 +55,15 @@ def imported_modules(code: str) -> set[str]:
     """The modules of labcore that code imports, and those that they import, by name."""
     found, todo = set(), [code]
     while todo:
-        for name in re.findall(r"^\s*(?:from|import) labcore\.(\w+)", todo.pop(), re.MULTILINE):
+        names = set()
+        for node in ast.walk(ast.parse(todo.pop())):
+            if isinstance(node, ast.ImportFrom) and node.module == "labcore":
+                names |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("labcore."):
+                names.add(node.module.split(".")[1])
+        for name in names - found:
             path = ROOT / "labcore" / f"{name}.py"
-            if name not in found and path.exists():
+            if path.exists():
                 found.add(name)
                 todo.append(path.read_text(encoding="utf-8"))
     return found
@@ -89,7 +98,8 @@ class Pipeline:
         if self._data_sha256 is None:
             from labcore.data import load_data
 
-            self._data_sha256 = load_data(self.source or self.profile.data, self.profile.image_size).sha256
+            data = load_data(self.source or self.profile.data, self.profile.image_size)
+            self._data_sha256 = sha256_json([data.sha256, data.label, data.notice])
         return self._data_sha256
 
     def inputs(self, stage: Stage) -> dict[str, str]:
@@ -106,6 +116,8 @@ class Pipeline:
             "SEED": str(self.seed),
             "versions of Python and packages": sha256_json(versions()),
         }
+        if stage.name == "fp32":
+            parts["the reference's profile"] = _REFERENCE
         for name in stage.needs:
             stamp = self.stamp(name)
             results = {
@@ -222,8 +234,6 @@ class Pipeline:
         print(f"{stage.notebook}: {reason}", flush=True)
         inputs, began = self.inputs(stage), time.time()
         self._stamp_path(stage.name).unlink(missing_ok=True)
-        for figure in self.figures.glob(f"{stage.prefix}_*.png"):
-            figure.unlink()
         parameters = {
             "PROFILE": self.profile.name,
             "DATA": self.source,
@@ -234,6 +244,9 @@ class Pipeline:
         notebook = execute(self.notebook(stage), partial, parameters, self.folder / "progress.log")
         write_executed(self.executed(stage), notebook)
         partial.unlink(missing_ok=True)
+        for figure in self.figures.glob(f"{stage.prefix}_*.png"):
+            if figure.stat().st_mtime < began:  # of an older notebook, which drew more
+                figure.unlink()
         write_json(
             self._stamp_path(stage.name),
             {
@@ -260,6 +273,9 @@ class Pipeline:
         }
         for name in ("report", "tables"):
             parts[f"labcore/{name}.py"] = code_hash(ROOT / "labcore" / f"{name}.py")
+        for name in ("model", "observer"):  # printed with their comments
+            parts[f"the source of labcore/{name}.py"] = sha256_file(ROOT / "labcore" / f"{name}.py")
+        parts |= {"the profile": sha256_json(asdict(self.profile)), "the reference's profile": _REFERENCE}
         for stage in STAGES:
             stamp = self.stamp(stage.name)
             results = {p: d for p, d in stamp.get("outputs", {}).items() if not p.startswith("report/")}
@@ -285,8 +301,10 @@ class Pipeline:
     def clean(self) -> list[Path]:
         """Remove what this profile's runs wrote; the images' cache and the sources stay."""
         gone = [folder for folder in (self.folder, self.figures, self.report) if folder.exists()]
-        for folder in gone:
-            shutil.rmtree(folder)
+        with self._lock():
+            for folder in gone:
+                shutil.rmtree(folder)
+        shutil.rmtree(self.folder, ignore_errors=True)
         return gone
 
 

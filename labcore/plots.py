@@ -13,7 +13,13 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 COLORS = {"fp32": "#1b2a49", "ptq": "#d1603d", "qat": "#e9b44c"}
 _TRAIN, _CLEAN, _VAL = "0.65", "#3a7ca5", "#1b2a49"
-NAMES = {"fp32": "FP32", "fp32_fused": "FP32, fused", "ptq": "PTQ", "qat": "QAT"}
+NAMES = {
+    "fp32": "FP32",
+    "fp32_fused": "FP32, fused",
+    "ptq": "PTQ",
+    "qat": "QAT",
+    "float_scales": "PTQ, float scales",
+}
 
 sns.set_theme(
     context="notebook",
@@ -37,6 +43,11 @@ def _figure(
     return figure, axes
 
 
+def _plain(names: Sequence[str]) -> list[str]:
+    """Names of classes as text: a dollar sign begins no formula."""
+    return [str(name).replace("$", r"\$") for name in names]
+
+
 def image_grid(
     images: np.ndarray, titles: Sequence[str] = (), columns: int = 10, height: float | None = None
 ) -> Figure:
@@ -48,7 +59,7 @@ def image_grid(
     for position, (axis, image) in enumerate(zip(axes.flat, images, strict=False)):
         axis.imshow(image, interpolation="nearest")
         if len(titles) == len(images):
-            axis.set_title(titles[position], fontsize=8, fontweight="normal", pad=2)
+            axis.set_title(_plain(titles)[position], fontsize=8, fontweight="normal", pad=2)
     return figure
 
 
@@ -268,8 +279,8 @@ def confusion(counts: pd.DataFrame, title: str) -> Figure:
         annot=counts.to_numpy() if annotate else False,
         fmt="d",
         annot_kws={"fontsize": 7},
-        xticklabels=counts.columns,
-        yticklabels=counts.index,
+        xticklabels=_plain(counts.columns) if annotate else "auto",
+        yticklabels=_plain(counts.index) if annotate else "auto",
         cbar_kws={"label": "wrong answers"},
         linewidths=0.3,
     )
@@ -304,7 +315,8 @@ def confusion_difference(difference: dict[str, pd.DataFrame]) -> Figure:
             annot_kws={"fontsize": 6},
             cbar=False,
             linewidths=0.3,
-            yticklabels=position == 0,
+            xticklabels=_plain(table.columns) if annotate else "auto",
+            yticklabels=(_plain(table.index) if annotate else "auto") if position == 0 else False,
         )
         axis.set(
             xlabel="predicted",
@@ -316,7 +328,12 @@ def confusion_difference(difference: dict[str, pd.DataFrame]) -> Figure:
 
 
 def class_change(change_pp: pd.DataFrame) -> Figure:
-    """Change of accuracy per class against FP32 in percentage points; index class, columns stages."""
+    """Change of accuracy per class against FP32 in percentage points; index class, columns stages.
+
+    Of more than 20 classes, the 20 that change most.
+    """
+    if len(change_pp) > 20:
+        change_pp = change_pp.loc[change_pp.abs().max(axis=1).nlargest(20).index]
     figure, axes = _figure(height=2.8)
     axis, width = axes[0, 0], 0.8 / len(change_pp.columns)
     for number, stage in enumerate(change_pp.columns):
@@ -330,8 +347,8 @@ def class_change(change_pp: pd.DataFrame) -> Figure:
     axis.axhline(0, color="0.3", linewidth=0.8)
     axis.set_xticks(
         range(len(change_pp)),
-        change_pp.index,
-        rotation=45 if len(change_pp) <= 20 else 90,
+        _plain(change_pp.index),
+        rotation=45,
         ha="right",
         fontsize=8,
     )

@@ -189,17 +189,18 @@ def observed(prepared: nn.Module) -> pd.DataFrame:
         for tensor, watcher in watchers.items():
             if isinstance(watcher, PowerOfTwoObserver):
                 scale, zero_point = watcher.calculate_qparams()
-                free = scale_approximate(watcher.raw_scale(), None)
+                raw = watcher.raw_scale()
+                clamped = scale_approximate(raw, watcher.max_shift_amount) != scale_approximate(raw, None)
                 rows.append(
                     {
                         "layer": name,
                         "tensor": tensor,
                         "min": watcher.min_val.min().item(),
                         "max": watcher.max_val.max().item(),
-                        "raw_scale": watcher.raw_scale().min().item(),
+                        "raw_scale": raw.min().item(),
                         "scale": scale.min().item(),
                         "zero_point": zero_point.flatten()[0].item(),
-                        "clamped": bool((free != scale).any()),
+                        "clamped": bool(clamped.any()),
                     }
                 )
     return pd.DataFrame(rows)

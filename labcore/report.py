@@ -2,6 +2,8 @@
 
 import ast
 import itertools
+import math
+import re
 from pathlib import Path
 
 import jinja2
@@ -17,6 +19,13 @@ STYLE = ROOT / "report" / "template.typ"
 REFERENCE = ROOT / "report" / "template_reference.json"
 STAGES = {"fp32": "01_fp32_train", "ptq": "02_ptq", "qat": "03_qat", "compare": "04_compare"}
 NAMES = {"fp32": "FP32", "ptq": "PTQ", "qat": "QAT"}
+LATENCY_NAMES = {
+    "fp32": "FP32",
+    "fp32_fused": "FP32, fused",
+    "float_scales": "PTQ, float scales",
+    "ptq": "PTQ",
+    "qat": "QAT",
+}
 
 
 def source_of(module: str, name: str) -> str:
@@ -63,6 +72,11 @@ def _merged(provenance: dict[str, dict], *keys: str) -> str:
     )
 
 
+def escaped(text: str) -> str:
+    """Text from outside, such as the name of a class or a folder, that Markdown shall show as it is."""
+    return re.sub(r"([\\`*_{}\[\]<>#$|~^])", r"\\\1", text)
+
+
 def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
 
@@ -101,14 +115,12 @@ def context(profile: Profile, wall_seconds: dict[str, float]) -> dict:
         "system": _merged(provenance, "system"),
         "int8 engine": _merged(provenance, "quantized_engine"),
         "seed": _merged(provenance, "seed"),
-        "images": _merged(provenance, "data", "label"),
+        "images": escaped(_merged(provenance, "data", "label")),
         "hash of the images": f"`{_merged(provenance, 'data', 'sha256')}`",
         "hash of the split": f"`{_merged(provenance, 'data', 'split_sha256')}`",
         "profile": profile.name,
     } | {f"{name}": _merged(provenance, "versions", name) for name in provenance["fp32"]["versions"]}
-    machine |= {
-        f"wall time of {STAGES[stage]}": _duration(seconds) for stage, seconds in wall_seconds.items()
-    }
+    machine |= {f"last run of {STAGES[stage]}": _duration(seconds) for stage, seconds in wall_seconds.items()}
     recipes = pd.DataFrame(
         {
             name: {key: str(value) for key, value in vars(recipe).items() if key != "augment"}
@@ -132,6 +144,8 @@ def context(profile: Profile, wall_seconds: dict[str, float]) -> dict:
         "threads": provenance["compare"]["threads"],
         "cpu": provenance["compare"]["cpu"],
         "latency": latency.T.to_dict(),
+        "reference_profile": PROFILES["reference"].fp32,
+        "normalization": _normalization(),
         "reference": read_json(REFERENCE),
         "results_table": markdown_table(results),
         "paired_table": markdown_table(_paired(stages["compare"]["paired"]), "pair"),
@@ -146,6 +160,13 @@ def context(profile: Profile, wall_seconds: dict[str, float]) -> dict:
         "notebooks": STAGES,
         "duration": _duration,
     }
+
+
+def _normalization() -> dict[str, str]:
+    """The constants of labcore/transforms.py as text, without importing torch."""
+    tree = ast.parse((ROOT / "labcore" / "transforms.py").read_text(encoding="utf-8"))
+    values = {node.targets[0].id: node.value for node in tree.body if isinstance(node, ast.Assign)}
+    return {name.lower(): ", ".join(map(str, ast.literal_eval(values[name]))) for name in ("MEAN", "STD")}
 
 
 def _paired(paired: dict) -> pd.DataFrame:
@@ -168,13 +189,13 @@ def _paired(paired: dict) -> pd.DataFrame:
 def _latency(latency: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(
         {
-            NAMES.get(name, "FP32, fused"): {
+            LATENCY_NAMES[name]: {
                 "median (ms)": f"{row['latency_ms']:.2f}",
                 "quartiles (ms)": f"{row['latency_ms_low']:.2f} … {row['latency_ms_high']:.2f}",
                 "speed-up": f"{row['speedup']:.2f}",
                 "its quartiles": f"{row['speedup_low']:.2f} … {row['speedup_high']:.2f}",
             }
-            for name, row in latency.iterrows()
+            for name, row in latency.loc[list(LATENCY_NAMES)].iterrows()
         }
     ).T
 
@@ -234,13 +255,14 @@ def render(profile: Profile, wall_seconds: dict[str, float], for_pdf: bool = Fal
     environment.filters |= {
         "pct": lambda value: f"{value:.2%}",
         "pp": lambda value: f"{value:.2f}",
+        "md": escaped,
         "signed": lambda value: f"{value:+.2f}",
         "n": lambda value: f"{value:,}",
         "f1": lambda value: f"{value:.1f}",
         "f2": lambda value: f"{value:.2f}",
         "g2": lambda value: f"{value:.2g}",
     }
-    environment.globals |= {"source_of": source_of, "figure": figure}
+    environment.globals |= {"source_of": source_of, "figure": figure, "sqrt": math.sqrt}
     try:
         return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
             context(profile, wall_seconds)

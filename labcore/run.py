@@ -73,6 +73,7 @@ class Run:
             va="bottom",
             fontsize=7,
             color="0.4",
+            parse_math=False,
         )
         path = self.figures / f"{name}.png"
         with atomic_path(path) as partial:

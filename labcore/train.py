@@ -5,6 +5,7 @@ with the same weights as a run that was never killed; on CPU with the same numbe
 """
 
 import contextlib
+import copy
 import math
 import time
 from dataclasses import asdict, dataclass
@@ -29,8 +30,9 @@ from labcore.transforms import augment, mixup, normalize
 
 @dataclass(frozen=True)
 class Result:
-    """What training leaves behind: one row per epoch, and the weights of the best one."""
+    """What training leaves behind: the network in eval mode with the weights of the best epoch, and one row per epoch."""
 
+    model: nn.Module
     history: pd.DataFrame
     best_epoch: int
     state: dict[str, Tensor]
@@ -51,7 +53,7 @@ def autocast(model: nn.Module) -> contextlib.AbstractContextManager:
     if is_fake_quantized(model):
         return contextlib.nullcontext()
     if kind == "cuda":
-        native = torch.cuda.is_bf16_supported()
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
         native = any(getattr(torch.cpu, probe, bool)() for probe in probes)
@@ -148,7 +150,7 @@ def fit(
     batch_size: int = 500,
     description: str = "train",
 ) -> Result:
-    """Train `model` in place, or go on where a killed run of the same key stopped.
+    """Train a copy of `model`, or go on where a killed run of the same key stopped.
 
     Writes `checkpoint.pt` and `history.csv` into `folder` after every epoch. A finished run is loaded, not repeated.
 
@@ -160,7 +162,7 @@ def fit(
         LabError: the loss is no longer finite (the last good checkpoint stays), or too few images for one batch.
     """
     place = device()
-    model.to(place, memory_format=torch.channels_last)
+    model = copy.deepcopy(model).to(place, memory_format=torch.channels_last)
     key = recipe_key(recipe, data, split, seed, model, is_fake_quantized(model))
     images, labels = (
         torch.from_numpy(data.train_images).to(place),
@@ -209,8 +211,9 @@ def fit(
                 correct += hits
                 bar.update()
             seen = steps * recipe.batch_size
+            mean_loss = total_loss.item() / seen  # waits for the device
             train_seconds = time.perf_counter() - began
-            if not math.isfinite(total_loss.item()):
+            if not math.isfinite(mean_loss):
                 raise LabError(
                     f"the training loss is no longer finite in epoch {epoch + 1} at learning rate {learning_rate(recipe, step, steps):.4g}; "
                     "lower lr or set clip_norm. The checkpoint of the epoch before is kept."
@@ -221,7 +224,7 @@ def fit(
                 {
                     "epoch": epoch + 1,
                     "lr": optimizer.param_groups[0]["lr"],
-                    "train_loss": total_loss.item() / seen,
+                    "train_loss": mean_loss,
                     "train_acc": correct.item() / seen,
                     "train_clean_loss": clean_loss,
                     "train_clean_acc": clean_acc,
@@ -243,7 +246,7 @@ def fit(
     if is_fake_quantized(model):
         freeze(model)  # what follows only scores it
     model.eval()
-    return Result(pd.DataFrame(rows), best["epoch"], best["model"])
+    return Result(model, pd.DataFrame(rows), best["epoch"], best["model"])
 
 
 def _step(

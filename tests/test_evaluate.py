@@ -13,7 +13,6 @@ from sklearn.metrics import confusion_matrix
 from torch import nn
 
 from labcore import LabError
-from labcore.data import MEAN, STD
 from labcore.evaluate import (
     class_accuracy,
     compare_paired,
@@ -25,6 +24,7 @@ from labcore.evaluate import (
     save_logits,
     summarize,
 )
+from labcore.transforms import MEAN, STD
 
 
 def scores(count: int = 200, classes: int = 5, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

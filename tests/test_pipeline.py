@@ -221,9 +221,9 @@ def test_a_change_of_the_observer_spares_the_fp32_stage(project):
 @pytest.mark.parametrize(
     ("name", "change"),
     [
-        ("labcore/observer.py", lambda text: text.replace("Forget what was seen.", "Forget everything.")),
+        ("labcore/quantize.py", lambda text: text.replace("An int8 copy on the CPU", "A copy in int8")),
         ("labcore/train.py", lambda text: "# a comment\n" + text),
-        ("labcore/config.py", lambda text: text.replace("epochs=300", "epochs=301")),
+        ("labcore/config.py", lambda text: text.replace("epochs=100", "epochs=101")),
     ],
 )
 def test_explanations_and_other_profiles_make_nothing_stale(project, name, change):
@@ -381,7 +381,26 @@ def test_an_unknown_notebook_parameter_is_refused(tmp_path):
         )
 
 
+def test_a_change_of_the_plots_makes_every_notebook_stale(project):
+    project.edit("labcore/plots.py", lambda text: text + "\nCHANGED = True\n")
+    status = project.status()
+    assert all("labcore/plots.py" in status[stage] for stage in STAGES)
+
+
+def test_a_comment_in_printed_source_makes_only_the_report_stale(project):
+    project.edit(
+        "labcore/model.py", lambda text: text.replace("# int8 from here on", "# in int8 from here on")
+    )
+    status = project.status()
+    assert [name for name, reason in status.items() if reason != "up to date"] == ["report"]
+    assert project.run().returncode == 0
+    assert "in int8 from here on" in (project.root / "report/smoke/report.md").read_text(encoding="utf-8")
+
+
 def test_modules_are_found_through_other_modules():
     found = pipeline.imported_modules("from labcore.quantize import fuse")
     assert {"quantize", "observer", "model", "checkpoint"} <= found
     assert "observer" not in pipeline.imported_modules("from labcore.train import fit")
+    assert {"plots", "artifacts"} <= pipeline.imported_modules(
+        "from labcore import LabError, plots\nfrom labcore.run import open_run"
+    )

@@ -179,20 +179,23 @@ def test_a_batch_larger_than_the_data_is_refused(tmp_path, tiny_data, tiny_split
 
 
 def test_qat_freezes_observers_and_batchnorm_late(tmp_path, tiny_data, tiny_split):
-    model = prepare_qat(network(), CustomQConfig.POWER2.qat)
-    fit(
-        tmp_path,
-        tiny_data,
-        tiny_split,
-        Recipe(epochs=2, batch_size=16, lr=0.01, freeze_at=0.5, augment=RECIPE.augment),
-        model=model,
-    )
+    recipe = Recipe(epochs=2, batch_size=16, lr=0.01, freeze_at=0.5, augment=RECIPE.augment)
+    model = fit(
+        tmp_path, tiny_data, tiny_split, recipe, model=prepare_qat(network(), CustomQConfig.POWER2.qat)
+    ).model
     fake = [module for module in model.modules() if isinstance(module, torch.ao.quantization.FakeQuantize)]
     fused = [module for module in model.modules() if hasattr(module, "freeze_bn")]
     assert fake and fused
-    assert not any(int(module.observer_enabled) for module in fake) and all(
-        module.freeze_bn for module in fused
-    )
+    assert not any(int(module.observer_enabled) for module in fake)
+    assert all(module.freeze_bn for module in fused)
+
+
+def test_a_cell_that_trains_can_be_run_twice(tmp_path, tiny_data, tiny_split, monkeypatch):
+    model = network()
+    first = fit(tmp_path, tiny_data, tiny_split, model=model)
+    assert equal(network().state_dict(), model.state_dict())
+    monkeypatch.setattr(train, "_step", lambda *args: pytest.fail("trained again"))
+    assert equal(first.state, fit(tmp_path, tiny_data, tiny_split, model=model).state)
 
 
 def test_scoring_does_not_move_the_observed_ranges(tiny_data):

@@ -11,8 +11,17 @@ from torchvision.transforms import InterpolationMode, RandomErasing
 from torchvision.transforms import functional as TF
 
 from labcore.config import PROFILES, Augment, Recipe
-from labcore.data import MEAN, STD
-from labcore.transforms import adjust_hue, affine, augment, color_jitter, crop_flip, mixup, normalize
+from labcore.transforms import (
+    MEAN,
+    STD,
+    adjust_hue,
+    affine,
+    augment,
+    color_jitter,
+    crop_flip,
+    mixup,
+    normalize,
+)
 
 REFERENCE = PROFILES["reference"].fp32.augment
 SHAPES = [(32, 32), (31, 31), (20, 33)]
