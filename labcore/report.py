@@ -23,6 +23,8 @@ LATENCY_NAMES = {
     "fp32": "FP32",
     "fp32_fused": "FP32, fused",
     "float_scales": "PTQ, float scales",
+    "affine": "PTQ, affine activations",
+    "default": "PTQ, torch's default",
     "ptq": "PTQ",
     "qat": "QAT",
 }
