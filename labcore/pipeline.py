@@ -232,7 +232,7 @@ class Pipeline:
         from labcore.execute import execute, write_executed
 
         print(f"{stage.notebook}: {reason}", flush=True)
-        inputs, began = self.inputs(stage), time.time()
+        inputs, before, began = self.inputs(stage), self.stamp(stage.name), time.time()
         self._stamp_path(stage.name).unlink(missing_ok=True)
         parameters = {
             "PROFILE": self.profile.name,
@@ -247,15 +247,19 @@ class Pipeline:
         for figure in self.figures.glob(f"{stage.prefix}_*.png"):
             if figure.stat().st_mtime < began:  # of an older notebook, which drew more
                 figure.unlink()
-        write_json(
-            self._stamp_path(stage.name),
-            {
-                "inputs": inputs,
-                "outputs": self._outputs(stage),
-                "prose": self._prose_hash(stage),
-                "wall_seconds": round(time.time() - began, 1),
-            },
-        )
+        outputs, seconds = self._outputs(stage), round(time.time() - began, 1)
+        history = f"runs/{self.profile.name}/{stage.name}/history.csv"  # holds the seconds of every epoch
+        if history in outputs and before.get("outputs", {}).get(history) == outputs[history]:
+            seconds = max(
+                seconds, before["wall_seconds"]
+            )  # training was loaded: the time it took is the earlier run's
+        stamp = {
+            "inputs": inputs,
+            "outputs": outputs,
+            "prose": self._prose_hash(stage),
+            "wall_seconds": seconds,
+        }
+        write_json(self._stamp_path(stage.name), stamp)
         print(f"{stage.notebook}: done in {time.time() - began:.0f} s", flush=True)
 
     def _refresh_prose(self, stage: Stage) -> None:

@@ -90,7 +90,8 @@ def curves(history: pd.DataFrame, best_epoch: int) -> Figure:
     axes[0, 0].set_title("Loss")
     axes[0, 1].set_title("Accuracy")
     axes[0, 1].yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    axes[0, 1].legend(loc="lower right", fontsize=8)
+    handles, labels = axes[0, 1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=3, fontsize=8)
     return figure
 
 

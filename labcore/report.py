@@ -122,7 +122,9 @@ def context(profile: Profile, wall_seconds: dict[str, float]) -> dict:
         "hash of the split": f"`{_merged(provenance, 'data', 'split_sha256')}`",
         "profile": profile.name,
     } | {f"{name}": _merged(provenance, "versions", name) for name in provenance["fp32"]["versions"]}
-    machine |= {f"last run of {STAGES[stage]}": _duration(seconds) for stage, seconds in wall_seconds.items()}
+    machine |= {
+        f"wall time of {STAGES[stage]}": _duration(seconds) for stage, seconds in wall_seconds.items()
+    }
     recipes = pd.DataFrame(
         {
             name: {key: str(value) for key, value in vars(recipe).items() if key != "augment"}

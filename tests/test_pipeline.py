@@ -255,6 +255,8 @@ def test_another_option_makes_every_stage_stale_and_says_which(project, argument
 
 def test_a_deleted_figure_comes_back_without_training(project):
     figure = project.root / "figures/smoke/01_curves.png"
+    stamp = project.root / "runs/smoke/fp32.stamp.json"
+    stamp.write_text(json.dumps(json.loads(stamp.read_text()) | {"wall_seconds": 999}))
     content, checkpoint = (
         figure.read_bytes(),
         (project.root / "runs/smoke/fp32/checkpoint.pt").stat().st_mtime_ns,
@@ -265,6 +267,7 @@ def test_a_deleted_figure_comes_back_without_training(project):
     assert result.returncode == 0, result.stderr
     assert figure.read_bytes() == content
     assert (project.root / "runs/smoke/fp32/checkpoint.pt").stat().st_mtime_ns == checkpoint
+    assert json.loads(stamp.read_text())["wall_seconds"] == 999  # the time of the run that trained
     assert "02_ptq: up to date" in result.stdout
 
 
