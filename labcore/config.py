@@ -11,6 +11,9 @@ STEMS = ("cifar", "imagenet")
 SCHEDULES = ("cosine", "warm_restarts")
 SEED_MAX = 2**32 - 1
 
+# Every stage and its notebook, in their order.
+NOTEBOOKS = {"fp32": "01_fp32_train", "ptq": "02_ptq", "qat": "03_qat", "compare": "04_compare"}
+
 
 def _check(name: str, value, ok: bool, expected: str) -> None:
     if not ok:

@@ -39,9 +39,8 @@ def execute(source: Path, partial: Path, parameters: dict, log: Path) -> nbforma
                 progress_bar=False,
                 coalesce_streams=True,
                 start_timeout=120,
-                config=Config(
-                    {"KernelManager": {"transport": "ipc", "ip": f"{sockets}/kernel"}}
-                ),  # no open ports
+                # No open ports.
+                config=Config({"KernelManager": {"transport": "ipc", "ip": f"{sockets}/kernel"}}),
             )
     except PapermillExecutionError as error:
         if error.ename == "LabError":

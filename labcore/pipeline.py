@@ -2,8 +2,8 @@
 
 A stage is fresh when everything it was made from has the hash it had then, and everything it wrote is still there. What
 a stage is made from: the code cells of its notebook, the modules of labcore they import, the profile, the images, the
-seed, the versions of the packages, and the results of the stages before it. Docstrings and comments of the modules and the notebooks' prose do not count;
-new prose is copied into the executed notebook without running it.
+seed, the versions of the packages, and the results of the stages before it. Docstrings and comments of the modules do
+not count, nor does the notebooks' prose; new prose is copied into the executed notebook without running it.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from pathlib import Path
 
 from labcore import LabError
 from labcore.artifacts import ROOT, code_hash, read_json, sha256_file, sha256_json, versions, write_json
-from labcore.config import PROFILES, Profile, check_seed, get_profile, nearest, parse_overrides
+from labcore.config import NOTEBOOKS, PROFILES, Profile, check_seed, get_profile, nearest, parse_overrides
 
 MAKE_VARIABLES = ("PROFILE", "DATA", "SEED", "SET", "PYTHON", "VENV", "PORT")
 
@@ -30,8 +30,12 @@ class Stage:
     """A notebook and the stages whose results it reads."""
 
     name: str
-    notebook: str
     needs: tuple[str, ...] = ()
+
+    @property
+    def notebook(self) -> str:
+        """The notebook's name without its suffix."""
+        return NOTEBOOKS[self.name]
 
     @property
     def prefix(self) -> str:
@@ -40,15 +44,13 @@ class Stage:
 
 
 STAGES = (
-    Stage("fp32", "01_fp32_train"),
-    Stage("ptq", "02_ptq", ("fp32",)),
-    Stage("qat", "03_qat", ("fp32",)),
-    Stage("compare", "04_compare", ("fp32", "ptq", "qat")),
+    Stage("fp32"),
+    Stage("ptq", ("fp32",)),
+    Stage("qat", ("fp32",)),
+    Stage("compare", ("fp32", "ptq", "qat")),
 )
 # The first notebook and the report show the reference's hyperparameters beside the profile's.
 _REFERENCE = sha256_json(asdict(PROFILES["reference"]))
-# Written by a stage, but no result: the next stage does not depend on them.
-_NO_RESULT = ("checkpoint.pt", "provenance.json")
 
 
 def imported_modules(code: str) -> set[str]:
@@ -119,13 +121,12 @@ class Pipeline:
         if stage.name == "fp32":
             parts["the reference's profile"] = _REFERENCE
         for name in stage.needs:
-            stamp = self.stamp(name)
+            # Where and when a result was made is no part of it.
+            outputs = self.stamp(name).get("outputs", {}).items()
             results = {
-                path: digest for path, digest in stamp.get("outputs", {}).items() if path.startswith("runs/")
+                p: d for p, d in outputs if p.startswith("runs/") and not p.endswith("provenance.json")
             }
-            parts[f"the results of stage {name}"] = sha256_json(
-                {p: d for p, d in results.items() if not p.endswith(_NO_RESULT)}
-            )
+            parts[f"the results of stage {name}"] = sha256_json(results)
         return parts
 
     def notebook(self, stage: Stage) -> Path:
@@ -151,6 +152,9 @@ class Pipeline:
         return sha256_json(
             [_source(cell) for cell in _cells(self.notebook(stage)) if cell["cell_type"] != "code"]
         )
+
+    def _has_new_prose(self, stage: Stage) -> bool:
+        return self.stamp(stage.name)["prose"] != self._prose_hash(stage)
 
     def stale(self, name: str, inputs: dict[str, str]) -> str:
         """Why something must be made again, in words; empty where it need not."""
@@ -178,7 +182,7 @@ class Pipeline:
             upstream = [name for name in stage.needs if name in doubtful]
             if not reason and upstream:
                 reason = f"waits for: {', '.join(upstream)}"
-            if not reason and self.stamp(stage.name)["prose"] != self._prose_hash(stage):
+            if not reason and self._has_new_prose(stage):
                 reason = "new prose (nothing will be run)"
             elif reason:
                 doubtful.append(stage.name)
@@ -195,7 +199,7 @@ class Pipeline:
                 reason = self.stale(stage.name, self.inputs(stage))
                 if reason:
                     self._execute(stage, reason)
-                elif self.stamp(stage.name)["prose"] != self._prose_hash(stage):
+                elif self._has_new_prose(stage):
                     self._refresh_prose(stage)
                 else:
                     print(f"{stage.notebook}: up to date")
@@ -250,9 +254,8 @@ class Pipeline:
         outputs, seconds = self._outputs(stage), round(time.time() - began, 1)
         history = f"runs/{self.profile.name}/{stage.name}/history.csv"  # holds the seconds of every epoch
         if history in outputs and before.get("outputs", {}).get(history) == outputs[history]:
-            seconds = max(
-                seconds, before["wall_seconds"]
-            )  # training was loaded: the time it took is the earlier run's
+            # Training was loaded: the time it took is that of the earlier run.
+            seconds = max(seconds, before["wall_seconds"])
         stamp = {
             "inputs": inputs,
             "outputs": outputs,
@@ -314,9 +317,8 @@ class Pipeline:
 
 def check_make_variables(text: str) -> None:
     """What was given on make's command line ("PROFIL=smoke"): LabError with the nearest name for an unknown one."""
-    for name in re.findall(
-        r"(?:^|\s)([A-Za-z_]\w*)\s*:?=", re.sub(r"\\.", "_", text)
-    ):  # make escapes blanks in values
+    unescaped = re.sub(r"\\.", "_", text)  # make escapes blanks in values
+    for name in re.findall(r"(?:^|\s)([A-Za-z_]\w*)\s*:?=", unescaped):
         if name not in MAKE_VARIABLES:
             raise LabError(f"make knows no variable {name!r}: {nearest(name, MAKE_VARIABLES)}")
 

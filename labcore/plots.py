@@ -18,7 +18,6 @@ NAMES = {
     "fp32_fused": "FP32, fused",
     "ptq": "PTQ",
     "qat": "QAT",
-    "float_scales": "PTQ, float scales",
 }
 
 sns.set_theme(

@@ -11,13 +11,12 @@ import pandas as pd
 
 from labcore import LabError
 from labcore.artifacts import ROOT, atomic_path, read_json, write_text
-from labcore.config import PROFILES, Profile
+from labcore.config import NOTEBOOKS, PROFILES, Profile
 from labcore.tables import formatted
 
 TEMPLATE = ROOT / "report" / "template.md"
 STYLE = ROOT / "report" / "template.typ"
 REFERENCE = ROOT / "report" / "template_reference.json"
-STAGES = {"fp32": "01_fp32_train", "ptq": "02_ptq", "qat": "03_qat", "compare": "04_compare"}
 NAMES = {"fp32": "FP32", "ptq": "PTQ", "qat": "QAT"}
 LATENCY_NAMES = {
     "fp32": "FP32",
@@ -89,8 +88,8 @@ def context(profile: Profile, wall_seconds: dict[str, float]) -> dict:
     Raises LabError where a stage's artifact is missing or damaged.
     """
     runs = ROOT / "runs" / profile.name
-    stages = {stage: read_json(runs / stage / "metrics.json") for stage in STAGES}
-    provenance = {stage: read_json(runs / stage / "provenance.json") for stage in STAGES}
+    stages = {stage: read_json(runs / stage / "metrics.json") for stage in NOTEBOOKS}
+    provenance = {stage: read_json(runs / stage / "provenance.json") for stage in NOTEBOOKS}
     names = list(NAMES)
     latency = pd.DataFrame(stages["compare"]["latency"]).T
     results = pd.DataFrame(
@@ -123,7 +122,7 @@ def context(profile: Profile, wall_seconds: dict[str, float]) -> dict:
         "profile": profile.name,
     } | {f"{name}": _merged(provenance, "versions", name) for name in provenance["fp32"]["versions"]}
     machine |= {
-        f"wall time of {STAGES[stage]}": _duration(seconds) for stage, seconds in wall_seconds.items()
+        f"wall time of {NOTEBOOKS[stage]}": _duration(seconds) for stage, seconds in wall_seconds.items()
     }
     recipes = pd.DataFrame(
         {
@@ -161,7 +160,7 @@ def context(profile: Profile, wall_seconds: dict[str, float]) -> dict:
         "provenance_table": markdown_table(
             pd.DataFrame({"value": {name: str(value) for name, value in machine.items()}}), "fact"
         ),
-        "notebooks": STAGES,
+        "notebooks": NOTEBOOKS,
         "duration": _duration,
     }
 
@@ -235,18 +234,18 @@ def _history(path: Path) -> pd.DataFrame:
     return formatted(shown.set_index("epoch")[list(columns)]).rename(columns=columns)
 
 
-def render(profile: Profile, wall_seconds: dict[str, float], for_pdf: bool = False) -> str:
-    """The report as Markdown; LabError names the value that the template wants and no artifact holds.
+def render(values: dict, for_pdf: bool = False) -> str:
+    """The report as Markdown, from what `context` gives; LabError names the value that the template wants and no artifact holds.
 
     Markdown viewers hide a picture's caption, so there it stands below the picture as well; the PDF sets its own.
     """
     numbers = itertools.count(1)
 
     def figure(name: str, caption: str) -> str:
-        path = ROOT / "figures" / profile.name / f"{name}.png"
+        path = ROOT / "figures" / values["profile"].name / f"{name}.png"
         if not path.exists():
             raise LabError(f"{path.relative_to(ROOT)} is missing: run the notebook that draws it again.")
-        picture = f"![{caption}](../../figures/{profile.name}/{name}.png)"
+        picture = f"![{caption}](../../{path.relative_to(ROOT).as_posix()})"
         return picture if for_pdf else f"{picture}\n\n*Figure {next(numbers)}: {caption}*"
 
     environment = jinja2.Environment(
@@ -258,7 +257,6 @@ def render(profile: Profile, wall_seconds: dict[str, float], for_pdf: bool = Fal
     )
     environment.filters |= {
         "pct": lambda value: f"{value:.2%}",
-        "pp": lambda value: f"{value:.2f}",
         "md": escaped,
         "signed": lambda value: f"{value:+.2f}",
         "n": lambda value: f"{value:,}",
@@ -268,9 +266,7 @@ def render(profile: Profile, wall_seconds: dict[str, float], for_pdf: bool = Fal
     }
     environment.globals |= {"source_of": source_of, "figure": figure, "sqrt": math.sqrt}
     try:
-        return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-            context(profile, wall_seconds)
-        )
+        return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(values)
     except jinja2.TemplateError as error:
         raise LabError(
             f"the report's template cannot be filled: {error}; the value must come from an artifact."
@@ -305,6 +301,7 @@ def build(profile: Profile, wall_seconds: dict[str, float]) -> list[Path]:
     """Write report.md and report.pdf; returns their paths."""
     folder = ROOT / "report" / profile.name
     markdown, pdf = folder / "report.md", folder / "report.pdf"
-    write_text(markdown, render(profile, wall_seconds))
-    write_pdf(render(profile, wall_seconds, for_pdf=True), pdf)
+    values = context(profile, wall_seconds)
+    write_text(markdown, render(values))
+    write_pdf(render(values, for_pdf=True), pdf)
     return [markdown, pdf]

@@ -10,11 +10,9 @@ from matplotlib.figure import Figure
 
 from labcore import LabError
 from labcore.artifacts import ROOT, atomic_path, provenance, read_json, write_json
-from labcore.config import Profile, check_seed, get_profile, parse_overrides
+from labcore.config import NOTEBOOKS, Profile, check_seed, get_profile, parse_overrides
 from labcore.data import ImageData, Split, load_data, load_split, make_split, save_split
 from labcore.model import QuantizableResNet, build_model
-
-STAGES = ("fp32", "ptq", "qat", "compare")
 
 
 @dataclass(frozen=True)
@@ -32,7 +30,7 @@ class Run:
 
     @cached_property
     def split(self) -> Split:
-        """The seeded split of the training images; made and saved on first use, read after that."""
+        """The split that follows from the images and the seed; its file is written where it is missing or another."""
         path = self.folder / "split.npz"
         fresh = make_split(
             self.data.train_labels,
@@ -54,8 +52,8 @@ class Run:
 
     def path(self, stage: str, name: str = "") -> Path:
         """Where a stage keeps a file, or all of them; LabError for an unknown stage."""
-        if stage not in STAGES:
-            raise LabError(f"unknown stage {stage!r}: expected one of {', '.join(STAGES)}; correct it.")
+        if stage not in NOTEBOOKS:
+            raise LabError(f"unknown stage {stage!r}: expected one of {', '.join(NOTEBOOKS)}; correct it.")
         return self.folder / stage / name
 
     def model(self) -> QuantizableResNet:
