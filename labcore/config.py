@@ -87,7 +87,8 @@ class Recipe:
     `schedule` is "cosine" (linear warm-up over `warmup` of the steps, then half a cosine to zero) or "warm_restarts"
     (SGDR, Loshchilov and Hutter, 2017: cycles of `restart_epochs`, each `restart_mult` times the one before, from
     `lr` down to `lr_min`). `freeze_at` is the share of the epochs after which QAT stops observing and stops updating
-    BatchNorm statistics (Jacob et al., 2018, section 3.1; Krishnamoorthi, 2018, section 3.2).
+    BatchNorm statistics (Jacob et al., 2018, section 3.1; Krishnamoorthi, 2018, section 3.2). `scale_lr` is the learning
+    rate of learned thresholds, in powers of two, where QAT has any; it follows the same schedule.
     """
 
     epochs: int
@@ -106,6 +107,7 @@ class Recipe:
     mixup_prob: float = 0.0
     clip_norm: float = 0.0
     freeze_at: float = 1.0
+    scale_lr: float = 0.01
     augment: Augment = field(default_factory=Augment)
 
     def __post_init__(self):
@@ -113,6 +115,7 @@ class Recipe:
         _check("batch_size", self.batch_size, 1 <= self.batch_size <= 65_536, "in 1 … 65536")
         _check("epoch_images", self.epoch_images, self.epoch_images >= 0, "0 (all) or a number of images")
         _check("lr", self.lr, 0 < self.lr <= 100, "in (0, 100]")
+        _check("scale_lr", self.scale_lr, 0 < self.scale_lr <= 1, "in (0, 1]")
         _check("lr_min", self.lr_min, 0 <= self.lr_min <= self.lr, "between 0 and lr")
         _check("schedule", self.schedule, self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
         _check("restart_epochs", self.restart_epochs, self.restart_epochs >= 1, "at least 1")

@@ -8,6 +8,7 @@ import contextlib
 import copy
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.ao.nn.intrinsic.qat import freeze_bn_stats
-from torch.ao.quantization import FakeQuantize, disable_observer
+from torch.ao.quantization import FakeQuantizeBase, disable_observer
 
 from labcore import LabError
 from labcore.artifacts import modules_hash, sha256_json, versions, write_text
@@ -82,21 +83,27 @@ def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
 
 def is_fake_quantized(model: nn.Module) -> bool:
     """Whether the network was prepared for QAT."""
-    return any(isinstance(module, FakeQuantize) for module in model.modules())
+    return any(isinstance(module, FakeQuantizeBase) for module in model.modules())
 
 
 @contextlib.contextmanager
 def observers_paused(model: nn.Module):
     """Scoring must not widen the ranges that QAT learned from training images."""
-    watched = [module for module in model.modules() if isinstance(module, FakeQuantize)]
-    before = [module.observer_enabled.clone() for module in watched]
-    for module in watched:
-        module.disable_observer()
+    flags = [
+        flag
+        for module in model.modules()
+        if isinstance(module, FakeQuantizeBase)
+        # torch's learnable fake quantization calls its flag by another name
+        for flag in [getattr(module, "static_enabled", module.observer_enabled)]
+    ]
+    before = [flag.clone() for flag in flags]
+    for flag in flags:
+        flag.zero_()
     try:
         yield
     finally:
-        for module, flag in zip(watched, before, strict=True):
-            module.observer_enabled.copy_(flag)
+        for flag, value in zip(flags, before, strict=True):
+            flag.copy_(value)
 
 
 @torch.no_grad()
@@ -176,56 +183,24 @@ def fit(
         raise LabError(
             f"batch_size must be at most the {len(train)} training images, found {recipe.batch_size}; lower it."
         )
-    optimizer = torch.optim.SGD(
-        model.parameters(),
-        lr=recipe.lr,
-        momentum=recipe.momentum,
-        nesterov=recipe.momentum > 0,
-        weight_decay=recipe.weight_decay,
-    )
-    freeze_step = round(recipe.freeze_at * recipe.epochs * steps)
-    start, rows, best = _resume(folder / "checkpoint.pt", key, model, optimizer)
+    optimizers = _optimizers(model, recipe)
+    start, rows, best = _resume(folder / "checkpoint.pt", key, model, optimizers)
     with progress(recipe.epochs * steps, description, unit="batch") as bar:
         bar.update(start * steps)
         for epoch in range(start, recipe.epochs):
-            rng = np.random.default_rng([seed, epoch])
-            torch.manual_seed(int(rng.integers(2**62)))
-            order = train[torch.from_numpy(rng.permutation(len(train))).to(place)]
-            began, total_loss, correct = (
-                time.perf_counter(),
-                torch.zeros((), device=place),
-                torch.zeros((), device=place),
+            began = time.perf_counter()
+            mean_loss, acc = _epoch(
+                model, optimizers, recipe, images, labels, train, seed, epoch, steps, bar.update
             )
-            model.train()
-            if epoch * steps > freeze_step:
-                freeze(model)
-            for batch in range(steps):
-                step = epoch * steps + batch
-                if step == freeze_step:
-                    freeze(model)
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(recipe, step, steps)
-                index = order[batch * recipe.batch_size : (batch + 1) * recipe.batch_size]
-                loss, hits = _step(model, optimizer, recipe, images[index], labels[index], rng)
-                total_loss += loss
-                correct += hits
-                bar.update()
-            seen = steps * recipe.batch_size
-            mean_loss = total_loss.item() / seen  # waits for the device
             train_seconds = time.perf_counter() - began
-            if not math.isfinite(mean_loss):
-                raise LabError(
-                    f"the training loss is no longer finite in epoch {epoch + 1} at learning rate {learning_rate(recipe, step, steps):.4g}; "
-                    "lower lr or set clip_norm. The checkpoint of the epoch before is kept."
-                )
             val_loss, val_acc = score(model, images[validation], labels[validation], batch_size)
             clean_loss, clean_acc = score(model, images[clean], labels[clean], batch_size)
             rows.append(
                 {
                     "epoch": epoch + 1,
-                    "lr": optimizer.param_groups[0]["lr"],
+                    "lr": learning_rate(recipe, (epoch + 1) * steps - 1, steps),
                     "train_loss": mean_loss,
-                    "train_acc": correct.item() / seen,
+                    "train_acc": acc,
                     "train_clean_loss": clean_loss,
                     "train_clean_acc": clean_acc,
                     "val_loss": val_loss,
@@ -241,7 +216,7 @@ def fit(
                     },
                 }
             bar.set_postfix_str(f"epoch {epoch + 1}/{recipe.epochs} val {val_acc:.2%}")
-            _save(folder, key, model, optimizer, rows, best)
+            _save(folder, key, model, optimizers, rows, best)
     model.load_state_dict(best["model"])
     if is_fake_quantized(model):
         freeze(model)  # what follows only scores it
@@ -249,8 +224,87 @@ def fit(
     return Result(model, pd.DataFrame(rows), best["epoch"], best["model"])
 
 
+def _optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """SGD for the network; Adam for logarithms of thresholds, whose gradients have no scale (TQT, section 5.2 and appendix B).
+
+    Weight decay would pull learned scales to zero, so they get none.
+    """
+    scales = {
+        id(parameter): name
+        for module in model.modules()
+        if isinstance(module, FakeQuantizeBase)
+        for name, parameter in module.named_parameters(recurse=False)
+    }
+    logs = [p for p in model.parameters() if scales.get(id(p), "").startswith("log2_")]
+    linear = [p for p in model.parameters() if id(p) in scales and not scales[id(p)].startswith("log2_")]
+    groups = [{"params": [p for p in model.parameters() if id(p) not in scales]}]
+    if linear:
+        groups.append({"params": linear, "weight_decay": 0.0})
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.SGD(
+            groups,
+            lr=recipe.lr,
+            momentum=recipe.momentum,
+            nesterov=recipe.momentum > 0,
+            weight_decay=recipe.weight_decay,
+        )
+    ]
+    if logs:
+        optimizers.append(torch.optim.Adam(logs, lr=recipe.scale_lr))
+    return optimizers
+
+
+def _epoch(
+    model: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    recipe: Recipe,
+    images: Tensor,
+    labels: Tensor,
+    train: Tensor,
+    seed: int,
+    epoch: int,
+    steps: int,
+    tick: Callable[[], object],
+) -> tuple[float, float]:
+    """One epoch in an order and with draws that follow from (seed, epoch). Returns mean loss and accuracy of the loop itself."""
+    rng = np.random.default_rng([seed, epoch])
+    torch.manual_seed(int(rng.integers(2**62)))
+    order = train[torch.from_numpy(rng.permutation(len(train))).to(train.device)]
+    total_loss, correct = torch.zeros((), device=train.device), torch.zeros((), device=train.device)
+    freeze_step = round(recipe.freeze_at * recipe.epochs * steps)
+    model.train()
+    if epoch * steps > freeze_step:
+        freeze(model)
+    for batch in range(steps):
+        step = epoch * steps + batch
+        if step == freeze_step:
+            freeze(model)
+        rate = learning_rate(recipe, step, steps)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate * (optimizer.defaults["lr"] / recipe.lr)
+        index = order[batch * recipe.batch_size : (batch + 1) * recipe.batch_size]
+        loss, hits = _step(model, optimizers, recipe, images[index], labels[index], rng)
+        total_loss += loss
+        correct += hits
+        tick()
+    seen = steps * recipe.batch_size
+    mean_loss = total_loss.item() / seen  # waits for the device
+    if not math.isfinite(mean_loss):
+        raise LabError(
+            f"the training loss is no longer finite in epoch {epoch + 1} at learning rate {rate:.4g}; "
+            "lower lr or set clip_norm. The checkpoint of the epoch before is kept."
+        )
+    return mean_loss, correct.item() / seen
+
+
 def _step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, recipe: Recipe, images: Tensor, labels: Tensor, rng
+    model: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    recipe: Recipe,
+    images: Tensor,
+    labels: Tensor,
+    rng: np.random.Generator,
 ) -> tuple[Tensor, Tensor]:
     """One update. Returns the summed loss and the number of hits, on the device. With mixup, a hit is the larger share's label."""
     x = augment(images, recipe.augment, rng)  # (B, 3, H, W)
@@ -268,16 +322,23 @@ def _step(
         )
         loss = share * loss + (1 - share) * other
         target = torch.where(share >= 0.5, labels, labels[partner])
-    optimizer.zero_grad(set_to_none=True)
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
     loss.mean().backward()
     if recipe.clip_norm:
         nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
-    optimizer.step()
+    for optimizer in optimizers:
+        optimizer.step()
     return loss.detach().sum(), (logits.argmax(1) == target).sum()
 
 
 def _save(
-    folder: Path, key: str, model: nn.Module, optimizer: torch.optim.Optimizer, rows: list[dict], best: dict
+    folder: Path,
+    key: str,
+    model: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    rows: list[dict],
+    best: dict,
 ) -> None:
     write_text(
         folder / "history.csv",
@@ -286,7 +347,7 @@ def _save(
     state = {
         "key": key,
         "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
         "rows": rows,
         "best": best,
     }
@@ -294,7 +355,7 @@ def _save(
 
 
 def _resume(
-    path: Path, key: str, model: nn.Module, optimizer: torch.optim.Optimizer
+    path: Path, key: str, model: nn.Module, optimizers: list[torch.optim.Optimizer]
 ) -> tuple[int, list[dict], dict | None]:
     """(epochs done, their rows, the best one) from a checkpoint of the same key; (0, [], None) without one.
 
@@ -307,8 +368,9 @@ def _resume(
         if state["key"] != key:
             return 0, [], None
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         return len(state["rows"]), state["rows"], state["best"]
-    except (LabError, KeyError, TypeError) as error:
+    except (LabError, KeyError, TypeError, ValueError) as error:
         print(f"note: {path.name} cannot be used ({error}); training starts again.")
         return 0, [], None

@@ -278,7 +278,7 @@ def test_mixup_uses_one_share_for_pixels_and_loss(tiny_data):
         torch.from_numpy(tiny_data.train_labels[:8]),
     )
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-9)
-    loss, _ = train._step(model, optimizer, recipe, images, labels, np.random.default_rng(3))
+    loss, _ = train._step(model, [optimizer], recipe, images, labels, np.random.default_rng(3))
     rng = np.random.default_rng(3)
     x = train.augment(images, recipe.augment, rng)
     mixed, partner, share = train.mixup(x, recipe, rng)
