@@ -16,18 +16,19 @@ export LAB_SET := $(SET)
 export LAB_VARIABLES := $(MAKEOVERRIDES)
 OPTIONS = --profile "$$LAB_PROFILE" --data "$$LAB_DATA" --seed "$$LAB_SEED" --set "$$LAB_SET" --make-variables "$$LAB_VARIABLES"
 
-.PHONY: help report test lab status clean
+.PHONY: help report studies test lab status clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make report   train, quantize, compare; write report/$$PROFILE and figures/$$PROFILE'
 	@echo '              PROFILE=smoke|cpu|full|reference  DATA=cifar10|cifar100|digits|PATH  SEED=0  SET="fp32.epochs=2 width=16"'
+	@echo 'make studies  what report does, and the studies of notebooks 05 and 06 (same options, half an hour)'
 	@echo 'make status   which stage is stale, and why (same options)'
 	@echo 'make lab      JupyterLab on this machine, PORT=8888'
 	@echo 'make test     all tests, among them the whole pipeline on profile smoke'
 	@echo 'make clean    remove what the runs of PROFILE wrote'
 
-report status clean: $(VENV)/.installed
+report studies status clean: $(VENV)/.installed
 	@$(RUN) $@ $(OPTIONS)
 
 test: $(VENV)/.installed

@@ -12,7 +12,16 @@ SCHEDULES = ("cosine", "warm_restarts")
 SEED_MAX = 2**32 - 1
 
 # Every stage and its notebook, in their order.
-NOTEBOOKS = {"fp32": "01_fp32_train", "ptq": "02_ptq", "qat": "03_qat", "compare": "04_compare"}
+NOTEBOOKS = {
+    "fp32": "01_fp32_train",
+    "ptq": "02_ptq",
+    "qat": "03_qat",
+    "compare": "04_compare",
+    "observers": "05_observers",
+    "mixed": "06_mixed_precision",
+}
+# Those that `make studies` runs, and `make report` only reports.
+STUDIES = ("observers", "mixed")
 
 
 def _check(name: str, value, ok: bool, expected: str) -> None:

@@ -20,7 +20,16 @@ from pathlib import Path
 
 from labcore import LabError
 from labcore.artifacts import ROOT, code_hash, read_json, sha256_file, sha256_json, versions, write_json
-from labcore.config import NOTEBOOKS, PROFILES, Profile, check_seed, get_profile, nearest, parse_overrides
+from labcore.config import (
+    NOTEBOOKS,
+    PROFILES,
+    STUDIES,
+    Profile,
+    check_seed,
+    get_profile,
+    nearest,
+    parse_overrides,
+)
 
 MAKE_VARIABLES = ("PROFILE", "DATA", "SEED", "SET", "PYTHON", "VENV", "PORT")
 
@@ -48,6 +57,8 @@ STAGES = (
     Stage("ptq", ("fp32",)),
     Stage("qat", ("fp32",)),
     Stage("compare", ("fp32", "ptq", "qat")),
+    Stage("observers", ("fp32",)),
+    Stage("mixed", ("fp32",)),
 )
 # The first notebook and the report show the reference's hyperparameters beside the profile's.
 _REFERENCE = sha256_json(asdict(PROFILES["reference"]))
@@ -121,13 +132,14 @@ class Pipeline:
         if stage.name == "fp32":
             parts["the reference's profile"] = _REFERENCE
         for name in stage.needs:
-            # Where and when a result was made is no part of it.
-            outputs = self.stamp(name).get("outputs", {}).items()
-            results = {
-                p: d for p, d in outputs if p.startswith("runs/") and not p.endswith("provenance.json")
-            }
-            parts[f"the results of stage {name}"] = sha256_json(results)
+            parts |= self._results_of(name)
         return parts
+
+    def _results_of(self, name: str) -> dict[str, str]:
+        """The hash of what a stage found; where and when it was made is no part of it."""
+        outputs = self.stamp(name).get("outputs", {}).items()
+        results = {p: d for p, d in outputs if p.startswith("runs/") and not p.endswith("provenance.json")}
+        return {f"the results of stage {name}": sha256_json(results)}
 
     def notebook(self, stage: Stage) -> Path:
         """The notebook's source."""
@@ -175,7 +187,10 @@ class Pipeline:
         return ""
 
     def status(self) -> list[tuple[str, str]]:
-        """(stage, "" or why it is stale) for every stage and the report; a stage after a stale one is stale as well."""
+        """(stage, "" or why it is stale) for every stage and the report; a stage after a stale one is stale as well.
+
+        A study that never ran makes no report stale.
+        """
         rows, doubtful = [], []
         for stage in STAGES:
             reason = self.stale(stage.name, self.inputs(stage))
@@ -184,6 +199,8 @@ class Pipeline:
                 reason = f"waits for: {', '.join(upstream)}"
             if not reason and self._has_new_prose(stage):
                 reason = "new prose (nothing will be run)"
+            elif reason and stage.name in STUDIES:
+                reason += " (make studies)"
             elif reason:
                 doubtful.append(stage.name)
             rows.append((stage.name, reason))
@@ -192,10 +209,12 @@ class Pipeline:
         )
         return [*rows, ("report", reason)]
 
-    def run(self) -> None:
-        """Bring every stage and the report up to date."""
+    def run(self, studies: bool = False) -> None:
+        """Bring every stage and the report up to date; the studies too where asked."""
         with self._lock():
             for stage in STAGES:
+                if stage.name in STUDIES and not studies:
+                    continue
                 reason = self.stale(stage.name, self.inputs(stage))
                 if reason:
                     self._execute(stage, reason)
@@ -274,6 +293,19 @@ class Pipeline:
         write_json(self._stamp_path(stage.name), stamp | {"prose": self._prose_hash(stage)})
         print(f"{stage.notebook}: new prose, nothing run")
 
+    def _reported(self) -> list[Stage]:
+        """The stages that the report tells of: all but studies that never ran, or ran on another FP32 network."""
+        now = self.inputs(STAGES[0]) | self._results_of("fp32")
+        return [
+            stage
+            for stage in STAGES
+            if stage.name not in STUDIES
+            or all(
+                self.stamp(stage.name).get("inputs", {}).get(part) == now[part]
+                for part in ("the results of stage fp32", "the images", "SEED")
+            )
+        ]
+
     def _report_inputs(self) -> dict[str, str]:
         parts = {
             f"report/{path.name}": sha256_file(path) for path in sorted((ROOT / "report").glob("template*"))
@@ -283,7 +315,7 @@ class Pipeline:
         for name in ("model", "observer"):  # printed with their comments
             parts[f"the source of labcore/{name}.py"] = sha256_file(ROOT / "labcore" / f"{name}.py")
         parts |= {"the profile": sha256_json(asdict(self.profile)), "the reference's profile": _REFERENCE}
-        for stage in STAGES:
+        for stage in self._reported():
             stamp = self.stamp(stage.name)
             results = {p: d for p, d in stamp.get("outputs", {}).items() if not p.startswith("report/")}
             parts[f"the results of stage {stage.name}"] = sha256_json([results, stamp.get("wall_seconds")])
@@ -299,7 +331,7 @@ class Pipeline:
         from labcore.report import build
 
         self._stamp_path("report").unlink(missing_ok=True)
-        seconds = {stage.name: self.stamp(stage.name)["wall_seconds"] for stage in STAGES}
+        seconds = {stage.name: self.stamp(stage.name)["wall_seconds"] for stage in self._reported()}
         written = build(self.profile, seconds)
         outputs = {path.relative_to(ROOT).as_posix(): sha256_file(path) for path in written}
         write_json(self._stamp_path("report"), {"inputs": inputs, "outputs": outputs})
@@ -324,9 +356,9 @@ def check_make_variables(text: str) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line: report, status or clean. Returns the exit status; an error is one line on stderr."""
+    """Command line: report, studies, status or clean. Returns the exit status; an error is one line on stderr."""
     parser = argparse.ArgumentParser(prog="python -m labcore.pipeline", description=__doc__.splitlines()[0])
-    parser.add_argument("command", choices=("report", "status", "clean"))
+    parser.add_argument("command", choices=("report", "studies", "status", "clean"))
     parser.add_argument("--profile", default="cpu", help="smoke, cpu, full or reference")
     parser.add_argument("--data", default=None, help="cifar10, cifar100, digits, or a path to images")
     parser.add_argument("--seed", default="0")
@@ -338,8 +370,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         check_make_variables(options.make_variables)
         pipeline = Pipeline(options.profile, options.data, options.seed, options.overrides)
-        if options.command == "report":
-            pipeline.run()
+        if options.command in ("report", "studies"):
+            pipeline.run(studies=options.command == "studies")
         elif options.command == "status":
             for name, reason in pipeline.status():
                 print(f"{name:8} {'stale: ' + reason if reason else 'up to date'}")

@@ -355,3 +355,133 @@ def class_change(change_pp: pd.DataFrame) -> Figure:
     axis.set(ylabel="change (percentage points)", title="Accuracy per class against FP32")
     axis.legend(fontsize=8)
     return figure
+
+
+def drop_heatmap(panels: dict[str, pd.DataFrame]) -> Figure:
+    """Accuracy drops in points, one panel per table; rows and columns are choices. Lost points are dark."""
+    figure, axes = _figure(len(panels), height=3.3, width=8.4)
+    top = max(1.0, min(5.0, max(float(table.to_numpy(dtype=float).max()) for table in panels.values())))
+    for position, (axis, (title, table)) in enumerate(zip(axes.flat, panels.items(), strict=True)):
+        sns.heatmap(
+            table.astype(float),
+            ax=axis,
+            cmap="Oranges",
+            vmin=0,
+            vmax=top,
+            annot=True,
+            fmt="+.2f",
+            annot_kws={"fontsize": 7},
+            cbar=False,
+            linewidths=0.5,
+            yticklabels=position == 0,
+        )
+        axis.set(title=title, xlabel=table.columns.name or "", ylabel=table.index.name or "")
+        if position:
+            axis.set_ylabel("")
+        axis.tick_params(labelsize=7)
+        axis.tick_params(axis="x", rotation=30)
+    return figure
+
+
+def bits_curves(panels: dict[str, pd.DataFrame], reference: float) -> Figure:
+    """Accuracy against bits, one panel per kind of tensor; columns of a table are schemes, its index bits."""
+    figure, axes = _figure(len(panels), height=3.2, sharey=True)
+    for axis, (title, table) in zip(axes.flat, panels.items(), strict=True):
+        for name, color, marker, line in zip(
+            table.columns,
+            ("#1b2a49", "#d1603d", "#3a7ca5", "#e9b44c"),
+            "osD^",
+            ("-", "-", "--", "--"),
+            strict=False,
+        ):
+            axis.plot(
+                table.index,
+                table[name].astype(float),
+                line,
+                color=color,
+                marker=marker,
+                markersize=4,
+                label=name,
+            )
+        axis.axhline(reference, color="0.5", linewidth=1, linestyle=":")
+        axis.set(xlabel="bits", title=title)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.legend(fontsize=7)
+    axes[0, 0].yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes[0, 0].set_ylabel("validation accuracy")
+    return figure
+
+
+def error_split(table: pd.DataFrame) -> Figure:
+    """Mean squared error of every tensor relative to its power, split into clipping and rounding.
+
+    Columns layer, tensor, snr_db, mse_clipping, mse_rounding.
+    """
+    figure, axes = _figure(2, height=0.17 * len(table) / 2 + 1.9)
+    for axis, tensor in zip(axes.flat, ("weight", "activation"), strict=True):
+        part = table[table["tensor"] == tensor]
+        total = part["mse_clipping"] + part["mse_rounding"]
+        noise = 10 ** (-part["snr_db"] / 10)
+        left = np.zeros(len(part))
+        for column, name, color in (
+            ("mse_rounding", "rounding", COLORS["fp32"]),
+            ("mse_clipping", "clipping", COLORS["ptq"]),
+        ):
+            share = (part[column] / total.where(total > 0, 1) * noise).to_numpy()
+            axis.barh(part["layer"], share, left=left, color=color, label=name)
+            left = left + share
+        axis.set(title=tensor + "s", xlabel="error power / signal power")
+        axis.invert_yaxis()
+        axis.tick_params(labelsize=7)
+    axes[0, 1].legend(fontsize=8)
+    return figure
+
+
+def sensitivity(table: pd.DataFrame, title: str) -> Figure:
+    """Bars per layer; index layer, one column per experiment, values are increases of the loss (nats)."""
+    figure, axes = _figure(height=0.3 * len(table) + 1.3)
+    axis, height = axes[0, 0], 0.8 / len(table.columns)
+    for number, (name, color) in enumerate(
+        zip(table.columns, ("#1b2a49", "#d1603d", "#e9b44c", "#3a7ca5"), strict=False)
+    ):
+        axis.barh(
+            np.arange(len(table)) + number * height,
+            table[name].astype(float),
+            height,
+            color=color,
+            label=name,
+        )
+    axis.set_yticks(np.arange(len(table)) + 0.4 - height / 2, table.index, fontsize=7)
+    axis.axvline(0, color="0.3", linewidth=0.8)
+    axis.invert_yaxis()
+    axis.set(xlabel="increase of the validation loss (nats)", title=title)
+    axis.legend(fontsize=8)
+    return figure
+
+
+def pareto(points: pd.DataFrame, reference: float) -> Figure:
+    """Accuracy against size; columns family, size_mb, acc, acc_low, acc_high. Dotted: FP32."""
+    figure, axes = _figure(height=3.4, width=7)
+    axis = axes[0, 0]
+    for (family, part), color, marker in zip(
+        points.groupby("family", sort=False), ("#1b2a49", "#d1603d", "#3a7ca5"), "osD", strict=False
+    ):
+        errors = np.stack([part["acc"] - part["acc_low"], part["acc_high"] - part["acc"]]).astype(float)
+        axis.errorbar(
+            part["size_mb"].astype(float),
+            part["acc"].astype(float),
+            yerr=errors,
+            color=color,
+            marker=marker,
+            markersize=5,
+            capsize=2,
+            linewidth=1,
+            label=family,
+        )
+    axis.axhline(reference, color="0.5", linewidth=1, linestyle=":")
+    axis.set(
+        xlabel="size of the packed file (MB)", ylabel="validation accuracy", title="Size against accuracy"
+    )
+    axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axis.legend(fontsize=8, loc="lower right")
+    return figure

@@ -9,17 +9,18 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.ao import quantization as tq
-from torch.ao.quantization import QConfig
+from torch.ao.quantization import FakeQuantizeBase, QConfig
+from torch.ao.quantization._learnable_fake_quantize import _LearnableFakeQuantize
 
 from labcore import LabError
 from labcore.checkpoint import first_line, load_tensors, save_tensors
+from labcore.config import nearest
 from labcore.data import ImageData, Split
 from labcore.model import QuantizableResNet, load_weights
-from labcore.observer import PowerOfTwoObserver, scale_approximate
+from labcore.observer import LearnedFakeQuantize
 from labcore.progress import progress
 from labcore.transforms import normalize
 
@@ -41,45 +42,160 @@ def fuse(model: QuantizableResNet, is_qat: bool = False) -> QuantizableResNet:
     return fused.train(is_qat)
 
 
-def prepare_ptq(model: QuantizableResNet, qconfig: QConfig) -> QuantizableResNet:
-    """A fused copy in eval mode with an observer behind every quantized tensor."""
-    prepared = fuse(model)
+def layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The convolutions and linear layers of a network, in order, by the name of the module that is quantized as one.
+
+    In a fused network that is the fused module ("layer1.0"), otherwise the layer itself.
+    """
+    found: dict[str, nn.Module] = {}
+    fused: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if name.startswith(fused):
+            continue
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            found[name] = module  # those of QAT are convolutions that hold their BatchNorm
+            fused += (name + ".",)
+        elif isinstance(module, torch.ao.nn.intrinsic.modules.fused._FusedModule):
+            found[name] = module[0]
+            fused += (name + ".",)
+    return found
+
+
+def _set_qconfig(prepared: nn.Module, qconfig: QConfig, overrides: dict[str, QConfig] | None) -> None:
     prepared.qconfig = qconfig
+    modules = dict(prepared.named_modules())
+    for name, own in (overrides or {}).items():
+        if name not in modules:
+            raise LabError(f"unknown layer {name!r}: {nearest(name, layers(prepared))}")
+        modules[name].qconfig = own
+
+
+def prepare_ptq(
+    model: nn.Module, qconfig: QConfig, overrides: dict[str, QConfig] | None = None, fused: bool = True
+) -> nn.Module:
+    """A fused copy in eval mode with an observer behind every quantized tensor.
+
+    `overrides` gives layers (names as in `layers` of the fused network) a configuration of their own; `fused=False`
+    leaves BatchNorm and ReLU as modules of their own, to see what fusing is worth.
+    """
+    prepared = fuse(model) if fused else copy.deepcopy(model).cpu().eval()
+    _set_qconfig(prepared, qconfig, overrides)
     return _quiet(tq.prepare, prepared, inplace=True)
 
 
-def prepare_qat(model: QuantizableResNet, qconfig: QConfig) -> QuantizableResNet:
+def prepare_qat(model: nn.Module, qconfig: QConfig, overrides: dict[str, QConfig] | None = None) -> nn.Module:
     """A fused copy in train mode, BatchNorm kept, with fake quantization of weights and activations."""
     prepared = fuse(model, is_qat=True)
-    prepared.qconfig = qconfig
+    _set_qconfig(prepared, qconfig, overrides)
     return _quiet(tq.prepare_qat, prepared, inplace=True)
+
+
+def calibration_batches(data: ImageData, split: Split, batch_size: int = 128) -> list[Tensor]:
+    """The calibration images (B, 3, H, W), normalised, in float32.
+
+    Raises LabError for an empty set, and where it holds validation or test images: ranges must not be chosen by what judges.
+    """
+    index = split.calibration
+    if len(index) == 0:
+        raise LabError("the calibration set is empty: set calibration_images to at least 1.")
+    if np.isin(index, split.validation).any():
+        raise LabError("calibration images are also validation images: calibrate on training images only.")
+    images = data.train_images[index]
+    test = {image.tobytes() for image in data.test_images}
+    known = sum(image.tobytes() in test for image in images)
+    if known > len(images) // 20:  # data sets do repeat an image now and then
+        raise LabError(
+            f"{known} of {len(images)} calibration images are test images: calibrate on training images only."
+        )
+    return [
+        normalize(torch.from_numpy(images[start : start + batch_size]))
+        for start in range(0, len(images), batch_size)
+    ]
 
 
 @torch.no_grad()
 def calibrate(prepared: nn.Module, data: ImageData, split: Split, batch_size: int = 128) -> nn.Module:
     """Let the observers see the calibration images: training images, evaluation transforms, float32. In place.
 
-    Raises LabError for an empty calibration set and where an observer meets NaN or infinity, naming the layer.
+    Fake quantization is off meanwhile, and on afterwards. Learned scales start from what was seen, and are free then.
+
+    Raises LabError for an empty calibration set, one with validation or test images, and where an observer meets NaN or
+    infinity, naming the layer.
     """
-    images = data.train_images[split.calibration]
-    if len(images) == 0:
-        raise LabError("the calibration set is empty: set calibration_images to at least 1.")
+    batches = calibration_batches(data, split, batch_size)
     prepared.eval()
+    prepared.apply(tq.disable_fake_quant)
+    for module in _learnable(prepared):
+        module.enable_static_observation()
     hooks = [
         module.register_forward_pre_hook(partial(_refuse_not_finite, name))
         for name, module in prepared.named_modules()
         if isinstance(module, tq.ObserverBase)
     ]
     try:
-        with progress(len(images), "calibrate", unit="image") as bar:
-            for start in range(0, len(images), batch_size):
-                batch = torch.from_numpy(images[start : start + batch_size])
-                prepared(normalize(batch))
+        with progress(sum(map(len, batches)), "calibrate", unit="image") as bar:
+            for batch in batches:
+                prepared(batch)
                 bar.update(len(batch))
     finally:
         for hook in hooks:
             hook.remove()
+    prepared.apply(tq.enable_fake_quant)
+    for module in prepared.modules():
+        if isinstance(module, LearnedFakeQuantize):
+            module.disable_observer()
+    for module in _learnable(prepared):
+        module.enable_param_learning()
     return prepared
+
+
+def _learnable(model: nn.Module) -> list[_LearnableFakeQuantize]:
+    return [module for module in model.modules() if isinstance(module, _LearnableFakeQuantize)]
+
+
+@torch.no_grad()
+def quantize_weight(layer: nn.Module) -> tuple[Tensor, Tensor]:
+    """(scale, zero_point) that the layer's own configuration gives its weights; shape (1,) or (C,)."""
+    watcher = layer.qconfig.weight().to(layer.weight.device)
+    if isinstance(watcher, FakeQuantizeBase):
+        watcher = watcher.activation_post_process
+    watcher(layer.weight)
+    return watcher.calculate_qparams()
+
+
+def on_grid(weight: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> Tensor:
+    """dequantize(quantize(weight)); scale (1,) per tensor, or (C,) for the channels of axis 0."""
+    scale, zero_point = scale.expand(len(weight)).contiguous(), zero_point.expand(len(weight)).to(torch.int32)
+    return torch.fake_quantize_per_channel_affine(
+        weight, scale, zero_point.contiguous(), 0, quant_min, quant_max
+    )
+
+
+@torch.no_grad()
+def simulate(calibrated: nn.Module, only: set[str] | None = None) -> nn.Module:
+    """A copy that computes in float with weights and activations rounded to their grids: PTQ for any bit width.
+
+    Args:
+        calibrated: from `prepare_ptq` with a configuration of mode "simulated", then `calibrate`.
+        only: the layers to quantize, weights and outputs; None quantizes everything, the sums of residual blocks too.
+
+    The scale and zero point of a layer's weights are kept as `weight_scale` and `weight_zero_point`.
+    """
+    model = copy.deepcopy(calibrated).eval()
+    model.apply(tq.disable_observer)
+    model.apply(tq.enable_fake_quant)
+    chosen = layers(model)
+    if only is not None:
+        model.apply(tq.disable_fake_quant)
+        for name in only:
+            model.get_submodule(name).apply(tq.enable_fake_quant)
+        chosen = {name: layer for name, layer in chosen.items() if name in only}
+    for layer in chosen.values():
+        scale, zero_point = quantize_weight(layer)
+        observer = layer.qconfig.weight()
+        layer.weight_scale, layer.weight_zero_point = scale, zero_point
+        layer.weight.copy_(on_grid(layer.weight, scale, zero_point, observer.quant_min, observer.quant_max))
+    return model
 
 
 def _refuse_not_finite(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -92,6 +208,34 @@ def _refuse_not_finite(name: str, module: nn.Module, inputs: tuple[Tensor, ...])
 def convert(prepared: nn.Module) -> nn.Module:
     """An int8 copy on the CPU, in eval mode; weights are rounded, activations get fixed scales."""
     return _quiet(tq.convert, copy.deepcopy(prepared).cpu().eval(), inplace=True)
+
+
+class _Known(tq.ObserverBase):
+    """Gives the scale and zero point that a simulated layer already has."""
+
+    def __init__(self, scale: Tensor, zero_point: Tensor):
+        super().__init__(dtype=torch.qint8)
+        self.known = scale, zero_point
+        self.quant_min, self.quant_max, self.ch_axis = -128, 127, 0
+        self.qscheme = torch.per_tensor_symmetric if len(scale) == 1 else torch.per_channel_symmetric
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
+        return self.known
+
+
+def lower(simulated: nn.Module) -> nn.Module:
+    """The int8 network of a simulated one: int8 kernels run weights of fewer bits too, since their codes fit.
+
+    Activations must have 8 bits, because the kernels use all of quint8.
+    """
+    model = copy.deepcopy(simulated)
+    for layer in layers(model).values():
+        known = partial(_Known, layer.weight_scale, layer.weight_zero_point)
+        layer.qconfig = layer.qconfig._replace(weight=known)
+    return convert(model)
 
 
 def save_int8(path: Path, model: nn.Module) -> None:
@@ -136,71 +280,3 @@ def load_float(path: Path, model: QuantizableResNet) -> QuantizableResNet:
         raise LabError(f"{path} holds no state dict of tensors; use a file written by the fp32 stage.")
     load_weights(model, state, str(path))
     return model.eval()
-
-
-def qparams(model: nn.Module) -> pd.DataFrame:
-    """One row per quantized tensor of an int8 network.
-
-    Columns: layer, tensor ("weight" or "activation"), scale, zero_point, exponent (log2 of the scale). A per-channel
-    weight is given by its smallest scale.
-    """
-    rows = []
-
-    def add(layer: str, tensor: str, scale, zero_point) -> None:
-        scale = float(np.min(np.asarray(scale)))
-        rows.append(
-            {
-                "layer": layer,
-                "tensor": tensor,
-                "scale": scale,
-                "zero_point": int(zero_point),
-                "exponent": float(np.log2(scale)),
-            }
-        )
-
-    for name, module in model.named_modules():
-        if hasattr(module, "scale") and hasattr(module, "zero_point"):
-            add(name, "activation", module.scale, module.zero_point)
-        if hasattr(module, "weight") and callable(module.weight):
-            weight = module.weight()
-            per_tensor = weight.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric)
-            add(
-                name,
-                "weight",
-                weight.q_scale() if per_tensor else weight.q_per_channel_scales(),
-                weight.q_zero_point() if per_tensor else 0,
-            )
-    return pd.DataFrame(rows)
-
-
-def observed(prepared: nn.Module) -> pd.DataFrame:
-    """One row per tensor that a calibrated network will quantize with a PowerOfTwoObserver.
-
-    Columns: layer, tensor ("weight" or "activation"), min, max, raw_scale (before rounding), scale, zero_point,
-    clamped (whether the exponent's limits changed the scale). Per-channel weights give their channels' extremes and the
-    smallest scale.
-    """
-    rows = []
-    for name, module in prepared.named_modules():
-        watchers = {"activation": getattr(module, "activation_post_process", None)}
-        if isinstance(getattr(module, "weight", None), Tensor) and getattr(module, "qconfig", None):
-            watchers["weight"] = module.qconfig.weight().to(module.weight.device)
-            watchers["weight"](module.weight.detach())
-        for tensor, watcher in watchers.items():
-            if isinstance(watcher, PowerOfTwoObserver):
-                scale, zero_point = watcher.calculate_qparams()
-                raw = watcher.raw_scale()
-                clamped = scale_approximate(raw, watcher.max_shift_amount) != scale_approximate(raw, None)
-                rows.append(
-                    {
-                        "layer": name,
-                        "tensor": tensor,
-                        "min": watcher.min_val.min().item(),
-                        "max": watcher.max_val.max().item(),
-                        "raw_scale": raw.min().item(),
-                        "scale": scale.min().item(),
-                        "zero_point": zero_point.flatten()[0].item(),
-                        "clamped": bool(clamped.any()),
-                    }
-                )
-    return pd.DataFrame(rows)

@@ -11,13 +11,28 @@ import pandas as pd
 
 from labcore import LabError
 from labcore.artifacts import ROOT, atomic_path, read_json, write_text
-from labcore.config import NOTEBOOKS, PROFILES, Profile
+from labcore.config import NOTEBOOKS, PROFILES, STUDIES, Profile
 from labcore.tables import formatted
 
 TEMPLATE = ROOT / "report" / "template.md"
 STYLE = ROOT / "report" / "template.typ"
 REFERENCE = ROOT / "report" / "template_reference.json"
 NAMES = {"fp32": "FP32", "ptq": "PTQ", "qat": "QAT"}
+VERDICT = {
+    "reference": "PTQ, the reference's scheme",
+    "no_clamp": "PTQ, the same without the clamp",
+    "float_same": "PTQ, float scales, otherwise the same",
+    "torch_default": "PTQ, torch's default",
+    "best_ptq": "PTQ, best power of two",
+    "best_qat": "QAT, learned exponents",
+    "w4a8_adaround": "PTQ, 4-bit weights, AdaRound",
+    "w4a8_learned": "QAT, 4-bit weights, learned exponents",
+}
+MIXED = {
+    "mixed": "mixed bits, AdaRound",
+    "nearest": "mixed bits, rounded to nearest",
+    "uniform8": "8 bits throughout",
+}
 LATENCY_NAMES = {
     "fp32": "FP32",
     "fp32_fused": "FP32, fused",
@@ -88,8 +103,9 @@ def context(profile: Profile, wall_seconds: dict[str, float]) -> dict:
     Raises LabError where a stage's artifact is missing or damaged.
     """
     runs = ROOT / "runs" / profile.name
-    stages = {stage: read_json(runs / stage / "metrics.json") for stage in NOTEBOOKS}
-    provenance = {stage: read_json(runs / stage / "provenance.json") for stage in NOTEBOOKS}
+    reported = [stage for stage in NOTEBOOKS if stage in wall_seconds or stage not in STUDIES]
+    stages = {stage: read_json(runs / stage / "metrics.json") for stage in reported}
+    provenance = {stage: read_json(runs / stage / "provenance.json") for stage in reported}
     names = list(NAMES)
     latency = pd.DataFrame(stages["compare"]["latency"]).T
     results = pd.DataFrame(
@@ -141,7 +157,9 @@ def context(profile: Profile, wall_seconds: dict[str, float]) -> dict:
         }
     )
     return {
+        **dict.fromkeys(STUDIES),
         **stages,
+        **_study_tables(stages),
         "profile": profile,
         "data": provenance["fp32"]["data"],
         "threads": provenance["compare"]["threads"],
@@ -163,6 +181,59 @@ def context(profile: Profile, wall_seconds: dict[str, float]) -> dict:
         "notebooks": NOTEBOOKS,
         "duration": _duration,
     }
+
+
+def _study_tables(stages: dict[str, dict]) -> dict[str, str]:
+    """The tables of the studies that ran."""
+    shown = ["acc", "acc_drop_pp", "acc_drop_pp_low", "acc_drop_pp_high", "loss"]
+    titles = {
+        "acc": "accuracy",
+        "acc_drop_pp": "drop (points)",
+        "acc_drop_pp_low": "from",
+        "acc_drop_pp_high": "to",
+        "fp32_acc": "FP32",
+        "size_mb": "packed file (MB)",
+        "p_value": "McNemar p",
+    }
+
+    def table(rows: list[dict], keys: list[str], columns: list[str]) -> str:
+        found = pd.DataFrame(rows)
+        index = found[keys].astype(str).agg(" · ".join, axis=1)
+        return markdown_table(
+            formatted(found[columns].set_axis(index)).rename(columns=titles), " · ".join(keys)
+        )
+
+    tables = {}
+    if study := stages.get("observers"):
+        for name in ("schemes", "repaired", "trained"):
+            keys = [
+                key for key in study[name][0] if isinstance(study[name][0][key], str) or key.endswith("bits")
+            ]
+            tables[f"{name}_table"] = table(study[name], keys, shown)
+        verdict = [{"network": VERDICT[name]} | row for name, row in study["verdict"].items()]
+        tables["verdict_table"] = table(verdict, ["network"], [*shown, "p_value"])
+        tables["overflow_table"] = table(
+            [
+                {"codes": row["case"], "activation bits": row["bits"]}
+                | {"wrong sums": f"{row['wrong sums']:.2%}", "largest error": f"{row['largest error']:.0f}"}
+                for row in study["overflow"]
+            ],
+            ["codes", "activation bits"],
+            ["wrong sums", "largest error"],
+        )
+    if study := stages.get("mixed"):
+        front = sorted(study["front"], key=lambda row: row["size_mb"])
+        tables["front_table"] = table(front, ["family", "name"], ["size_mb", *shown])
+        tables["architectures_table"] = table(
+            study["architectures"], ["network", "scheme"], ["fp32_acc", *shown[:-1]]
+        )
+        tables["mixed_table"] = table(
+            [{"network": MIXED[name]} | row for name, row in study["verdict"].items()],
+            ["network"],
+            [*shown, "p_value"],
+        )
+        tables["allocation_table"] = markdown_table(pd.DataFrame(study["allocations"]).astype(str), "layer")
+    return tables
 
 
 def _normalization() -> dict[str, str]:

@@ -36,6 +36,11 @@ FORMATS = {
     "min": "{:.4g}",
     "max": "{:.4g}",
     "seconds": "{:.1f}",
+    "fp32_acc": "{:.2%}",
+    "size_mb": "{:.2f}",
+    "share_clipped": "{:.2g}",
+    "snr_db": "{:.1f}",
+    "logit_mse": "{:.4f}",
 }
 
 

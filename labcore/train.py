@@ -126,7 +126,7 @@ def recipe_key(
     recipe: Recipe, data: ImageData, split: Split, seed: int, model: nn.Module, quantized: bool
 ) -> str:
     """A hash of what decides the weights: recipe, images, split, seed, first weights, code, torch, kind of device."""
-    modules = ("train", "transforms", "model") + (("observer", "quantize") if quantized else ())
+    modules = ("train", "transforms", "model") + (("observer", "qconfig", "quantize") if quantized else ())
     return sha256_json(
         {
             "recipe": asdict(recipe),
@@ -134,6 +134,7 @@ def recipe_key(
             "split": split.sha256,
             "seed": seed,
             "first": state_hash(model.state_dict()),
+            "network": str(model),
             "code": modules_hash(*modules),
             "torch": versions()["torch"],
             "device": device().type,
@@ -142,9 +143,12 @@ def recipe_key(
 
 
 def freeze(model: nn.Module) -> None:
-    """Late in QAT: ranges and BatchNorm statistics stop moving, so that the weights settle on the final grid."""
+    """Late in QAT: ranges, learned or observed, and BatchNorm statistics stop moving; the weights settle on the final grid."""
     model.apply(disable_observer)
     model.apply(freeze_bn_stats)
+    for module in model.modules():
+        if isinstance(module, FakeQuantizeBase):
+            module.requires_grad_(False)
 
 
 def fit(

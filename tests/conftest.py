@@ -1,9 +1,12 @@
-"""Small data and networks shared by the tests."""
+"""Small data and networks that tests get as fixtures."""
 
 import numpy as np
 import pytest
+from small import network
 
 from labcore.data import ImageData, Split
+from labcore.qconfig import CustomQConfig
+from labcore.quantize import calibrate, convert, prepare_ptq
 
 
 @pytest.fixture
@@ -21,3 +24,10 @@ def tiny_data() -> ImageData:
 def tiny_split() -> Split:
     """64 training, 32 validation images; 16 of the training images calibrate."""
     return Split(np.arange(64), np.arange(64, 96), np.arange(16))
+
+
+@pytest.fixture
+def int8(tiny_data, tiny_split, request):
+    """A calibrated and converted network; POWER2 where the test names no other configuration."""
+    config = getattr(request, "param", CustomQConfig.POWER2)
+    return convert(calibrate(prepare_ptq(network(), config.value), tiny_data, tiny_split))

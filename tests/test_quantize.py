@@ -1,6 +1,5 @@
 """Fuse, prepare, calibrate, convert: against integer arithmetic in NumPy, and against files that lie."""
 
-import copy
 import os
 import pickle
 from dataclasses import replace
@@ -8,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from small import logits, network, snapshot, unchanged
 from torch import nn
 from torch.ao.nn.quantized import Conv2d, QFunctional
 
@@ -15,18 +15,21 @@ from labcore import LabError, quantize
 from labcore.checkpoint import load_tensors, save_tensors
 from labcore.data import Split
 from labcore.model import build_model
-from labcore.observer import CustomQConfig, PowerOfTwoObserver, has_vnni, power_of_two_qconfig
+from labcore.qconfig import REFERENCE, CustomQConfig, Scheme, activation_range, has_vnni, make_qconfig
+from labcore.qparams import inspect_qparams, qparams
 from labcore.quantize import (
     calibrate,
+    calibration_batches,
     convert,
     fuse,
+    layers,
     load_float,
     load_int8,
-    observed,
+    on_grid,
     prepare_ptq,
     prepare_qat,
-    qparams,
     save_int8,
+    simulate,
 )
 from labcore.transforms import normalize
 
@@ -34,37 +37,6 @@ POWER2, DEFAULT = CustomQConfig.POWER2, CustomQConfig.DEFAULT
 exact_sums = pytest.mark.skipif(
     not has_vnni(), reason="this processor adds int8 products in 16 bits, which saturate"
 )
-
-
-def network(arch: str = "resnet9", width: int = 4, classes: int = 4) -> nn.Module:
-    torch.manual_seed(0)
-    model = build_model(arch, classes, width)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):  # multiples of 1/8, so that the integer kernels round no bias
-            module.bias.data = torch.randint(-4, 5, module.bias.shape) / 8
-            nn.init.uniform_(module.running_var, 0.5, 2)
-    return model.eval()
-
-
-@torch.no_grad()
-def logits(model: nn.Module, data) -> torch.Tensor:
-    return model(normalize(torch.from_numpy(data.test_images)))
-
-
-def snapshot(model: nn.Module) -> dict:
-    return copy.deepcopy(model.state_dict())
-
-
-def unchanged(model: nn.Module, before: dict) -> bool:
-    after = model.state_dict()
-    return after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
-
-
-@pytest.fixture
-def int8(tiny_data, tiny_split, request):
-    """A calibrated and converted network; POWER2 where the test names no other configuration."""
-    config = getattr(request, "param", POWER2)
-    return convert(calibrate(prepare_ptq(network(), config.value), tiny_data, tiny_split))
 
 
 @pytest.mark.parametrize(
@@ -172,39 +144,6 @@ def test_an_int8_network_holds_no_float_weights(int8):
         and int8.conv1.weight().dtype == torch.qint8
         and int8.fc.weight().dtype == torch.qint8
     )
-
-
-def test_every_scale_of_the_power_configuration_is_a_power_of_two_within_the_limits(int8):
-    table = qparams(int8)
-    assert (table["exponent"] == table["exponent"].round()).all() and table["exponent"].between(-8, 8).all()
-    assert (table["scale"] == 2.0 ** table["exponent"]).all()
-
-
-def test_the_table_of_scales_has_a_row_for_every_quantized_tensor(int8):
-    table = qparams(int8)
-    layers = [
-        "conv1",
-        "layer2.0.0",
-        "layer2.2.conv1",
-        "layer2.2.conv2",
-        "layer3.0.0",
-        "layer4.0.0",
-        "layer4.2.conv1",
-        "layer4.2.conv2",
-        "fc",
-    ]
-    others = ["quant", "layer2.2.add_relu", "layer4.2.add_relu"]
-    assert sorted(table[table["tensor"] == "weight"]["layer"]) == sorted(layers)
-    assert sorted(table[table["tensor"] == "activation"]["layer"]) == sorted(layers + others)
-
-
-def test_the_table_of_scales_tells_what_the_layers_hold(int8):
-    table = qparams(int8).set_index(["layer", "tensor"])
-    assert table.loc[("conv1", "activation"), ["scale", "zero_point"]].tolist() == [
-        int8.conv1.scale,
-        int8.conv1.zero_point,
-    ]
-    assert table.loc[("fc", "weight"), "scale"] == int8.fc.weight().q_scale()
 
 
 @pytest.mark.parametrize("int8", CustomQConfig, indirect=True)
@@ -366,7 +305,10 @@ def test_calibration_looks_at_the_calibration_images_only(tiny_data, tiny_split)
 
 def test_the_batch_size_of_calibration_changes_no_range(tiny_data, tiny_split):
     ranges = [
-        observed(calibrate(prepare_ptq(network(), POWER2.value), tiny_data, tiny_split, size))[["min", "max"]]
+        inspect_qparams(
+            calibrate(prepare_ptq(network(), POWER2.value), tiny_data, tiny_split, size),
+            calibration_batches(tiny_data, tiny_split),
+        )[["raw_scale"]]
         for size in (3, 16)
     ]
     np.testing.assert_allclose(*ranges, rtol=1e-5)
@@ -374,69 +316,6 @@ def test_the_batch_size_of_calibration_changes_no_range(tiny_data, tiny_split):
 
 def test_calibration_is_done_in_eval_mode(tiny_data, tiny_split):
     assert not calibrate(prepare_ptq(network(), POWER2.value).train(), tiny_data, tiny_split).training
-
-
-@pytest.mark.parametrize(("wanted", "given"), [(-12, -8), (-10, -8), (-8, -8), (-3, -3), (8, 8), (9, 8)])
-def test_a_tensor_counts_as_clamped_where_the_limits_change_its_scale(wanted, given, tiny_data, tiny_split):
-    model = network()
-    weight = model.fc.weight.data
-    weight.mul_(127.5 * 2.0**wanted / weight.abs().max())
-    row = (
-        observed(calibrate(prepare_ptq(model, POWER2.value), tiny_data, tiny_split))
-        .set_index(["layer", "tensor"])
-        .loc[("fc", "weight")]
-    )
-    assert (row["clamped"], row["scale"], row["raw_scale"]) == (
-        wanted != given,
-        2.0**given,
-        pytest.approx(2.0**wanted),
-    )
-
-
-def test_clamped_tensors_are_those_whose_raw_scale_lies_beyond_the_limits(tiny_data, tiny_split):
-    table = observed(calibrate(prepare_ptq(network(), POWER2.value), tiny_data, tiny_split))
-    beyond = ~np.log2(table["raw_scale"]).between(-8.5, 8.5)
-    assert table["clamped"].tolist() == beyond.tolist() and 0 < beyond.sum() < len(table)
-
-
-def test_without_a_limit_nothing_is_clamped(tiny_data, tiny_split):
-    model = network()
-    model.fc.weight.data.mul_(2.0**-12)
-    assert not observed(calibrate(prepare_ptq(model, power_of_two_qconfig(None)), tiny_data, tiny_split))[
-        "clamped"
-    ].any()
-
-
-def test_the_observed_scales_are_those_that_the_int8_network_gets(tiny_data, tiny_split):
-    prepared = calibrate(prepare_ptq(network(), POWER2.value), tiny_data, tiny_split)
-    planned, got = observed(prepared), qparams(convert(prepared))
-    assert len(planned) == len(got)
-    for tensor in ("weight", "activation"):
-        columns = [
-            table[table["tensor"] == tensor][["scale", "zero_point"]].to_numpy().tolist()
-            for table in (planned, got)
-        ]
-        assert columns[0] == columns[1]
-
-
-def test_the_observed_range_of_a_weight_is_the_weights(tiny_data, tiny_split):
-    prepared = calibrate(prepare_ptq(network(), POWER2.value), tiny_data, tiny_split)
-    row = observed(prepared).set_index(["layer", "tensor"]).loc[("fc", "weight")]
-    assert (row["min"], row["max"]) == (prepared.fc.weight.min().item(), prepared.fc.weight.max().item())
-
-
-def test_looking_at_the_observers_leaves_them_as_they_are(tiny_data, tiny_split):
-    prepared = calibrate(prepare_ptq(network(), POWER2.value), tiny_data, tiny_split)
-    before = snapshot(prepared)
-    observed(prepared)
-    assert unchanged(prepared, before)
-
-
-def test_networks_without_power_of_two_observers_have_nothing_to_report(tiny_data, tiny_split):
-    prepared = calibrate(prepare_ptq(network(), DEFAULT.value), tiny_data, tiny_split)
-    assert len(observed(prepared)) == 0 and not any(
-        isinstance(module, PowerOfTwoObserver) for module in prepared.modules()
-    )
 
 
 def test_calibration_normalises_like_evaluation(monkeypatch, tiny_data, tiny_split):
@@ -450,7 +329,9 @@ def test_calibration_normalises_like_evaluation(monkeypatch, tiny_data, tiny_spl
 def test_seven_bit_activations_stay_seven_bits_on_the_calibration_images(monkeypatch, tiny_data, tiny_split):
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
     monkeypatch.setattr(torch.backends.quantized, "engine", "x86")
-    model = convert(calibrate(prepare_ptq(network(), power_of_two_qconfig()), tiny_data, tiny_split))
+    model = convert(
+        calibrate(prepare_ptq(network(), make_qconfig(REFERENCE, REFERENCE)), tiny_data, tiny_split)
+    )
     largest = {}
 
     def keep(name):
@@ -461,3 +342,187 @@ def test_seven_bit_activations_stay_seven_bits_on_the_calibration_images(monkeyp
     with torch.no_grad():
         model(normalize(torch.from_numpy(tiny_data.train_images[tiny_split.calibration])))
     assert {name: value for name, value in largest.items() if value > 127} == {}
+
+
+@pytest.mark.parametrize("known", ["validation", "test"])
+def test_calibration_refuses_images_that_judge(known, tiny_data, tiny_split):
+    data, split = tiny_data, tiny_split
+    if known == "validation":
+        split = replace(split, calibration=np.array([3, 64]))
+    else:
+        data = replace(data, test_images=data.train_images[split.calibration])
+    message = refused(lambda: calibrate(prepare_ptq(network(), POWER2.value), data, split))
+    assert (f"calibration images are also {known}" if known == "validation" else "16 of 16") in message
+    assert "training images only" in message
+
+
+def test_calibration_batches_are_the_normalised_calibration_images_in_order(tiny_data, tiny_split):
+    found = calibration_batches(tiny_data, tiny_split, 6)
+    assert [len(batch) for batch in found] == [6, 6, 4]
+    expected = normalize(torch.from_numpy(tiny_data.train_images[tiny_split.calibration]))
+    assert torch.equal(torch.cat(found), expected)
+
+
+@pytest.mark.parametrize("arch", ["resnet9", "resnet18", "resnet50"])
+def test_layers_are_all_convolutions_and_linear_layers_by_the_name_quantization_knows(arch):
+    model = network(arch)
+    wanted = [name for name, part in model.named_modules() if isinstance(part, nn.Conv2d | nn.Linear)]
+    assert list(layers(model)) == wanted
+    fused = fuse(model)
+    assert len(layers(fused)) == len(wanted) and {type(part) for part in layers(fused).values()} == {
+        nn.Conv2d,
+        nn.Linear,
+    }
+    converted = convert(calibrate_nothing(fused))
+    assert all(hasattr(converted.get_submodule(name), "weight") for name in layers(fused))
+    trained = layers(prepare_qat(model, POWER2.qat))
+    assert len(trained) == len(wanted) and all(
+        hasattr(part, "weight_fake_quant") for part in trained.values()
+    )
+
+
+def calibrate_nothing(fused: nn.Module) -> nn.Module:
+    fused.qconfig = POWER2.value
+    return torch.ao.quantization.prepare(fused)
+
+
+def test_the_layers_of_the_small_network_have_the_names_of_its_modules():
+    blocks = ["layer2.2.conv1", "layer2.2.conv2"], ["layer4.2.conv1", "layer4.2.conv2"]
+    fused = ["conv1", "layer2.0.0", *blocks[0], "layer3.0.0", "layer4.0.0", *blocks[1], "fc"]
+    assert list(layers(fuse(network()))) == fused == list(layers(network()))
+
+
+def simulated_qconfig(bits: int = 8, per_channel: bool = False):
+    return make_qconfig(Scheme(bits, per_channel=per_channel), Scheme(bits), "simulated")
+
+
+def calibrated(data, split, mode="simulated", per_channel=False, **kwargs) -> nn.Module:
+    qconfig = make_qconfig(Scheme(per_channel=per_channel), Scheme(), mode)
+    return calibrate(prepare_ptq(network(width=8), qconfig, **kwargs), data, split)
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_simulated_weights_are_those_of_the_int8_kernels(per_channel, tiny_data, tiny_split):
+    simulated = simulate(calibrated(tiny_data, tiny_split, per_channel=per_channel))
+    converted = convert(calibrated(tiny_data, tiny_split, "ptq", per_channel))
+    for name, layer in layers(simulated).items():
+        weight = converted.get_submodule(name).weight()
+        assert torch.equal(layer.weight, weight.dequantize()), name
+        scale = weight.q_per_channel_scales() if per_channel else torch.tensor([weight.q_scale()])
+        assert torch.equal(layer.weight_scale.double(), scale.double()) and not layer.weight_zero_point.any()
+
+
+@exact_sums
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_the_simulated_network_computes_what_the_int8_kernels_do(per_channel, tiny_data, tiny_split):
+    simulated = logits(simulate(calibrated(tiny_data, tiny_split, per_channel=per_channel)), tiny_data)
+    converted = convert(calibrated(tiny_data, tiny_split, "ptq", per_channel))
+    found, step = logits(converted, tiny_data), converted.fc.scale * 0.125
+    assert (found - simulated).abs().mean() < step / 4
+    assert (found.argmax(1) == simulated.argmax(1)).float().mean() >= 0.9
+
+
+def test_simulating_one_layer_changes_its_weight_only(tiny_data, tiny_split):
+    prepared = calibrated(tiny_data, tiny_split)
+    before = snapshot(prepared)
+    one = simulate(prepared, only={"layer3.0.0"})
+    changed = [
+        name
+        for name, layer in layers(one).items()
+        if not torch.equal(layer.weight, layers(prepared)[name].weight)
+    ]
+    assert changed == ["layer3.0.0"] and unchanged(prepared, before)
+    active = {
+        name.removesuffix(".activation_post_process")
+        for name, part in one.named_modules()
+        if isinstance(part, torch.ao.quantization.FakeQuantizeBase) and part.fake_quant_enabled.item()
+    }
+    assert active == {"layer3.0.0"}
+
+
+def test_simulating_no_layer_is_the_float_network(tiny_data, tiny_split):
+    prepared = calibrated(tiny_data, tiny_split)
+    nothing = simulate(prepared, only=set())
+    torch.testing.assert_close(logits(nothing, tiny_data), logits(fuse(network(width=8)), tiny_data))
+
+
+def test_a_network_simulates_with_and_without_fusing(tiny_data, tiny_split):
+    expected = logits(network(width=8), tiny_data)
+    for fused in (True, False):
+        prepared = calibrated(tiny_data, tiny_split, fused=fused)
+        assert fused == (not any(isinstance(part, nn.BatchNorm2d) for part in prepared.modules()))
+        error = logits(simulate(prepared), tiny_data) - expected
+        assert 0 < error.abs().mean() < 0.2 * expected.std()
+
+
+def test_an_override_gives_one_layer_four_bits(tiny_data, tiny_split):
+    four = simulated_qconfig(4)
+    prepared = calibrated(tiny_data, tiny_split, overrides={"layer2.0.0": four})
+    for name, layer in layers(simulate(prepared)).items():
+        codes = torch.unique(layer.weight / layer.weight_scale)
+        assert torch.equal(codes, codes.round())
+        assert (codes.min() >= -8 and codes.max() <= 7) == (name == "layer2.0.0")
+    bits = inspect_qparams(prepared, calibration_batches(tiny_data, tiny_split)).set_index("layer")["bits"]
+    assert set(bits["layer2.0.0"]) == {4} and set(bits.drop("layer2.0.0")) == {8}
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"), [("layer2.0.1x", "did you mean 'layer2.0.0'"), ("fcc", "did you mean 'fc'")]
+)
+@pytest.mark.parametrize("prepare", [prepare_ptq, prepare_qat])
+def test_an_unknown_layer_is_refused_with_the_nearest_name(prepare, name, hint):
+    message = refused(lambda: prepare(network(), POWER2.value, overrides={name: POWER2.value}))
+    assert f"unknown layer {name!r}" in message and hint in message
+
+
+@pytest.mark.parametrize("bits", [4, 3, 2])
+def test_a_simulated_linear_layer_computes_what_integers_give_by_hand(bits):
+    torch.manual_seed(1)
+    model = nn.Sequential(torch.ao.quantization.QuantStub(), nn.Linear(6, 3)).eval()
+    model.qconfig = make_qconfig(Scheme(bits), Scheme(), "simulated")
+    images = torch.randn(5, 6)
+    model[1].bias.data = torch.tensor([1.0, -0.5, 0.25])
+    weight = model[1].weight.detach().numpy().copy()
+    prepared = torch.ao.quantization.prepare(model)
+    prepared.apply(torch.ao.quantization.disable_fake_quant)
+    prepared(images)
+    simulated = simulate(prepared)
+    half = 2 ** (bits - 1)
+    weight_scale = 2.0 ** np.rint(np.log2(np.abs(weight).max() / ((2 * half - 1) / 2)))
+    codes = np.clip(np.rint(weight / weight_scale), -half, half - 1).astype(np.int64)
+    stub, out = (part.activation_post_process for part in prepared)
+    s_in, s_out = float(stub.scale), float(out.scale)
+    zero = int(stub.zero_point)
+    levels = high = activation_range()[1]
+    given = np.clip(np.rint(images.numpy() / s_in) + zero, 0, levels).astype(np.int64) - zero
+    bias = (model[1].bias.detach().numpy() / (s_in * weight_scale)).astype(np.int64)
+    sums = given @ codes.T + bias
+    result = np.clip(np.rint(sums * (s_in * weight_scale / s_out)) + int(out.zero_point), 0, high)
+    assert len(np.unique(codes)) > 2 and simulated[1].weight_scale.item() == weight_scale
+    np.testing.assert_array_equal(simulated(images).detach().numpy(), (result - int(out.zero_point)) * s_out)
+
+
+@pytest.mark.parametrize("mode", ["qat", "learned", "lsq"])
+def test_every_training_mode_calibrates_and_then_trains(mode, tiny_data, tiny_split):
+    prepared = prepare_qat(network(), make_qconfig(REFERENCE, REFERENCE, mode))
+    calibrate(prepared, tiny_data, tiny_split)
+    fakes = [part for part in prepared.modules() if isinstance(part, torch.ao.quantization.FakeQuantizeBase)]
+    assert all(part.fake_quant_enabled.item() for part in fakes)
+    before = {name: value.detach().clone() for name, value in prepared.named_parameters()}
+    optimizer = torch.optim.SGD(prepared.parameters(), lr=0.01)
+    output = prepared.train()(normalize(torch.from_numpy(tiny_data.train_images[:16])))
+    nn.functional.cross_entropy(output, torch.from_numpy(tiny_data.train_labels[:16])).backward()
+    optimizer.step()
+    moved = {name for name, value in prepared.named_parameters() if not torch.equal(value, before[name])}
+    learned = {"qat": "conv1.weight", "learned": "log2_scale", "lsq": ".scale"}[mode]
+    assert any(name.endswith(learned) for name in moved) and len(moved) > 10
+    assert torch.isfinite(logits(convert(prepared), tiny_data)).all()
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_on_grid_is_rounding_and_clipping(per_channel):
+    weight = torch.randn(3, 4, 2, 2, generator=torch.Generator().manual_seed(0))
+    scale = torch.tensor([0.25, 0.5, 0.125] if per_channel else [0.25])
+    found = on_grid(weight, scale, torch.zeros(len(scale), dtype=torch.int64), -8, 7)
+    own = scale.view(-1, 1, 1, 1)
+    assert torch.equal(found, (weight / own).round().clamp(-8, 7) * own)

@@ -13,7 +13,7 @@ import torch
 from labcore import LabError, checkpoint, train
 from labcore.config import Augment, Recipe
 from labcore.model import build_model
-from labcore.observer import CustomQConfig
+from labcore.qconfig import CustomQConfig
 from labcore.quantize import prepare_qat
 
 RECIPE = Recipe(epochs=3, batch_size=16, lr=0.05, augment=Augment(crop_padding=2))

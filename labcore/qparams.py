@@ -1,0 +1,143 @@
+"""Looking inside a quantized network: scales, exponents, and where the error comes from."""
+
+import copy
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.ao.quantization import FakeQuantizeBase, disable_fake_quant, disable_observer
+
+from labcore.observer import PowerOfTwoObserver
+from labcore.quantize import layers
+
+
+def qparams(model: nn.Module) -> pd.DataFrame:
+    """One row per quantized tensor of an int8 network.
+
+    Columns: layer, tensor ("weight" or "activation"), scale, zero_point, exponent (log2 of the scale). A per-channel
+    weight is given by its smallest scale.
+    """
+    rows = []
+
+    def add(layer: str, tensor: str, scale, zero_point) -> None:
+        scale = float(np.min(np.asarray(scale)))
+        rows.append(
+            {
+                "layer": layer,
+                "tensor": tensor,
+                "scale": scale,
+                "zero_point": int(zero_point),
+                "exponent": float(np.log2(scale)),
+            }
+        )
+
+    for name, module in model.named_modules():
+        if hasattr(module, "scale") and hasattr(module, "zero_point"):
+            add(name, "activation", module.scale, module.zero_point)
+        if hasattr(module, "weight") and callable(module.weight):
+            weight = module.weight()
+            per_tensor = weight.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric)
+            add(
+                name,
+                "weight",
+                weight.q_scale() if per_tensor else weight.q_per_channel_scales(),
+                weight.q_zero_point() if per_tensor else 0,
+            )
+    return pd.DataFrame(rows)
+
+
+class _Errors:
+    """What quantizing does to the values of one tensor, summed over batches."""
+
+    def __init__(self, observer: PowerOfTwoObserver, scale: Tensor, zero_point: Tensor):
+        self.observer, self.scale, self.zero_point = observer, scale, zero_point
+        self.raw_scale, self.clamped = observer.raw_scale(), observer.clamped()
+        self.min, self.max = float("inf"), float("-inf")
+        self.n = self.n_clipped = 0
+        self.power = self.clipping = self.rounding = 0.0
+
+    def add(self, values: Tensor) -> None:
+        """Values of any shape; the channels of per-channel scales are axis 0."""
+        rows = (
+            values.detach().flatten(1).double()
+            if len(self.scale) > 1
+            else values.detach().reshape(1, -1).double()
+        )
+        scale, zero_point = self.scale.double()[:, None], self.zero_point[:, None]
+        low = (self.observer.quant_min - zero_point) * scale
+        high = (self.observer.quant_max - zero_point) * scale
+        inside = torch.minimum(torch.maximum(rows, low), high)
+        error = torch.round(inside / scale) * scale - inside
+        clipped = rows - inside
+        self.min, self.max = min(self.min, rows.min().item()), max(self.max, rows.max().item())
+        self.n += rows.numel()
+        # The grid's last code stands for values up to half a step beyond it.
+        self.n_clipped += int((clipped.abs() > scale / 2).sum())
+        self.power += rows.square().sum().item()
+        self.clipping += clipped.square().sum().item()
+        self.rounding += error.square().sum().item()
+
+    def row(self, layer: str, tensor: str) -> dict:
+        error = self.clipping + self.rounding
+        exponent = torch.log2(self.scale)
+        return {
+            "layer": layer,
+            "tensor": tensor,
+            "bits": int(np.log2(self.observer.quant_max - self.observer.quant_min + 1)),
+            "channels": len(self.scale),
+            "min": self.min,
+            "max": self.max,
+            "raw_scale": self.raw_scale.min().item(),
+            "scale": self.scale.min().item(),
+            "exponent": exponent.min().item(),
+            "exponent_max": exponent.max().item(),
+            "clamped": int(self.clamped.sum()),
+            "zero_point": int(self.zero_point.flatten()[0]),
+            "share_clipped": self.n_clipped / max(1, self.n),
+            "snr_db": 10 * np.log10(self.power / error) if error and self.power else float("inf"),
+            "mse_clipping": self.clipping / max(1, self.n),
+            "mse_rounding": self.rounding / max(1, self.n),
+        }
+
+
+@torch.no_grad()
+def inspect_qparams(calibrated: nn.Module, batches: list[Tensor]) -> pd.DataFrame:
+    """One row per tensor that a calibrated network (mode "ptq" or "simulated") will quantize with a PowerOfTwoObserver.
+
+    The network computes in float meanwhile, so each row tells what quantizing this tensor alone does to it.
+
+    Args:
+        batches: normalised images (B, 3, H, W), such as those that calibrated.
+
+    Returns:
+        Columns: layer, tensor ("weight" or "activation"), bits, channels (scales), min, max, raw_scale (before rounding),
+        scale, exponent and exponent_max (of the channels), clamped (how many scales the clamp changed), zero_point,
+        share_clipped, snr_db (signal power over error power), and the mean squared error split into mse_clipping and
+        mse_rounding. Per-channel weights give their smallest scales.
+    """
+    network = copy.deepcopy(calibrated)
+    found: dict[tuple[str, str], _Errors] = {}
+    for name, layer in layers(network).items():
+        watcher = _observer(layer.qconfig.weight()) if getattr(layer, "qconfig", None) else None
+        if isinstance(watcher, PowerOfTwoObserver):
+            watcher(layer.weight)
+            found[name, "weight"] = _Errors(watcher, *watcher.calculate_qparams())
+            found[name, "weight"].add(layer.weight)
+    network.apply(disable_fake_quant)
+    network.apply(disable_observer)
+    for name, module in network.named_modules():
+        watcher = _observer(getattr(module, "activation_post_process", None))
+        if isinstance(watcher, PowerOfTwoObserver) and not isinstance(module, FakeQuantizeBase):
+            errors = found[name, "activation"] = _Errors(watcher, *watcher.calculate_qparams())
+            # Before the module, since an observer would widen its range first.
+            module.activation_post_process.register_forward_pre_hook(
+                lambda _, inputs, errors=errors: errors.add(inputs[0])
+            )
+    for batch in batches:
+        network(batch)
+    return pd.DataFrame([errors.row(*key) for key, errors in found.items()])
+
+
+def _observer(watcher: nn.Module | None) -> nn.Module | None:
+    return watcher.activation_post_process if isinstance(watcher, FakeQuantizeBase) else watcher

@@ -1,0 +1,294 @@
+"""Studies: many small experiments on one trained network, each cached by its content so that a killed study goes on.
+
+A cell of a study is a function of its own key, the trained weights, the images, the split and the code; nothing else.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from labcore.artifacts import modules_hash, read_json, sha256_json, versions, write_json
+from labcore.checkpoint import state_hash
+from labcore.config import Recipe
+from labcore.data import Split
+from labcore.evaluate import compare_paired, load_logits, predict, save_logits, summarize
+from labcore.mixed import codes, overrides, save_packed
+from labcore.mobile import build_mobile
+from labcore.progress import progress
+from labcore.qconfig import Scheme, make_qconfig
+from labcore.qparams import inspect_qparams
+from labcore.quantize import (
+    calibrate,
+    calibration_batches,
+    convert,
+    layers,
+    load_float,
+    lower,
+    prepare_ptq,
+    prepare_qat,
+    simulate,
+)
+from labcore.run import Run
+from labcore.train import fit
+
+MODULES = (
+    "observer",
+    "qconfig",
+    "quantize",
+    "qparams",
+    "refine",
+    "mixed",
+    "transforms",
+    "evaluate",
+    "model",
+    "study",
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One experiment: what decides its result, and the function that gives it as JSON values."""
+
+    key: dict
+    compute: Callable[[], dict]
+
+
+class Study:
+    """The cells of one stage of a run, on the FP32 network that the run trained.
+
+    Args:
+        run: where weights are read and cells are kept (runs/<profile>/<stage>/cells).
+        stage: "observers" or "mixed".
+        validation: how many validation images judge a cell; 0 takes all.
+    """
+
+    def __init__(self, run: Run, stage: str, validation: int = 0):
+        self.run, self.stage = run, stage
+        self.data, self.split = run.data, run.split
+        self.model = load_float(run.path("fp32", "weights.pt"), run.model())
+        chosen = self.split.validation[: validation or None]
+        self.images, self.labels = self.data.train_images[chosen], self.data.train_labels[chosen]
+        self.base = {
+            "weights": state_hash(self.model.state_dict()),
+            "data": self.data.sha256,
+            "split": self.split.sha256,
+            "seed": run.seed,
+            "validation": len(chosen),
+            "code": modules_hash(*MODULES),
+            "torch": versions()["torch"],
+        }
+
+    @cached_property
+    def reference(self) -> np.ndarray:
+        """FP32's logits on the validation images, (N, classes)."""
+        return predict(self.model, self.images, description="FP32, validation")
+
+    def cells(self, todo: dict[str, Cell], description: str) -> pd.DataFrame:
+        """The results of all cells, one row each by name; those known are read, the others computed and kept."""
+        folder, rows = self.run.path(self.stage, "cells"), {}
+        with progress(len(todo), description, unit="cell") as bar:
+            for name, cell in todo.items():
+                path = folder / f"{sha256_json(self.base | cell.key)[:24]}.json"
+                if not path.exists():
+                    write_json(path, {"cell": name, "key": cell.key, "result": _plain(cell.compute())})
+                rows[name] = read_json(path)["result"]
+                bar.update()
+        return pd.DataFrame(rows).T.infer_objects()
+
+    def judge(self, model: nn.Module, reference: np.ndarray | None = None) -> dict:
+        """How a quantized network does on the validation images, against FP32 on the same images."""
+        logits = predict(model, self.images, description="validation")
+        before = self.reference if reference is None else reference
+        return (
+            summarize(logits, self.labels)
+            | compare_paired(before, logits, self.labels)
+            | {"logit_mse": float(np.square(logits - before).mean())}
+        )
+
+    def prepared(self, weight: Scheme, activation: Scheme, **options) -> nn.Module:
+        """Calibrated for PTQ in simulation."""
+        qconfig = make_qconfig(weight, activation, "simulated")
+        return calibrate(prepare_ptq(self.model, qconfig, **options), self.data, self.split)
+
+    def eager(self, weight: Scheme, activation: Scheme) -> nn.Module:
+        """Calibrated for PTQ by torch's eager mode, to be converted."""
+        return calibrate(prepare_ptq(self.model, make_qconfig(weight, activation)), self.data, self.split)
+
+    def quantized(self, weight: Scheme, activation: Scheme, **options) -> nn.Module:
+        """PTQ with these schemes: int8 kernels where activations have 8 bits, simulation below."""
+        model = simulate(self.prepared(weight, activation, **options))
+        return lower(model) if activation.bits == 8 else model
+
+    def ptq(self, weight: Scheme, activation: Scheme) -> Cell:
+        """A cell: PTQ with these schemes, judged on validation images; how many scales the clamp changed."""
+
+        def compute() -> dict:
+            found = self.judge(self.quantized(weight, activation))
+            prepared = self.prepared(weight, activation) if weight.max_shift_amount is not None else None
+            table = inspect_qparams(prepared, []) if prepared is not None else None
+            clamped = 0 if table is None else int(table["clamped"].sum())
+            scales = 0 if table is None else int(table["channels"].sum())
+            return found | {"clamped": clamped, "scales": scales}
+
+        return Cell({"ptq": [asdict(weight), asdict(activation)]}, compute)
+
+    def equalized(self, fused: nn.Module, weight: Scheme, activation: Scheme) -> nn.Module:
+        """Calibrated for PTQ in simulation: a network that is fused already, such as an equalized one."""
+        qconfig = make_qconfig(weight, activation, "simulated")
+        return calibrate(prepare_ptq(fused, qconfig, fused=False), self.data, self.split)
+
+    def allocated(self, bits: dict[str, int], weight: Scheme, activation: Scheme) -> nn.Module:
+        """Calibrated for PTQ in simulation, these layers' weights with bits of their own."""
+        return self.prepared(weight, activation, overrides=overrides(bits, weight, activation))
+
+    def mixed(self, bits: dict[str, int], weight: Scheme, activation: Scheme) -> Cell:
+        """A cell: these layers with bits of their own, all others as `weight` says."""
+        return Cell(
+            {"mixed": [bits, asdict(weight), asdict(activation)]},
+            lambda: self.judge(lower(simulate(self.allocated(bits, weight, activation)))),
+        )
+
+    def packed_mb(self, bits: dict[str, int], weight: Scheme, activation: Scheme) -> float:
+        """Size of the packed file of an allocation, in MB of 10^6 bytes."""
+        path = self.run.path(self.stage, "cells/size.npz")
+        size = save_packed(path, simulate(self.allocated(bits, weight, activation))) / 1e6
+        path.unlink()
+        return size
+
+    def mobile_recipe(self) -> Recipe:
+        """The profile's FP32 recipe with a third of its epochs."""
+        return replace(self.run.profile.fp32, epochs=max(1, self.run.profile.fp32.epochs // 3))
+
+    def mobile(self, arch: str, recipe: Recipe) -> nn.Module:
+        """A network of labcore.mobile trained on the run's images; loaded where it has been trained."""
+        torch.manual_seed(self.run.seed)
+        network = build_mobile(arch, len(self.data.classes))
+        few = max(1, len(self.split.validation) // 5)
+        split = Split(self.split.train, self.split.validation[:few], self.split.calibration)
+        folder = self.run.path(self.stage, f"networks/{arch}")
+        return fit(network, recipe, self.data, split, self.run.seed, folder, 500, arch).model.cpu()
+
+    def other(self, name: str, build: Callable[[], nn.Module]) -> Cell:
+        """A cell: any quantized network, judged on validation images."""
+        return Cell({"other": name}, lambda: self.judge(build()))
+
+    def trained(self, weight: Scheme, activation: Scheme, mode: str, recipe: Recipe) -> nn.Module:
+        """QAT in a mode of `make_qconfig`, from the FP32 weights, calibrated first; resumed where it was killed.
+
+        While it trains, a fifth of the validation images chooses the epoch.
+        """
+        key = [asdict(weight), asdict(activation), mode, asdict(recipe)]
+        folder = self.run.path(self.stage, f"qat/{sha256_json(self.base | {'qat': key})[:24]}")
+        prepared = prepare_qat(self.model, make_qconfig(weight, activation, mode))
+        calibrate(prepared, self.data, self.split)
+        few = max(1, len(self.split.validation) // 5)
+        split = Split(self.split.train, self.split.validation[:few], self.split.calibration)
+        title = f"{mode} W{weight.bits}A{activation.bits}"
+        return fit(prepared, recipe, self.data, split, self.run.seed, folder, 500, title).model.cpu()
+
+    def qat(self, weight: Scheme, activation: Scheme, mode: str, recipe: Recipe) -> Cell:
+        """A cell: QAT, judged on validation images as int8 where all has 8 bits, else in simulation."""
+
+        def compute() -> dict:
+            model = self.trained(weight, activation, mode, recipe)
+            return self.judge(convert(model) if weight.bits == activation.bits == 8 else model)
+
+        return Cell({"qat": [asdict(weight), asdict(activation), mode, asdict(recipe)]}, compute)
+
+    def test(self, todo: dict[str, Callable[[], nn.Module]]) -> pd.DataFrame:
+        """The verdict of the test images on the few networks that were chosen before; paired with FP32.
+
+        Each network's logits are kept as <stage>/<name>.npz.
+        """
+        before, labels = load_logits(self.run.path("fp32", "logits.npz"))
+        rows = {}
+        for name, build in todo.items():
+            logits = predict(build(), self.data.test_images, description=f"{name}, test")
+            save_logits(self.run.path(self.stage, f"logits_{name}.npz"), logits, labels)
+            rows[name] = summarize(logits, labels) | compare_paired(before, logits, labels)
+        return pd.DataFrame(rows).T.infer_objects()
+
+    def batches(self) -> list[Tensor]:
+        """The calibration images, normalised."""
+        return calibration_batches(self.data, self.split)
+
+    def step_ratios(self, modes: dict[str, nn.Module], rounds: int = 7) -> pd.DataFrame:
+        """Seconds of one QAT step, measured side by side: one row per round, one column per network."""
+        from time import perf_counter
+
+        images = self.batches()[0]
+        models = {name: copy.deepcopy(model).train() for name, model in modes.items()}
+        rng, rows = np.random.default_rng(0), []
+        with progress(rounds, "QAT steps", unit="round") as bar:
+            for number in range(rounds + 1):  # the first warms up
+                row = {}
+                for name in rng.permutation(list(models)):
+                    began = perf_counter()
+                    models[name](images).square().mean().backward()
+                    row[str(name)] = perf_counter() - began
+                if number:
+                    rows.append(row)
+                    bar.update()
+        return pd.DataFrame(rows)[list(models)]
+
+
+def _plain(values: dict) -> dict:
+    return {
+        name: value.item() if isinstance(value, np.generic | Tensor) else value
+        for name, value in values.items()
+    }
+
+
+def grid(scheme: Scheme, **values) -> list[Scheme]:
+    """All combinations of some fields' values: grid(Scheme(), bits=(8, 4), rule=("round", "ceil")) has four."""
+    schemes = [scheme]
+    for name, options in values.items():
+        schemes = [replace(one, **{name: option}) for one in schemes for option in options]
+    return schemes
+
+
+def short(recipe: Recipe, epochs: int) -> Recipe:
+    """The same recipe with other epochs."""
+    return replace(recipe, epochs=epochs)
+
+
+def saturated_16_bits(activations: Tensor, weights: Tensor) -> Tensor:
+    """A dot product as x86 computes it without VNNI: pairs of products are added in saturating 16 bits.
+
+    Args:
+        activations: unsigned codes (N, K), K even; weights: signed codes (M, K).
+
+    Returns:
+        int64 (N, M). With VNNI every sum is exact: activations @ weights.T.
+
+    Reference: Intel's manual on vpmaddubsw, the instruction of those kernels.
+    """
+    products = activations[:, None].long() * weights[None].long()  # (N, M, K)
+    pairs = products.unflatten(2, (-1, 2)).sum(3)
+    return pairs.clamp(-(2**15), 2**15 - 1).sum(2)
+
+
+def layer_codes(simulated: nn.Module, name: str, batch: Tensor, rows: int = 256) -> tuple[Tensor, Tensor]:
+    """What an int8 kernel multiplies: activation codes (N, K) of a convolution's windows, and weight codes (M, K).
+
+    Args:
+        name: of a layer in `layers(simulated)` whose input comes from `batch` (B, 3, H, W).
+        rows: how many windows, evenly spaced.
+    """
+    layer, seen = layers(simulated)[name], []
+    hook = layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    simulated(batch)
+    hook.remove()
+    windows = torch.nn.functional.unfold(seen[0], layer.kernel_size, padding=layer.padding)  # (B, K, L)
+    windows = windows.transpose(1, 2).flatten(0, 1)
+    windows = windows[:: max(1, len(windows) // rows)][:rows]
+    step = windows[
+        windows > 0
+    ].min()  # of a tensor behind a ReLU, whose zero point is 0 and whose grid is hit densely
+    return torch.round(windows / step).long(), codes(layer).flatten(1).long()

@@ -1,0 +1,33 @@
+"""Small networks shared by the tests."""
+
+import copy
+
+import torch
+from torch import nn
+
+from labcore.model import build_model
+from labcore.transforms import normalize
+
+
+def network(arch: str = "resnet9", width: int = 4, classes: int = 4) -> nn.Module:
+    torch.manual_seed(0)
+    model = build_model(arch, classes, width)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):  # multiples of 1/8, so that the integer kernels round no bias
+            module.bias.data = torch.randint(-4, 5, module.bias.shape) / 8
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    return model.eval()
+
+
+@torch.no_grad()
+def logits(model: nn.Module, data) -> torch.Tensor:
+    return model(normalize(torch.from_numpy(data.test_images)))
+
+
+def snapshot(model: nn.Module) -> dict:
+    return copy.deepcopy(model.state_dict())
+
+
+def unchanged(model: nn.Module, before: dict) -> bool:
+    after = model.state_dict()
+    return after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
