@@ -431,6 +431,8 @@ def error_split(table: pd.DataFrame) -> Figure:
             axis.barh(part["layer"], share, left=left, color=color, label=name)
             left = left + share
         axis.set(title=tensor + "s", xlabel="error power / signal power")
+        axis.xaxis.set_major_locator(MaxNLocator(4))
+        axis.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
         axis.invert_yaxis()
         axis.tick_params(labelsize=7)
     axes[0, 1].legend(fontsize=8)
