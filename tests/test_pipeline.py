@@ -19,6 +19,7 @@ from labcore.execute import execute
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ["01_fp32_train", "02_ptq", "03_qat", "04_compare"]
+STUDIES = ["05_observers", "06_mixed_precision"]
 STAGES = ["fp32", "ptq", "qat", "compare"]
 
 
@@ -157,6 +158,59 @@ def test_the_network_learned_and_quantization_kept_it(built):
     }
     assert accuracy["fp32"] > 0.9
     assert min(accuracy.values()) > accuracy["fp32"] - 0.05
+
+
+@pytest.fixture(scope="module")
+def studied(built, tmp_path_factory) -> Project:
+    root = tmp_path_factory.mktemp("studies") / "lab"
+    shutil.copytree(built.root, root)
+    copy = Project.__new__(Project)
+    copy.root = root
+    result = copy.run("studies")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.startswith("01_fp32_train: up to date\n02_ptq: up to date"), (
+        "only the studies are run"
+    )
+    return copy
+
+
+def test_without_studies_the_report_says_how_to_run_them(built):
+    report = (built.root / "report/smoke/report.md").read_text(encoding="utf-8")
+    assert report.count("make studies PROFILE=smoke") == 3
+    status = built.status()
+    assert status["observers"] == status["mixed"] == "stale: never finished (make studies)"
+    assert status["report"] == "up to date"
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_cell_of_a_study_was_run(studied, name):
+    notebook = nbformat.read(studied.root / f"report/smoke/notebooks/{name}.ipynb", as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+
+
+def test_the_report_has_a_section_for_each_study_with_its_numbers(studied):
+    report = (studied.root / "report/smoke/report.md").read_text(encoding="utf-8")
+    assert "make studies" not in report and not re.search(r"undefined|\bnan\b|\{\{|\{%", report)
+    verdict = json.loads((studied.root / "runs/smoke/observers/metrics.json").read_text())["verdict"]
+    for row in verdict.values():
+        assert f"| {row['acc']:.2%} |" in report
+    front = json.loads((studied.root / "runs/smoke/mixed/metrics.json").read_text())
+    assert f"{100 * front['size_ratio']:.0f} % of the 8-bit file" in report
+
+
+def test_a_study_that_runs_again_takes_its_cells_from_their_files(studied):
+    cells = sorted((studied.root / "runs/smoke/mixed/cells").glob("*.json"))
+    times = {path: path.stat().st_mtime_ns for path in cells}
+    assert len(cells) > 60
+    cells[0].unlink()
+    (studied.root / "runs/smoke/mixed.stamp.json").unlink()
+    before = json.loads((studied.root / "runs/smoke/mixed/metrics.json").read_text())
+    assert studied.run("studies").returncode == 0
+    assert cells[0].exists(), "the missing cell was computed again"
+    assert all(path.stat().st_mtime_ns == times[path] for path in cells[1:]), "no other was"
+    after = json.loads((studied.root / "runs/smoke/mixed/metrics.json").read_text())
+    assert after == before
 
 
 def test_a_second_report_does_nothing(built):
@@ -362,7 +416,7 @@ def test_bad_options_are_one_line_and_a_status(arguments, message, capsys):
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("name", NOTEBOOKS)
+@pytest.mark.parametrize("name", NOTEBOOKS + STUDIES)
 def test_notebook_sources_hold_no_outputs_and_little_code_per_cell(name):
     notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
