@@ -23,8 +23,9 @@ _SYMMETRIC = (torch.per_tensor_symmetric, torch.per_channel_symmetric)
 # least_error tries this many exponents, from two above the first one at which nothing clips downwards. More headroom
 # is not needed above: the grid of 2^k holds that of 2^(k+1), so where nothing clips a smaller step is never worse.
 _N_EXPONENTS, _HEADROOM = 14, 2
-# Of a larger tensor, percentiles and squared errors look at every n-th value only.
-_MAX_SAMPLES = 2**18
+# Of a larger tensor with one scale, percentiles and squared errors look at every n-th value only. Channels are seen whole:
+# each has few values, and a scale that clips one of them costs accuracy.
+_MAX_SAMPLES = 2**20
 
 
 def scale_approximate(
@@ -70,9 +71,9 @@ def _power(exponent: Tensor) -> Tensor:
 
 
 def _sample(channels: Tensor) -> Tensor:
-    """At most about _MAX_SAMPLES values of (C, n), evenly spaced; the odd step visits all rows and columns of an image."""
+    """(C, n) as it is where C > 1; else at most about _MAX_SAMPLES values, evenly spaced by an odd step."""
     step = -(-channels.numel() // _MAX_SAMPLES)
-    return channels if step == 1 else channels[:, :: step | 1]
+    return channels if len(channels) > 1 or step == 1 else channels[:, :: step | 1]
 
 
 class PowerOfTwoObserver(UniformQuantizationObserverBase):

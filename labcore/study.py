@@ -129,12 +129,11 @@ class Study:
         """A cell: PTQ with these schemes, judged on validation images; how many scales the clamp changed."""
 
         def compute() -> dict:
-            found = self.judge(self.quantized(weight, activation))
-            prepared = self.prepared(weight, activation) if weight.max_shift_amount is not None else None
-            table = inspect_qparams(prepared, []) if prepared is not None else None
-            clamped = 0 if table is None else int(table["clamped"].sum())
-            scales = 0 if table is None else int(table["channels"].sum())
-            return found | {"clamped": clamped, "scales": scales}
+            prepared = self.prepared(weight, activation)
+            model = simulate(prepared)
+            table = inspect_qparams(prepared, [])
+            counts = {"clamped": int(table["clamped"].sum()), "scales": int(table["channels"].sum())}
+            return self.judge(lower(model) if activation.bits == 8 else model) | counts
 
         return Cell({"ptq": [asdict(weight), asdict(activation)]}, compute)
 
