@@ -53,7 +53,7 @@ class Project:
 
     def run(self, command: str = "report", *arguments: str) -> subprocess.CompletedProcess:
         process = self.start(command, "--profile", "smoke", *arguments)
-        out, err = process.communicate(timeout=300)
+        out, err = process.communicate(timeout=900)
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
     def status(self, *arguments: str) -> dict[str, str]:
