@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.ao.quantization import FakeQuantizeBase, disable_fake_quant, disable_observer
 
 from labcore.observer import PowerOfTwoObserver
-from labcore.quantize import layers
+from labcore.quantize import layers, observer_of
 
 
 def qparams(model: nn.Module) -> pd.DataFrame:
@@ -119,7 +119,7 @@ def inspect_qparams(calibrated: nn.Module, batches: list[Tensor]) -> pd.DataFram
     network = copy.deepcopy(calibrated)
     found: dict[tuple[str, str], _Errors] = {}
     for name, layer in layers(network).items():
-        watcher = _observer(layer.qconfig.weight()) if getattr(layer, "qconfig", None) else None
+        watcher = observer_of(layer.qconfig.weight()) if getattr(layer, "qconfig", None) else None
         if isinstance(watcher, PowerOfTwoObserver):
             watcher(layer.weight)
             found[name, "weight"] = _Errors(watcher, *watcher.calculate_qparams())
@@ -127,7 +127,7 @@ def inspect_qparams(calibrated: nn.Module, batches: list[Tensor]) -> pd.DataFram
     network.apply(disable_fake_quant)
     network.apply(disable_observer)
     for name, module in network.named_modules():
-        watcher = _observer(getattr(module, "activation_post_process", None))
+        watcher = observer_of(getattr(module, "activation_post_process", None))
         if isinstance(watcher, PowerOfTwoObserver) and not isinstance(module, FakeQuantizeBase):
             errors = found[name, "activation"] = _Errors(watcher, *watcher.calculate_qparams())
             # Before the module, since an observer would widen its range first.
@@ -137,7 +137,3 @@ def inspect_qparams(calibrated: nn.Module, batches: list[Tensor]) -> pd.DataFram
     for batch in batches:
         network(batch)
     return pd.DataFrame([errors.row(*key) for key, errors in found.items()])
-
-
-def _observer(watcher: nn.Module | None) -> nn.Module | None:
-    return watcher.activation_post_process if isinstance(watcher, FakeQuantizeBase) else watcher

@@ -153,12 +153,15 @@ def _learnable(model: nn.Module) -> list[_LearnableFakeQuantize]:
     return [module for module in model.modules() if isinstance(module, _LearnableFakeQuantize)]
 
 
+def observer_of(watcher: nn.Module | None) -> nn.Module | None:
+    """The observer itself, or the one inside fake quantization."""
+    return watcher.activation_post_process if isinstance(watcher, FakeQuantizeBase) else watcher
+
+
 @torch.no_grad()
 def quantize_weight(layer: nn.Module) -> tuple[Tensor, Tensor]:
     """(scale, zero_point) that the layer's own configuration gives its weights; shape (1,) or (C,)."""
-    watcher = layer.qconfig.weight().to(layer.weight.device)
-    if isinstance(watcher, FakeQuantizeBase):
-        watcher = watcher.activation_post_process
+    watcher = observer_of(layer.qconfig.weight().to(layer.weight.device))
     watcher(layer.weight)
     return watcher.calculate_qparams()
 

@@ -7,6 +7,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from time import perf_counter
 
 import numpy as np
 import pandas as pd
@@ -89,6 +90,12 @@ class Study:
         """FP32's logits on the validation images, (N, classes)."""
         return predict(self.model, self.images, description="FP32, validation")
 
+    @property
+    def quick_split(self) -> Split:
+        """The split with a fifth of its validation images, which choose the epoch while something trains."""
+        few = max(1, len(self.split.validation) // 5)
+        return replace(self.split, validation=self.split.validation[:few])
+
     def cells(self, todo: dict[str, Cell], description: str) -> pd.DataFrame:
         """The results of all cells, one row each by name; those known are read, the others computed and kept."""
         folder, rows = self.run.path(self.stage, "cells"), {}
@@ -111,10 +118,12 @@ class Study:
             | {"logit_mse": float(np.square(logits - before).mean())}
         )
 
-    def prepared(self, weight: Scheme, activation: Scheme, **options) -> nn.Module:
-        """Calibrated for PTQ in simulation."""
+    def prepared(
+        self, weight: Scheme, activation: Scheme, model: nn.Module | None = None, **options
+    ) -> nn.Module:
+        """Calibrated for PTQ in simulation; `model` stands in for the FP32 network, `options` are prepare_ptq's."""
         qconfig = make_qconfig(weight, activation, "simulated")
-        return calibrate(prepare_ptq(self.model, qconfig, **options), self.data, self.split)
+        return calibrate(prepare_ptq(model or self.model, qconfig, **options), self.data, self.split)
 
     def eager(self, weight: Scheme, activation: Scheme) -> nn.Module:
         """Calibrated for PTQ by torch's eager mode, to be converted."""
@@ -136,11 +145,6 @@ class Study:
             return self.judge(lower(model) if activation.bits == 8 else model) | counts
 
         return Cell({"ptq": [asdict(weight), asdict(activation)]}, compute)
-
-    def equalized(self, fused: nn.Module, weight: Scheme, activation: Scheme) -> nn.Module:
-        """Calibrated for PTQ in simulation: a network that is fused already, such as an equalized one."""
-        qconfig = make_qconfig(weight, activation, "simulated")
-        return calibrate(prepare_ptq(fused, qconfig, fused=False), self.data, self.split)
 
     def allocated(self, bits: dict[str, int], weight: Scheme, activation: Scheme) -> nn.Module:
         """Calibrated for PTQ in simulation, these layers' weights with bits of their own."""
@@ -168,10 +172,8 @@ class Study:
         """A network of labcore.mobile trained on the run's images; loaded where it has been trained."""
         torch.manual_seed(self.run.seed)
         network = build_mobile(arch, len(self.data.classes))
-        few = max(1, len(self.split.validation) // 5)
-        split = Split(self.split.train, self.split.validation[:few], self.split.calibration)
         folder = self.run.path(self.stage, f"networks/{arch}")
-        return fit(network, recipe, self.data, split, self.run.seed, folder, 500, arch).model.cpu()
+        return fit(network, recipe, self.data, self.quick_split, self.run.seed, folder, 500, arch).model.cpu()
 
     def other(self, name: str, build: Callable[[], nn.Module]) -> Cell:
         """A cell: any quantized network, judged on validation images."""
@@ -186,10 +188,10 @@ class Study:
         folder = self.run.path(self.stage, f"qat/{sha256_json(self.base | {'qat': key})[:24]}")
         prepared = prepare_qat(self.model, make_qconfig(weight, activation, mode))
         calibrate(prepared, self.data, self.split)
-        few = max(1, len(self.split.validation) // 5)
-        split = Split(self.split.train, self.split.validation[:few], self.split.calibration)
         title = f"{mode} W{weight.bits}A{activation.bits}"
-        return fit(prepared, recipe, self.data, split, self.run.seed, folder, 500, title).model.cpu()
+        return fit(
+            prepared, recipe, self.data, self.quick_split, self.run.seed, folder, 500, title
+        ).model.cpu()
 
     def qat(self, weight: Scheme, activation: Scheme, mode: str, recipe: Recipe) -> Cell:
         """A cell: QAT, judged on validation images as int8 where all has 8 bits, else in simulation."""
@@ -203,7 +205,7 @@ class Study:
     def test(self, todo: dict[str, Callable[[], nn.Module]]) -> pd.DataFrame:
         """The verdict of the test images on the few networks that were chosen before; paired with FP32.
 
-        Each network's logits are kept as <stage>/<name>.npz.
+        Each network's logits are kept as <stage>/logits_<name>.npz.
         """
         before, labels = load_logits(self.run.path("fp32", "logits.npz"))
         rows = {}
@@ -219,8 +221,6 @@ class Study:
 
     def step_ratios(self, modes: dict[str, nn.Module], rounds: int = 7) -> pd.DataFrame:
         """Seconds of one QAT step, measured side by side: one row per round, one column per network."""
-        from time import perf_counter
-
         images = self.batches()[0]
         models = {name: copy.deepcopy(model).train() for name, model in modes.items()}
         rng, rows = np.random.default_rng(0), []
@@ -250,11 +250,6 @@ def grid(scheme: Scheme, **values) -> list[Scheme]:
     for name, options in values.items():
         schemes = [replace(one, **{name: option}) for one in schemes for option in options]
     return schemes
-
-
-def short(recipe: Recipe, epochs: int) -> Recipe:
-    """The same recipe with other epochs."""
-    return replace(recipe, epochs=epochs)
 
 
 def saturated_16_bits(activations: Tensor, weights: Tensor) -> Tensor:

@@ -19,6 +19,17 @@ def network(arch: str = "resnet9", width: int = 4, classes: int = 4) -> nn.Modul
     return model.eval()
 
 
+def used(model: nn.Module) -> nn.Module:
+    """BatchNorm as after training: no statistic and no parameter has its first value."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean, 0, 0.3)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, 0, 0.3)
+    return model.eval()
+
+
 @torch.no_grad()
 def logits(model: nn.Module, data) -> torch.Tensor:
     return model(normalize(torch.from_numpy(data.test_images)))

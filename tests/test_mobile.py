@@ -8,6 +8,7 @@ from labcore import LabError
 from labcore.mobile import MOBILE, build_mobile
 from labcore.qconfig import CustomQConfig
 from labcore.quantize import convert, fuse, layers, prepare_ptq, prepare_qat
+from tests.small import used
 
 pytestmark = pytest.mark.parametrize("arch", MOBILE)
 
@@ -15,15 +16,9 @@ pytestmark = pytest.mark.parametrize("arch", MOBILE)
 def lived_in(arch: str) -> nn.Module:
     """A network whose BatchNorm has no statistic and no parameter at its first value, and whose logits are not all small."""
     torch.manual_seed(0)
-    model = build_mobile(arch, 10)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.normal_(module.running_mean, 0, 0.3)
-            nn.init.uniform_(module.running_var, 0.5, 2)
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, 0, 0.3)
+    model = used(build_mobile(arch, 10))
     nn.init.kaiming_uniform_(model.classifier.weight)
-    return model.eval()
+    return model
 
 
 def images(count: int = 4) -> torch.Tensor:

@@ -9,20 +9,14 @@ from torch import nn
 
 from labcore import LabError
 from labcore.model import QuantizableBottleneck, build_model, load_weights
+from tests.small import used
 
 ARCHITECTURES = ["resnet9", "resnet18", "resnet34", "resnet50"]
 
 
 def lived_in(model: nn.Module, seed: int = 0) -> nn.Module:
-    """BatchNorm as after training: no statistic and no parameter has its first value."""
     torch.manual_seed(seed)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.normal_(module.running_mean, 0, 0.3)
-            nn.init.uniform_(module.running_var, 0.5, 2)
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, 0, 0.3)
-    return model.eval()
+    return used(model)
 
 
 def network(arch: str, width: int = 4, classes: int = 5, stem: str = "cifar") -> nn.Module:
