@@ -178,6 +178,39 @@ def weights_on_grid(weights: dict[str, np.ndarray], scales: dict[str, float], bi
     return figure
 
 
+def values_on_grids(panels: dict[str, dict[str, tuple[np.ndarray, float, int, tuple[int, int]]]]) -> Figure:
+    """Histograms of tensors over the values that a quantization grid has, one row per tensor, one column per scheme.
+
+    Args:
+        panels: tensor -> scheme -> (values, scale, zero point, (quant_min, quant_max)).
+    """
+    columns = len(next(iter(panels.values())))
+    figure, axes = _figure(columns, len(panels), height=1.75 * len(panels) + 0.4, sharex="row")
+    for row, (tensor, schemes) in zip(axes, panels.items(), strict=True):
+        for axis, (name, (values, scale, zero_point, (low, high))) in zip(row, schemes.items(), strict=True):
+            codes = (np.arange(low, high + 1) - zero_point) * scale
+            axis.hist(
+                values.ravel(), bins=120, color=COLORS["fp32"], histtype="stepfilled", log=True, zorder=3
+            )
+            edges = values.min(), values.max()
+            margin = 0.04 * (edges[1] - edges[0])
+            for code in codes[(codes >= edges[0] - margin) & (codes <= edges[1] + margin)]:
+                axis.axvline(code, color=COLORS["ptq"], linewidth=0.9, zorder=4)
+            for start, end in ((edges[0] - margin, codes[0]), (codes[-1], edges[1] + margin)):
+                if start < end:
+                    axis.axvspan(start, end, color=COLORS["qat"], alpha=0.35, linewidth=0)
+            axis.set_xlim(edges[0] - margin, edges[1] + margin)
+            axis.grid(False)
+            used = np.count_nonzero((codes >= edges[0] - scale / 2) & (codes <= edges[1] + scale / 2))
+            axis.set_title(
+                f"{tensor}: {name}, scale 2^{int(np.log2(scale))}, {used} of {len(codes)} codes used",
+                fontsize=8,
+            )
+            axis.tick_params(labelsize=7)
+        row[0].set_ylabel("count (log)", fontsize=8)
+    return figure
+
+
 def accuracy_bars(table: pd.DataFrame) -> Figure:
     """Accuracy with its confidence interval; index stage, columns acc, acc_low, acc_high."""
     figure, axes = _figure(height=2.9, width=6)

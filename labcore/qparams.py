@@ -102,6 +102,35 @@ class _Errors:
 
 
 @torch.no_grad()
+def values_and_grid(
+    calibrated: nn.Module, layer: str, tensor: str, batch: Tensor
+) -> tuple[np.ndarray, float, int, tuple[int, int]]:
+    """(values, scale, zero point, (quant_min, quant_max)) of one tensor of a calibrated network, as plots.values_on_grids takes them.
+
+    Args:
+        layer: a name as in `labcore.quantize.layers`.
+        tensor: "weight" (with per-channel scales: the channel with the smallest range) or "activation", the layer's output for
+            `batch` (B, 3, H, W).
+    """
+    network = copy.deepcopy(calibrated).apply(disable_fake_quant).apply(disable_observer)
+    if tensor == "weight":
+        weight, watcher = layers(network)[layer].weight, observer_of(layers(network)[layer].qconfig.weight())
+        watcher(weight)
+        rows = weight.flatten(1) if len(watcher.calculate_qparams()[0]) > 1 else weight.reshape(1, -1)
+        chosen = int(rows.abs().amax(1).argmin())
+        values = rows[chosen]
+    else:
+        module, seen, chosen = network.get_submodule(layer), [], 0
+        watcher = observer_of(module.activation_post_process)
+        module.activation_post_process.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        network(batch)
+        values = seen[0]
+    scale, zero_point = watcher.calculate_qparams()
+    limits = int(watcher.quant_min), int(watcher.quant_max)
+    return values.numpy().ravel(), float(scale[chosen]), int(zero_point[chosen]), limits
+
+
+@torch.no_grad()
 def inspect_qparams(calibrated: nn.Module, batches: list[Tensor]) -> pd.DataFrame:
     """One row per tensor that a calibrated network (mode "ptq" or "simulated") will quantize with a PowerOfTwoObserver.
 

@@ -3,10 +3,15 @@
 A cell of a study is a function of its own key, the trained weights, the images, the split and the code; nothing else.
 """
 
+import contextlib
 import copy
+import os
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from multiprocessing import get_context
+from pathlib import Path
 from time import perf_counter
 
 import numpy as np
@@ -14,6 +19,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from labcore import LabError
 from labcore.artifacts import modules_hash, read_json, sha256_json, versions, write_json
 from labcore.checkpoint import state_hash
 from labcore.config import Recipe
@@ -66,21 +72,19 @@ class Study:
     Args:
         run: where weights are read and cells are kept (runs/<profile>/<stage>/cells).
         stage: "observers" or "mixed".
-        validation: how many validation images judge a cell; 0 takes all.
     """
 
-    def __init__(self, run: Run, stage: str, validation: int = 0):
+    def __init__(self, run: Run, stage: str):
         self.run, self.stage = run, stage
         self.data, self.split = run.data, run.split
         self.model = load_float(run.path("fp32", "weights.pt"), run.model())
-        chosen = self.split.validation[: validation or None]
-        self.images, self.labels = self.data.train_images[chosen], self.data.train_labels[chosen]
+        self.images = self.data.train_images[self.split.validation]
+        self.labels = self.data.train_labels[self.split.validation]
         self.base = {
             "weights": state_hash(self.model.state_dict()),
             "data": self.data.sha256,
             "split": self.split.sha256,
             "seed": run.seed,
-            "validation": len(chosen),
             "code": modules_hash(*MODULES),
             "torch": versions()["torch"],
         }
@@ -97,20 +101,27 @@ class Study:
         return replace(self.split, validation=self.split.validation[:few])
 
     def cells(self, todo: dict[str, Cell], description: str) -> pd.DataFrame:
-        """The results of all cells, one row each by name; those known are read, the others computed and kept."""
+        """The results of all cells, one row each by name; those known are read, the others computed and kept.
+
+        A cell whose file is damaged is computed again.
+        """
         folder, rows = self.run.path(self.stage, "cells"), {}
         with progress(len(todo), description, unit="cell") as bar:
             for name, cell in todo.items():
                 path = folder / f"{sha256_json(self.base | cell.key)[:24]}.json"
-                if not path.exists():
+                rows[name] = _stored(path)
+                if rows[name] is None:
                     write_json(path, {"cell": name, "key": cell.key, "result": _plain(cell.compute())})
-                rows[name] = read_json(path)["result"]
+                    rows[name] = _stored(path)
                 bar.update()
         return pd.DataFrame(rows).T.infer_objects()
 
-    def judge(self, model: nn.Module, reference: np.ndarray | None = None) -> dict:
-        """How a quantized network does on the validation images, against FP32 on the same images."""
-        logits = predict(model, self.images, description="validation")
+    def logits(self, model: nn.Module) -> np.ndarray:
+        """A network's logits on the validation images, (N, classes)."""
+        return predict(model, self.images, description="validation")
+
+    def judge(self, logits: np.ndarray, reference: np.ndarray | None = None) -> dict:
+        """How a quantized network's logits on the validation images do against FP32's on the same images."""
         before = self.reference if reference is None else reference
         return (
             summarize(logits, self.labels)
@@ -142,7 +153,7 @@ class Study:
             model = simulate(prepared)
             table = inspect_qparams(prepared, [])
             counts = {"clamped": int(table["clamped"].sum()), "scales": int(table["channels"].sum())}
-            return self.judge(lower(model) if activation.bits == 8 else model) | counts
+            return self.judge(self.logits(lower(model) if activation.bits == 8 else model)) | counts
 
         return Cell({"ptq": [asdict(weight), asdict(activation)]}, compute)
 
@@ -154,7 +165,7 @@ class Study:
         """A cell: these layers with bits of their own, all others as `weight` says."""
         return Cell(
             {"mixed": [bits, asdict(weight), asdict(activation)]},
-            lambda: self.judge(lower(simulate(self.allocated(bits, weight, activation)))),
+            lambda: self.judge(self.logits(lower(simulate(self.allocated(bits, weight, activation))))),
         )
 
     def packed_mb(self, bits: dict[str, int], weight: Scheme, activation: Scheme) -> float:
@@ -175,9 +186,16 @@ class Study:
         folder = self.run.path(self.stage, f"networks/{arch}")
         return fit(network, recipe, self.data, self.quick_split, self.run.seed, folder, 500, arch).model.cpu()
 
+    def kernels(self, weight: Scheme, activation: Scheme, isa: str) -> Cell:
+        """A cell: PTQ on oneDNN's kernels, limited to an instruction set (see `predict_onednn`)."""
+        return Cell(
+            {"kernels": [asdict(weight), asdict(activation), isa]},
+            lambda: self.judge(predict_onednn(simulate(self.prepared(weight, activation)), self.images, isa)),
+        )
+
     def other(self, name: str, build: Callable[[], nn.Module]) -> Cell:
         """A cell: any quantized network, judged on validation images."""
-        return Cell({"other": name}, lambda: self.judge(build()))
+        return Cell({"other": name}, lambda: self.judge(self.logits(build())))
 
     def trained(self, weight: Scheme, activation: Scheme, mode: str, recipe: Recipe) -> nn.Module:
         """QAT in a mode of `make_qconfig`, from the FP32 weights, calibrated first; resumed where it was killed.
@@ -198,7 +216,7 @@ class Study:
 
         def compute() -> dict:
             model = self.trained(weight, activation, mode, recipe)
-            return self.judge(convert(model) if weight.bits == activation.bits == 8 else model)
+            return self.judge(self.logits(convert(model) if weight.bits == activation.bits == 8 else model))
 
         return Cell({"qat": [asdict(weight), asdict(activation), mode, asdict(recipe)]}, compute)
 
@@ -237,6 +255,13 @@ class Study:
         return pd.DataFrame(rows)[list(models)]
 
 
+def _stored(path: Path) -> dict | None:
+    """The result that a cell's file holds, or None."""
+    with contextlib.suppress(LabError, KeyError, TypeError):
+        return read_json(path)["result"]
+    return None
+
+
 def _plain(values: dict) -> dict:
     return {
         name: value.item() if isinstance(value, np.generic | Tensor) else value
@@ -266,6 +291,30 @@ def saturated_16_bits(activations: Tensor, weights: Tensor) -> Tensor:
     products = activations[:, None].long() * weights[None].long()  # (N, M, K)
     pairs = products.unflatten(2, (-1, 2)).sum(3)
     return pairs.clamp(-(2**15), 2**15 - 1).sum(2)
+
+
+def predict_onednn(simulated: nn.Module, images: np.ndarray, isa: str = "DEFAULT") -> np.ndarray:
+    """Logits (N, classes) of the int8 network of a simulated one, on oneDNN's kernels, in a process of its own.
+
+    Args:
+        images: uint8 (N, 3, H, W).
+        isa: the highest instruction set that oneDNN may use; "AVX2" has no VNNI. oneDNN reads it once per process.
+    """
+    before = os.environ.get("ONEDNN_MAX_CPU_ISA")
+    os.environ["ONEDNN_MAX_CPU_ISA"] = isa
+    try:
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            return pool.submit(_predict_onednn, simulated, images, torch.get_num_threads()).result()
+    finally:
+        os.environ.pop("ONEDNN_MAX_CPU_ISA")
+        if before is not None:
+            os.environ["ONEDNN_MAX_CPU_ISA"] = before
+
+
+def _predict_onednn(simulated: nn.Module, images: np.ndarray, threads: int) -> np.ndarray:
+    torch.set_num_threads(threads)
+    torch.backends.quantized.engine = "onednn"
+    return predict(lower(simulated), images)
 
 
 def layer_codes(simulated: nn.Module, name: str, batch: Tensor, rows: int = 256) -> tuple[Tensor, Tensor]:

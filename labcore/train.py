@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.ao.nn.intrinsic.qat import freeze_bn_stats
-from torch.ao.quantization import FakeQuantizeBase, disable_observer
+from torch.ao.quantization import FakeQuantizeBase, FusedMovingAvgObsFakeQuantize, disable_observer
 
 from labcore import LabError
 from labcore.artifacts import modules_hash, sha256_json, versions, write_text
@@ -47,11 +47,14 @@ def device() -> torch.device:
 def autocast(model: nn.Module) -> contextlib.AbstractContextManager:
     """bfloat16 where the processor multiplies it natively (a GPU, AVX512-BF16, AMX); float32 elsewhere.
 
-    QAT always computes in float32: it then simulates what the int8 kernels compute, whose sums are exact, and torch's
-    fused fake quantization takes nothing else.
+    QAT trains so too: bfloat16 holds every integer up to 256, so the products of 8-bit codes lose nothing on their way in. It
+    is scored in float32, since it then predicts what the int8 kernels compute. torch's fused fake quantization, which its
+    default configurations have, takes float32 only.
     """
     kind = device().type
-    if is_fake_quantized(model):
+    if is_fake_quantized(model) and not model.training:
+        return contextlib.nullcontext()
+    if any(isinstance(module, FusedMovingAvgObsFakeQuantize) for module in model.modules()):
         return contextlib.nullcontext()
     if kind == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)

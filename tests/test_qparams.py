@@ -7,8 +7,8 @@ from small import network, snapshot, unchanged
 
 from labcore.observer import PowerOfTwoObserver
 from labcore.qconfig import FLOAT, REFERENCE, CustomQConfig, Scheme, make_qconfig
-from labcore.qparams import inspect_qparams, qparams
-from labcore.quantize import calibrate, calibration_batches, convert, layers, prepare_ptq
+from labcore.qparams import inspect_qparams, qparams, values_and_grid
+from labcore.quantize import calibrate, calibration_batches, convert, layers, prepare_ptq, simulate
 
 POWER2, DEFAULT = CustomQConfig.POWER2, CustomQConfig.DEFAULT
 
@@ -252,3 +252,28 @@ def test_inspecting_changes_nothing_in_the_network(mode, tiny_data, tiny_split):
     before = snapshot(prepared)
     observed(prepared, tiny_data, tiny_split)
     assert unchanged(prepared, before)
+
+
+def test_the_grid_of_a_tensor_is_the_one_that_rounds_it(tiny_data, tiny_split):
+    model, weight = network(), Scheme(bits=4, per_channel=True)
+    qconfig = make_qconfig(weight, Scheme(bits=4, zero_point="unsigned"), "simulated")
+    calibrated = calibrate(prepare_ptq(model, qconfig), tiny_data, tiny_split)
+    batch = calibration_batches(tiny_data, tiny_split)[0]
+    before = snapshot(calibrated)
+    layer = (
+        layers(calibrated)["layer1.0"] if "layer1.0" in layers(calibrated) else layers(calibrated)["conv1"]
+    )
+    name = next(key for key, value in layers(calibrated).items() if value is layer)
+    values, scale, zero_point, (low, high) = values_and_grid(calibrated, name, "weight", batch)
+    channels = layer.weight.detach().flatten(1)
+    smallest = channels[channels.abs().amax(1).argmin()].numpy()
+    assert np.array_equal(values, smallest) and (low, high) == (-8, 7) and zero_point == 0
+    assert abs(values).max() / scale <= 8 * 2**0.5
+    simulated, seen = simulate(calibrated), []
+    simulated.get_submodule(name).register_forward_hook(lambda *args: seen.append(args[2]))
+    with torch.no_grad():
+        simulated(batch)
+    _, scale, zero_point, (low, high) = values_and_grid(calibrated, name, "activation", batch)
+    codes = seen[0] / scale + zero_point
+    assert torch.equal(codes, codes.round()) and low <= codes.min() and codes.max() <= high
+    assert unchanged(calibrated, before)

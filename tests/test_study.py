@@ -1,13 +1,17 @@
 """What studies are built from: saturating sums against numpy's own int16, grids, codes."""
 
 import itertools
+import os
 
 import numpy as np
 import pytest
 import torch
+from small import network
 
-from labcore.qconfig import Scheme
-from labcore.study import grid, saturated_16_bits
+from labcore.artifacts import write_json
+from labcore.qconfig import Scheme, make_qconfig
+from labcore.quantize import calibrate, prepare_ptq, simulate
+from labcore.study import _stored, grid, predict_onednn, saturated_16_bits
 
 
 def test_a_grid_has_every_combination_once():
@@ -30,3 +34,34 @@ def test_pairs_of_products_saturate_as_int16(high):
     found = saturated_16_bits(torch.from_numpy(x), torch.from_numpy(w)).numpy()
     assert np.array_equal(found, expected)
     assert np.array_equal(found, x @ w.T) == (high == 127)
+
+
+def test_a_damaged_cell_is_computed_again(tmp_path):
+    path = tmp_path / "cell.json"
+    for damage in (b"", b"{", b'{"cell": 1}', b"[]", b"\xff"):
+        path.write_bytes(damage)
+        assert _stored(path) is None
+    write_json(path, {"result": {"acc": 1}})
+    assert _stored(path) == {"acc": 1} and _stored(tmp_path / "none.json") is None
+
+
+@pytest.mark.skipif(
+    not torch.cpu._is_avx512_vnni_supported(), reason="this processor has no AVX512-VNNI to leave alone"
+)
+def test_real_kernels_saturate_without_vnni_and_only_with_eight_bits(tiny_data, tiny_split, monkeypatch):
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    model = network(width=8)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.weight.data.abs_()  # sums of products of one sign
+    images = tiny_data.test_images // 8 + 224  # bright
+    expected, found = {}, {}
+    for bits in (8, 7):
+        activation = Scheme(bits=bits, rule="ceil", zero_point="unsigned")
+        prepared = prepare_ptq(model, make_qconfig(Scheme(rule="ceil"), activation, "simulated"))
+        simulated = simulate(calibrate(prepared, tiny_data, tiny_split))
+        expected[bits] = predict_onednn(simulated, images)
+        found[bits] = predict_onednn(simulated, images, "AVX2")
+    assert np.array_equal(found[7], expected[7])
+    assert not np.array_equal(found[8], expected[8])
+    assert "ONEDNN_MAX_CPU_ISA" not in os.environ
