@@ -172,7 +172,7 @@ class Profile:
 _cpu = Profile(
     name="cpu",
     fp32=Recipe(epochs=9, batch_size=128, lr=0.15),
-    qat=Recipe(epochs=3, epoch_images=10_240, batch_size=128, lr=0.001, warmup=0.1, freeze_at=0.67),
+    qat=Recipe(epochs=2, epoch_images=10_240, batch_size=128, lr=0.001, warmup=0.1, freeze_at=0.67),
 )
 
 _smoke = replace(

@@ -23,7 +23,7 @@ from labcore import LabError
 from labcore.artifacts import modules_hash, read_json, sha256_json, versions, write_json
 from labcore.checkpoint import state_hash
 from labcore.config import Recipe
-from labcore.data import Split
+from labcore.data import ImageData, Split
 from labcore.evaluate import compare_paired, load_logits, predict, save_logits, summarize
 from labcore.mixed import codes, overrides, save_packed
 from labcore.mobile import build_mobile
@@ -190,7 +190,9 @@ class Study:
         """A cell: PTQ on oneDNN's kernels, limited to an instruction set (see `predict_onednn`)."""
         return Cell(
             {"kernels": [asdict(weight), asdict(activation), isa]},
-            lambda: self.judge(predict_onednn(simulate(self.prepared(weight, activation)), self.images, isa)),
+            lambda: self.judge(
+                predict_onednn(self.model, weight, activation, self.data, self.split, self.images, isa)
+            ),
         )
 
     def other(self, name: str, build: Callable[[], nn.Module]) -> Cell:
@@ -293,8 +295,16 @@ def saturated_16_bits(activations: Tensor, weights: Tensor) -> Tensor:
     return pairs.clamp(-(2**15), 2**15 - 1).sum(2)
 
 
-def predict_onednn(simulated: nn.Module, images: np.ndarray, isa: str = "DEFAULT") -> np.ndarray:
-    """Logits (N, classes) of the int8 network of a simulated one, on oneDNN's kernels, in a process of its own.
+def predict_onednn(
+    model: nn.Module,
+    weight: Scheme,
+    activation: Scheme,
+    data: ImageData,
+    split: Split,
+    images: np.ndarray,
+    isa: str = "DEFAULT",
+) -> np.ndarray:
+    """Logits (N, classes) of an FP32 network after PTQ with these schemes, on oneDNN's int8 kernels, in a process of its own.
 
     Args:
         images: uint8 (N, 3, H, W).
@@ -304,17 +314,27 @@ def predict_onednn(simulated: nn.Module, images: np.ndarray, isa: str = "DEFAULT
     os.environ["ONEDNN_MAX_CPU_ISA"] = isa
     try:
         with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-            return pool.submit(_predict_onednn, simulated, images, torch.get_num_threads()).result()
+            threads = torch.get_num_threads()
+            return pool.submit(_onednn, model, weight, activation, data, split, images, threads).result()
     finally:
         os.environ.pop("ONEDNN_MAX_CPU_ISA")
         if before is not None:
             os.environ["ONEDNN_MAX_CPU_ISA"] = before
 
 
-def _predict_onednn(simulated: nn.Module, images: np.ndarray, threads: int) -> np.ndarray:
+def _onednn(
+    model: nn.Module,
+    weight: Scheme,
+    activation: Scheme,
+    data: ImageData,
+    split: Split,
+    images: np.ndarray,
+    threads: int,
+) -> np.ndarray:
     torch.set_num_threads(threads)
     torch.backends.quantized.engine = "onednn"
-    return predict(lower(simulated), images)
+    prepared = prepare_ptq(model, make_qconfig(weight, activation, "simulated"))
+    return predict(lower(simulate(calibrate(prepared, data, split))), images)
 
 
 def layer_codes(simulated: nn.Module, name: str, batch: Tensor, rows: int = 256) -> tuple[Tensor, Tensor]:

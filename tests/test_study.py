@@ -9,8 +9,7 @@ import torch
 from small import network
 
 from labcore.artifacts import write_json
-from labcore.qconfig import Scheme, make_qconfig
-from labcore.quantize import calibrate, prepare_ptq, simulate
+from labcore.qconfig import Scheme
 from labcore.study import _stored, grid, predict_onednn, saturated_16_bits
 
 
@@ -46,7 +45,7 @@ def test_a_damaged_cell_is_computed_again(tmp_path):
 
 
 @pytest.mark.skipif(
-    not torch.cpu._is_avx512_vnni_supported(), reason="this processor has no AVX512-VNNI to leave alone"
+    not torch.cpu._is_vnni_supported(), reason="this processor has no AVX512-VNNI to leave alone"
 )
 def test_real_kernels_saturate_without_vnni_and_only_with_eight_bits(tiny_data, tiny_split, monkeypatch):
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
@@ -57,11 +56,9 @@ def test_real_kernels_saturate_without_vnni_and_only_with_eight_bits(tiny_data, 
     images = tiny_data.test_images // 8 + 224  # bright
     expected, found = {}, {}
     for bits in (8, 7):
-        activation = Scheme(bits=bits, rule="ceil", zero_point="unsigned")
-        prepared = prepare_ptq(model, make_qconfig(Scheme(rule="ceil"), activation, "simulated"))
-        simulated = simulate(calibrate(prepared, tiny_data, tiny_split))
-        expected[bits] = predict_onednn(simulated, images)
-        found[bits] = predict_onednn(simulated, images, "AVX2")
+        schemes = Scheme(rule="ceil"), Scheme(bits=bits, rule="ceil", zero_point="unsigned")
+        expected[bits] = predict_onednn(model, *schemes, tiny_data, tiny_split, images)
+        found[bits] = predict_onednn(model, *schemes, tiny_data, tiny_split, images, "AVX2")
     assert np.array_equal(found[7], expected[7])
     assert not np.array_equal(found[8], expected[8])
     assert "ONEDNN_MAX_CPU_ISA" not in os.environ
