@@ -190,12 +190,18 @@ def values_on_grids(panels: dict[str, dict[str, tuple[np.ndarray, float, int, tu
         for axis, (name, (values, scale, zero_point, (low, high))) in zip(row, schemes.items(), strict=True):
             codes = (np.arange(low, high + 1) - zero_point) * scale
             axis.hist(
-                values.ravel(), bins=120, color=COLORS["fp32"], histtype="stepfilled", log=True, zorder=3
+                values.ravel(),
+                bins=120,
+                color=COLORS["fp32"],
+                histtype="stepfilled",
+                edgecolor="none",
+                log=True,
+                zorder=3,
             )
             edges = values.min(), values.max()
             margin = 0.04 * (edges[1] - edges[0])
             for code in codes[(codes >= edges[0] - margin) & (codes <= edges[1] + margin)]:
-                axis.axvline(code, color=COLORS["ptq"], linewidth=0.9, zorder=4)
+                axis.axvline(code, color=COLORS["ptq"], linewidth=0.9 if len(codes) < 20 else 0.3, zorder=4)
             for start, end in ((edges[0] - margin, codes[0]), (codes[-1], edges[1] + margin)):
                 if start < end:
                     axis.axvspan(start, end, color=COLORS["qat"], alpha=0.35, linewidth=0)
@@ -203,8 +209,7 @@ def values_on_grids(panels: dict[str, dict[str, tuple[np.ndarray, float, int, tu
             axis.grid(False)
             used = np.count_nonzero((codes >= edges[0] - scale / 2) & (codes <= edges[1] + scale / 2))
             axis.set_title(
-                f"{tensor}: {name}, scale 2^{int(np.log2(scale))}, {used} of {len(codes)} codes used",
-                fontsize=8,
+                f"{tensor}, {name}: 2^{int(np.log2(scale))}, {used} of {len(codes)} codes", fontsize=7.5
             )
             axis.tick_params(labelsize=7)
         row[0].set_ylabel("count (log)", fontsize=8)
