@@ -286,3 +286,19 @@ def test_mixup_uses_one_share_for_pixels_and_loss(tiny_data):
     one_hot = torch.nn.functional.one_hot(labels, 4).float()
     target = share[:, None] * one_hot + (1 - share)[:, None] * one_hot[partner]
     assert loss.item() == pytest.approx(-(target * logits).sum().item(), rel=0.05)
+
+
+def test_qat_trains_in_bfloat16_where_the_processor_has_it_and_is_scored_in_float32(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
+    monkeypatch.setattr(train, "device", lambda: torch.device("cpu"))
+    plain, ours, fused = network(), *(prepare_qat(network(), kind.qat) for kind in CustomQConfig)
+    for model, training, expected in [
+        (plain, True, True),
+        (plain, False, True),
+        (ours, True, True),
+        (ours, False, False),
+        (fused, True, False),  # torch's fused fake quantization takes float32 only
+        (fused, False, False),
+    ]:
+        with train.autocast(model.train(training)):
+            assert torch.is_autocast_enabled("cpu") == expected
