@@ -20,6 +20,14 @@ NAMES = {
     "qat": "QAT",
 }
 
+_HISTOGRAM = {
+    "color": COLORS["fp32"],
+    "histtype": "stepfilled",
+    "edgecolor": "none",
+    "log": True,
+    "zorder": 3,
+}
+
 sns.set_theme(
     context="notebook",
     style="whitegrid",
@@ -161,15 +169,7 @@ def weights_on_grid(weights: dict[str, np.ndarray], scales: dict[str, float], bi
     figure, axes = _figure(len(weights), height=2.6)
     for axis, (name, values) in zip(axes.flat, weights.items(), strict=True):
         low, high = -(2 ** (bits - 1)) * scales[name], (2 ** (bits - 1) - 1) * scales[name]
-        axis.hist(
-            values.ravel(),
-            bins=80,
-            color=COLORS["fp32"],
-            histtype="stepfilled",
-            edgecolor="none",
-            log=True,
-            zorder=3,
-        )
+        axis.hist(values.ravel(), bins=80, **_HISTOGRAM)
         axis.axvspan(low, high, color=COLORS["qat"], alpha=0.25, label="range of the grid")
         axis.set(xlabel="weight", title=f"{name}: scale 2^{int(np.log2(scales[name]))}")
         axis.title.set_fontsize(9)
@@ -189,15 +189,7 @@ def values_on_grids(panels: dict[str, dict[str, tuple[np.ndarray, float, int, tu
     for row, (tensor, schemes) in zip(axes, panels.items(), strict=True):
         for axis, (name, (values, scale, zero_point, (low, high))) in zip(row, schemes.items(), strict=True):
             codes = (np.arange(low, high + 1) - zero_point) * scale
-            axis.hist(
-                values.ravel(),
-                bins=120,
-                color=COLORS["fp32"],
-                histtype="stepfilled",
-                edgecolor="none",
-                log=True,
-                zorder=3,
-            )
+            axis.hist(values.ravel(), bins=120, **_HISTOGRAM)
             edges = values.min(), values.max()
             margin = 0.04 * (edges[1] - edges[0])
             for code in codes[(codes >= edges[0] - margin) & (codes <= edges[1] + margin)]:

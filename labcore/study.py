@@ -187,11 +187,20 @@ class Study:
         return fit(network, recipe, self.data, self.quick_split, self.run.seed, folder, 500, arch).model.cpu()
 
     def kernels(self, weight: Scheme, activation: Scheme, isa: str) -> Cell:
-        """A cell: PTQ on oneDNN's kernels, limited to an instruction set (see `predict_onednn`)."""
+        """A cell: PTQ on oneDNN's kernels, limited to an instruction set (see `on_onednn`)."""
         return Cell(
             {"kernels": [asdict(weight), asdict(activation), isa]},
             lambda: self.judge(
-                predict_onednn(self.model, weight, activation, self.data, self.split, self.images, isa)
+                on_onednn(
+                    predict_ptq,
+                    self.model,
+                    weight,
+                    activation,
+                    self.data,
+                    self.split,
+                    self.images,
+                    isa=isa,
+                )
             ),
         )
 
@@ -295,46 +304,37 @@ def saturated_16_bits(activations: Tensor, weights: Tensor) -> Tensor:
     return pairs.clamp(-(2**15), 2**15 - 1).sum(2)
 
 
-def predict_onednn(
-    model: nn.Module,
-    weight: Scheme,
-    activation: Scheme,
-    data: ImageData,
-    split: Split,
-    images: np.ndarray,
-    isa: str = "DEFAULT",
+def predict_ptq(
+    model: nn.Module, weight: Scheme, activation: Scheme, data: ImageData, split: Split, images: np.ndarray
 ) -> np.ndarray:
-    """Logits (N, classes) of an FP32 network after PTQ with these schemes, on oneDNN's int8 kernels, in a process of its own.
+    """Logits (N, classes) of an FP32 network after PTQ with these schemes, on int8 kernels; images uint8 (N, 3, H, W)."""
+    prepared = prepare_ptq(model, make_qconfig(weight, activation, "simulated"))
+    return predict(lower(simulate(calibrate(prepared, data, split))), images)
+
+
+def on_onednn(call: Callable[..., np.ndarray], *args, isa: str = "DEFAULT") -> np.ndarray:
+    """What call(*args) gives on oneDNN's int8 kernels, in a process of its own.
 
     Args:
-        images: uint8 (N, 3, H, W).
+        call: a function of a module, since it is named to the other process.
         isa: the highest instruction set that oneDNN may use; "AVX2" has no VNNI. oneDNN reads it once per process.
     """
     before = os.environ.get("ONEDNN_MAX_CPU_ISA")
     os.environ["ONEDNN_MAX_CPU_ISA"] = isa
     try:
-        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-            threads = torch.get_num_threads()
-            return pool.submit(_onednn, model, weight, activation, data, split, images, threads).result()
+        with ProcessPoolExecutor(
+            1, get_context("spawn"), initializer=_use_onednn, initargs=(torch.get_num_threads(),)
+        ) as pool:
+            return pool.submit(call, *args).result()
     finally:
         os.environ.pop("ONEDNN_MAX_CPU_ISA")
         if before is not None:
             os.environ["ONEDNN_MAX_CPU_ISA"] = before
 
 
-def _onednn(
-    model: nn.Module,
-    weight: Scheme,
-    activation: Scheme,
-    data: ImageData,
-    split: Split,
-    images: np.ndarray,
-    threads: int,
-) -> np.ndarray:
+def _use_onednn(threads: int) -> None:
     torch.set_num_threads(threads)
     torch.backends.quantized.engine = "onednn"
-    prepared = prepare_ptq(model, make_qconfig(weight, activation, "simulated"))
-    return predict(lower(simulate(calibrate(prepared, data, split))), images)
 
 
 def layer_codes(simulated: nn.Module, name: str, batch: Tensor, rows: int = 256) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from small import network
 
 from labcore.artifacts import write_json
 from labcore.qconfig import Scheme
-from labcore.study import _stored, grid, predict_onednn, saturated_16_bits
+from labcore.study import _stored, grid, on_onednn, predict_ptq, saturated_16_bits
 
 
 def test_a_grid_has_every_combination_once():
@@ -57,8 +57,9 @@ def test_real_kernels_saturate_without_vnni_and_only_with_eight_bits(tiny_data, 
     expected, found = {}, {}
     for bits in (8, 7):
         schemes = Scheme(rule="none"), Scheme(bits=bits, rule="none", zero_point="unsigned")
-        expected[bits] = predict_onednn(model, *schemes, tiny_data, tiny_split, images)
-        found[bits] = predict_onednn(model, *schemes, tiny_data, tiny_split, images, "AVX2")
+        args = model, *schemes, tiny_data, tiny_split, images
+        expected[bits] = on_onednn(predict_ptq, *args)
+        found[bits] = on_onednn(predict_ptq, *args, isa="AVX2")
     assert np.array_equal(found[7], expected[7])
     assert not np.array_equal(found[8], expected[8])
     assert "ONEDNN_MAX_CPU_ISA" not in os.environ
