@@ -50,8 +50,11 @@ class Scheme:
                 listed = ", ".join(map(str, values))
                 raise LabError(f"{name} must be one of {listed}, found {getattr(self, name)!r}; change it.")
 
-    def observer_args(self, kind: str) -> dict:
+    def observer_args(self, kind: str, full_range: bool = False) -> dict:
         """Arguments of PowerOfTwoObserver for "weight" or "activation".
+
+        `full_range` gives 8-bit activations all of quint8, also where this machine's kernels would saturate (see
+        `activation_range`): for simulation, which never does.
 
         Raises LabError where the scheme does not fit the kind of tensor.
         """
@@ -74,7 +77,7 @@ class Scheme:
             }
         if self.per_channel:
             raise LabError("activations have one scale per tensor, found per_channel=True; change it.")
-        low, high = (0, 2**self.bits - 1) if self.bits < 8 else activation_range()
+        low, high = (0, 2**self.bits - 1) if self.bits < 8 or full_range else activation_range()
         if self.bits == 8 and high < 255 and self.rule != "none":
             # Kernels clamp to the whole of quint8: only a scale that is rounded up keeps values inside 7 bits.
             args["rule"] = "ceil"
@@ -104,8 +107,11 @@ def activation_range() -> tuple[int, int]:
     return (0, 255) if has_vnni() else (0, 127)
 
 
-def make_qconfig(weight: Scheme, activation: Scheme, mode: str = "ptq") -> QConfig:
+def make_qconfig(weight: Scheme, activation: Scheme, mode: str = "ptq", full_range: bool = False) -> QConfig:
     """A QConfig: unsigned activations, signed weights, each with its scheme.
+
+    Activations of 8 bits keep to what this machine's kernels add exactly, unless `full_range` is set; "simulated" always
+    has all 8 bits.
 
     Modes: "ptq" observes. "simulated" observes and can then round in float. "qat" rounds while training; ranges of
     activations are moving averages, those of weights are of the weights as they are (as in torch's default). "learned"
@@ -116,7 +122,10 @@ def make_qconfig(weight: Scheme, activation: Scheme, mode: str = "ptq") -> QConf
     """
     if mode not in MODES:
         raise LabError(f"mode must be one of {', '.join(MODES)}, found {mode!r}; change it.")
-    args = {"activation": activation.observer_args("activation"), "weight": weight.observer_args("weight")}
+    args = {
+        "activation": activation.observer_args("activation", full_range or mode == "simulated"),
+        "weight": weight.observer_args("weight"),
+    }
     if mode == "ptq":
         return QConfig(**{kind: PowerOfTwoObserver.with_args(**part) for kind, part in args.items()})
     if mode == "lsq":

@@ -213,9 +213,7 @@ def _study_tables(stages: dict[str, dict]) -> dict[str, str]:
             tables[f"{name}_table"] = table(study[name], keys, shown)
         verdict = [{"network": VERDICT[name]} | row for name, row in study["verdict"].items()]
         tables["verdict_table"] = table(verdict, ["network"], [*shown, "p_value"])
-        tables["kernels_table"] = table(
-            study["kernels"], ["activation bits", "processor"], [*shown, "logit_mse"]
-        )
+        tables["kernels_table"] = table(study["kernels"], ["activation bits", "sums"], [*shown, "logit_mse"])
         tables["overflow_table"] = table(
             [
                 {"codes": row["case"], "activation bits": row["bits"]}

@@ -28,7 +28,7 @@ from labcore.evaluate import compare_paired, load_logits, predict, save_logits, 
 from labcore.mixed import codes, overrides, save_packed
 from labcore.mobile import build_mobile
 from labcore.progress import progress
-from labcore.qconfig import Scheme, make_qconfig
+from labcore.qconfig import Scheme, has_vnni, make_qconfig
 from labcore.qparams import inspect_qparams
 from labcore.quantize import (
     calibrate,
@@ -141,9 +141,8 @@ class Study:
         return calibrate(prepare_ptq(self.model, make_qconfig(weight, activation)), self.data, self.split)
 
     def quantized(self, weight: Scheme, activation: Scheme, **options) -> nn.Module:
-        """PTQ with these schemes: int8 kernels where activations have 8 bits, simulation below."""
-        model = simulate(self.prepared(weight, activation, **options))
-        return lower(model) if activation.bits == 8 else model
+        """PTQ with these schemes, computed exactly."""
+        return exact(simulate(self.prepared(weight, activation, **options)), activation.bits)
 
     def ptq(self, weight: Scheme, activation: Scheme) -> Cell:
         """A cell: PTQ with these schemes, judged on validation images; how many scales the clamp changed."""
@@ -153,7 +152,7 @@ class Study:
             model = simulate(prepared)
             table = inspect_qparams(prepared, [])
             counts = {"clamped": int(table["clamped"].sum()), "scales": int(table["channels"].sum())}
-            return self.judge(self.logits(lower(model) if activation.bits == 8 else model)) | counts
+            return self.judge(self.logits(exact(model, activation.bits))) | counts
 
         return Cell({"ptq": [asdict(weight), asdict(activation)]}, compute)
 
@@ -165,7 +164,7 @@ class Study:
         """A cell: these layers with bits of their own, all others as `weight` says."""
         return Cell(
             {"mixed": [bits, asdict(weight), asdict(activation)]},
-            lambda: self.judge(self.logits(lower(simulate(self.allocated(bits, weight, activation))))),
+            lambda: self.judge(self.logits(exact(simulate(self.allocated(bits, weight, activation))))),
         )
 
     def packed_mb(self, bits: dict[str, int], weight: Scheme, activation: Scheme) -> float:
@@ -215,7 +214,7 @@ class Study:
         """
         key = [asdict(weight), asdict(activation), mode, asdict(recipe)]
         folder = self.run.path(self.stage, f"qat/{sha256_json(self.base | {'qat': key})[:24]}")
-        prepared = prepare_qat(self.model, make_qconfig(weight, activation, mode))
+        prepared = prepare_qat(self.model, make_qconfig(weight, activation, mode, full_range=True))
         calibrate(prepared, self.data, self.split)
         title = f"{mode} W{weight.bits}A{activation.bits}"
         return fit(
@@ -223,13 +222,16 @@ class Study:
         ).model.cpu()
 
     def qat(self, weight: Scheme, activation: Scheme, mode: str, recipe: Recipe) -> Cell:
-        """A cell: QAT, judged on validation images as int8 where all has 8 bits, else in simulation."""
+        """A cell: QAT, judged on validation images (see `after_qat`)."""
+        return Cell(
+            {"qat": [asdict(weight), asdict(activation), mode, asdict(recipe)]},
+            lambda: self.judge(self.logits(self.after_qat(weight, activation, mode, recipe))),
+        )
 
-        def compute() -> dict:
-            model = self.trained(weight, activation, mode, recipe)
-            return self.judge(self.logits(convert(model) if weight.bits == activation.bits == 8 else model))
-
-        return Cell({"qat": [asdict(weight), asdict(activation), mode, asdict(recipe)]}, compute)
+    def after_qat(self, weight: Scheme, activation: Scheme, mode: str, recipe: Recipe) -> nn.Module:
+        """The network after QAT: on int8 kernels where all has 8 bits and the processor adds exactly, else simulated."""
+        model = self.trained(weight, activation, mode, recipe)
+        return convert(model) if has_vnni() and weight.bits == activation.bits == 8 else model
 
     def test(self, todo: dict[str, Callable[[], nn.Module]]) -> pd.DataFrame:
         """The verdict of the test images on the few networks that were chosen before; paired with FP32.
@@ -302,6 +304,13 @@ def saturated_16_bits(activations: Tensor, weights: Tensor) -> Tensor:
     products = activations[:, None].long() * weights[None].long()  # (N, M, K)
     pairs = products.unflatten(2, (-1, 2)).sum(3)
     return pairs.clamp(-(2**15), 2**15 - 1).sum(2)
+
+
+def exact(simulated: nn.Module, activation_bits: int = 8) -> nn.Module:
+    """What a simulated network computes, without saturation: on int8 kernels where activations have 8 bits and the processor
+    adds exactly, else the simulation itself. A scheme is judged so, whatever the machine.
+    """
+    return lower(simulated) if activation_bits == 8 and has_vnni() else simulated
 
 
 def predict_ptq(

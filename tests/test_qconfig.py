@@ -73,6 +73,20 @@ def test_other_engines_than_those_of_x86_need_no_seventh_bit(monkeypatch):
     assert activation_range() == (0, 255)
 
 
+@pytest.mark.skipif("x86" not in torch.backends.quantized.supported_engines, reason="needs the x86 engine")
+@pytest.mark.parametrize("rule", ["round", "least_error", "none"])
+def test_simulation_has_all_eight_bits_and_its_own_rule_also_where_kernels_would_saturate(monkeypatch, rule):
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    monkeypatch.setattr(torch.backends.quantized, "engine", "x86")
+    scheme = Scheme(rule=rule)
+    limited, full = make_qconfig(scheme, scheme).activation(), make_qconfig(scheme, scheme, "simulated")
+    assert limited.quant_max == 127 and limited.rule == ("none" if rule == "none" else "ceil")
+    trained = make_qconfig(scheme, scheme, "learned", full_range=True)
+    for observer in (full.activation(), trained.activation().activation_post_process):
+        found = getattr(observer, "activation_post_process", observer)
+        assert (found.quant_min, found.quant_max, found.rule) == (0, 255, rule)
+
+
 @pytest.fixture
 def vnni(monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)

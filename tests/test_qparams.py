@@ -221,7 +221,7 @@ def test_fewer_bits_have_a_worse_ratio_and_float_scales_clip_nothing(tiny_data, 
         )
         ratios.append(table["snr_db"].to_numpy())
     assert (np.diff(ratios, axis=0) < 0).all()
-    table = observed(calibrated(tiny_data, tiny_split, FLOAT, FLOAT), tiny_data, tiny_split)
+    table = observed(calibrated(tiny_data, tiny_split, FLOAT, FLOAT, "simulated"), tiny_data, tiny_split)
     assert (table["share_clipped"] < 0.01).all() and (table["clamped"] == 0).all()
 
 
