@@ -28,7 +28,7 @@ from labcore.evaluate import compare_paired, load_logits, predict, save_logits, 
 from labcore.mixed import codes, overrides, save_packed
 from labcore.mobile import build_mobile
 from labcore.progress import progress
-from labcore.qconfig import Scheme, has_vnni, make_qconfig
+from labcore.qconfig import CustomQConfig, Scheme, has_vnni, make_qconfig
 from labcore.qparams import inspect_qparams
 from labcore.quantize import (
     calibrate,
@@ -142,7 +142,12 @@ class Study:
 
     def quantized(self, weight: Scheme, activation: Scheme, **options) -> nn.Module:
         """PTQ with these schemes, computed exactly."""
-        return exact(simulate(self.prepared(weight, activation, **options)), activation.bits)
+        return run_exactly(simulate(self.prepared(weight, activation, **options)), activation.bits)
+
+    def torch_default(self, model: nn.Module | None = None) -> nn.Module:
+        """PTQ with torch's own configuration for this machine, whose 7-bit activations never saturate; on int8 kernels."""
+        prepared = prepare_ptq(model or self.model, CustomQConfig.DEFAULT.value)
+        return convert(calibrate(prepared, self.data, self.split))
 
     def ptq(self, weight: Scheme, activation: Scheme) -> Cell:
         """A cell: PTQ with these schemes, judged on validation images; how many scales the clamp changed."""
@@ -152,7 +157,7 @@ class Study:
             model = simulate(prepared)
             table = inspect_qparams(prepared, [])
             counts = {"clamped": int(table["clamped"].sum()), "scales": int(table["channels"].sum())}
-            return self.judge(self.logits(exact(model, activation.bits))) | counts
+            return self.judge(self.logits(run_exactly(model, activation.bits))) | counts
 
         return Cell({"ptq": [asdict(weight), asdict(activation)]}, compute)
 
@@ -164,7 +169,7 @@ class Study:
         """A cell: these layers with bits of their own, all others as `weight` says."""
         return Cell(
             {"mixed": [bits, asdict(weight), asdict(activation)]},
-            lambda: self.judge(self.logits(exact(simulate(self.allocated(bits, weight, activation))))),
+            lambda: self.judge(self.logits(run_exactly(simulate(self.allocated(bits, weight, activation))))),
         )
 
     def packed_mb(self, bits: dict[str, int], weight: Scheme, activation: Scheme) -> float:
@@ -306,7 +311,7 @@ def saturated_16_bits(activations: Tensor, weights: Tensor) -> Tensor:
     return pairs.clamp(-(2**15), 2**15 - 1).sum(2)
 
 
-def exact(simulated: nn.Module, activation_bits: int = 8) -> nn.Module:
+def run_exactly(simulated: nn.Module, activation_bits: int = 8) -> nn.Module:
     """What a simulated network computes, without saturation: on int8 kernels where activations have 8 bits and the processor
     adds exactly, else the simulation itself. A scheme is judged so, whatever the machine.
     """

@@ -12,7 +12,7 @@ from labcore.artifacts import write_json
 from labcore.evaluate import predict
 from labcore.qconfig import Scheme, make_qconfig
 from labcore.quantize import calibrate, prepare_ptq, simulate
-from labcore.study import _stored, exact, grid, on_onednn, predict_ptq, saturated_16_bits
+from labcore.study import _stored, grid, on_onednn, predict_ptq, run_exactly, saturated_16_bits
 
 
 def test_a_grid_has_every_combination_once():
@@ -73,5 +73,5 @@ def test_a_scheme_is_judged_on_kernels_only_where_they_add_exactly(vnni, tiny_da
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: vnni)
     qconfig = make_qconfig(Scheme(), Scheme(), "simulated")
     simulated = simulate(calibrate(prepare_ptq(network(), qconfig), tiny_data, tiny_split))
-    assert hasattr(exact(simulated).fc, "zero_point") is vnni
-    assert exact(simulated, 4) is simulated
+    assert hasattr(run_exactly(simulated).fc, "zero_point") is vnni
+    assert run_exactly(simulated, 4) is simulated
