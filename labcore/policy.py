@@ -151,7 +151,7 @@ def _sharpness(x: Tensor, magnitude: np.ndarray) -> Tensor:
     """The other image is blurred, 1 around 5 in the middle; the border stays, as do images without an inside."""
     if min(x.shape[2:]) <= 2:
         return x
-    kernel = torch.ones(3, 1, 3, 3, device=x.device)
+    kernel = torch.ones(3, 1, 3, 3, device=x.device)  # whole numbers: their sums are exact on every device
     kernel[:, :, 1, 1] = 5
     blurred = (F.conv2d(x.float(), kernel, groups=3) / 13).round()  # (B, 3, H - 2, W - 2)
     inside = x[:, :, 1:-1, 1:-1].float()
