@@ -9,6 +9,7 @@ from labcore import LabError
 ARCHITECTURES = ("resnet9", "resnet18", "resnet34", "resnet50")
 STEMS = ("cifar", "imagenet")
 SCHEDULES = ("cosine", "warm_restarts")
+POLICIES = ("none", "trivial", "rand")
 SEED_MAX = 2**32 - 1
 
 # Every stage and its notebook, in their order.
@@ -38,11 +39,13 @@ class Augment:
     """Training transforms, in the order in which they are applied. Zero switches one off.
 
     The names and meanings are torchvision's. `cutout` is the side in pixels of a square set to the mean colour
-    (DeVries and Taylor, 2017); `erasing_*` is torchvision's RandomErasing (Zhong et al., 2017).
+    (DeVries and Taylor, 2017); `erasing_*` is torchvision's RandomErasing (Zhong et al., 2017). `policy` is "trivial"
+    (TrivialAugmentWide, Müller and Hutter, 2021), "rand" (RandAugment, Cubuk et al., 2020) or "none".
     """
 
     crop_padding: int = 4
     flip_prob: float = 0.5
+    policy: str = "none"
     brightness: float = 0.0
     contrast: float = 0.0
     saturation: float = 0.0
@@ -59,6 +62,7 @@ class Augment:
     def __post_init__(self):
         _check("augment.crop_padding", self.crop_padding, 0 <= self.crop_padding <= 32, "in 0 … 32 pixels")
         _check("augment.flip_prob", self.flip_prob, 0 <= self.flip_prob <= 1, "a probability in [0, 1]")
+        _check("augment.policy", self.policy, self.policy in POLICIES, f"one of {', '.join(POLICIES)}")
         _check(
             "augment.erasing_prob", self.erasing_prob, 0 <= self.erasing_prob <= 1, "a probability in [0, 1]"
         )
@@ -97,7 +101,8 @@ class Recipe:
     (SGDR, Loshchilov and Hutter, 2017: cycles of `restart_epochs`, each `restart_mult` times the one before, from
     `lr` down to `lr_min`). `freeze_at` is the share of the epochs after which QAT stops observing and stops updating
     BatchNorm statistics (Jacob et al., 2018, section 3.1; Krishnamoorthi, 2018, section 3.2). `scale_lr` is the learning
-    rate of learned thresholds, in powers of two, where QAT has any; it follows the same schedule.
+    rate of learned thresholds, in powers of two, where QAT has any; it follows the same schedule. An image is mixed with
+    another by mixup with probability `mixup_prob`, by CutMix (Yun et al., 2019) with `cutmix_prob`, else not at all.
     """
 
     epochs: int
@@ -114,6 +119,8 @@ class Recipe:
     label_smoothing: float = 0.1
     mixup_alpha: float = 0.0
     mixup_prob: float = 0.0
+    cutmix_alpha: float = 0.0
+    cutmix_prob: float = 0.0
     clip_norm: float = 0.0
     freeze_at: float = 1.0
     scale_lr: float = 0.01
@@ -129,8 +136,12 @@ class Recipe:
         _check("schedule", self.schedule, self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
         _check("restart_epochs", self.restart_epochs, self.restart_epochs >= 1, "at least 1")
         _check("restart_mult", self.restart_mult, self.restart_mult >= 1, "at least 1")
-        _check("mixup_prob", self.mixup_prob, 0 <= self.mixup_prob <= 1, "a probability in [0, 1]")
-        _check("mixup_alpha", self.mixup_alpha, 0 <= self.mixup_alpha <= 100, "in [0, 100]")
+        for kind in ("mixup", "cutmix"):
+            prob, alpha = getattr(self, f"{kind}_prob"), getattr(self, f"{kind}_alpha")
+            _check(f"{kind}_prob", prob, 0 <= prob <= 1, "a probability in [0, 1]")
+            _check(f"{kind}_alpha", alpha, 0 <= alpha <= 100, "in [0, 100]")
+        mixed = self.mixup_prob + self.cutmix_prob
+        _check("mixup_prob + cutmix_prob", mixed, mixed <= 1, "at most 1")
         _check("weight_decay", self.weight_decay, 0 <= self.weight_decay <= 100, "in [0, 100]")
         _check("clip_norm", self.clip_norm, self.clip_norm >= 0, "0 (off) or a norm")
         _check("freeze_at", self.freeze_at, 0 < self.freeze_at <= 1, "a share of the epochs in (0, 1]")

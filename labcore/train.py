@@ -26,7 +26,7 @@ from labcore.checkpoint import load_tensors, save_tensors, state_hash
 from labcore.config import Recipe
 from labcore.data import ImageData, Split
 from labcore.progress import progress
-from labcore.transforms import augment, mixup, normalize
+from labcore.transforms import augment, mix, normalize
 
 
 @dataclass(frozen=True)
@@ -313,11 +313,11 @@ def _step(
     labels: Tensor,
     rng: np.random.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """One update. Returns the summed loss and the number of hits, on the device. With mixup, a hit is the larger share's label."""
+    """One update. Returns the summed loss and the number of hits, on the device. With mixing, a hit is the larger share's label."""
     x = augment(images, recipe.augment, rng)  # (B, 3, H, W)
     share = partner = None
-    if recipe.mixup_alpha and recipe.mixup_prob:
-        x, partner, share = mixup(x, recipe, rng)
+    if recipe.mixup_prob or recipe.cutmix_prob:
+        x, partner, share = mix(x, recipe, rng)
     with autocast(model):
         logits = model(x)
     logits = logits.float()  # (B, classes)

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from labcore.config import Augment, Recipe
+from labcore.pixels import grey, on, warp
+from labcore.policy import apply_policy
 
 # The reference's constants. Its std is the mean of per-image values; per pixel it would be about 0.247.
 MEAN = (0.4914, 0.4822, 0.4465)
@@ -28,9 +30,11 @@ def normalize(images: Tensor) -> Tensor:
 def augment(images: Tensor, config: Augment, rng: np.random.Generator) -> Tensor:
     """Training transforms: uint8 (B, 3, H, W) -> normalised float32 (B, 3, H, W), channels_last.
 
-    Order: crop and flip, colour jitter, rotation, translation and scale, normalisation, cutout, random erasing.
+    Order: crop and flip, a policy, colour jitter, rotation, translation and scale, normalisation, cutout, random erasing.
     """
     x = crop_flip(images, config, rng)
+    if config.policy != "none":
+        x = apply_policy(x, config.policy, rng)
     if config.brightness or config.contrast or config.saturation or config.hue:
         x = color_jitter(x.float() / 255, config, rng) * 255
     if config.rotation_degrees:
@@ -55,29 +59,19 @@ def _draw(rng: np.random.Generator, count: int, low: float, high: float) -> np.n
     return rng.uniform(low, high, count)
 
 
-def _on(x: Tensor, values: np.ndarray, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.as_tensor(values, dtype=dtype).to(x.device, non_blocking=True)
-
-
 def crop_flip(images: Tensor, config: Augment, rng: np.random.Generator) -> Tensor:
     """RandomCrop with zero padding and RandomHorizontalFlip, as one gather. Keeps dtype and shape."""
     count, _, height, width = images.shape
     pad = config.crop_padding
-    rows = _on(images, rng.integers(0, 2 * pad + 1, (count, 1)) + np.arange(height), torch.int64)  # (B, H)
+    rows = on(images, rng.integers(0, 2 * pad + 1, (count, 1)) + np.arange(height), torch.int64)  # (B, H)
     columns = rng.integers(0, 2 * pad + 1, (count, 1)) + np.arange(width)
     flipped = rng.random((count, 1)) < config.flip_prob
-    columns = _on(images, np.where(flipped, columns[:, ::-1], columns), torch.int64)  # (B, W)
+    columns = on(images, np.where(flipped, columns[:, ::-1], columns), torch.int64)  # (B, W)
     padded = F.pad(images, (pad, pad, pad, pad))
     batch = torch.arange(count, device=images.device).view(count, 1, 1)
     return padded[batch, :, rows[:, :, None], columns[:, None, :]].permute(
         0, 3, 1, 2
     )  # (B, H, W, 3) seen as (B, 3, H, W)
-
-
-def _grey(x: Tensor) -> Tensor:
-    """(B, 3, H, W) -> (B, 1, H, W), ITU-R 601 weights as in torchvision."""
-    weights = torch.tensor((0.2989, 0.587, 0.114), device=x.device).view(1, 3, 1, 1)
-    return (x * weights).sum(1, keepdim=True)
 
 
 def _blend(x: Tensor, other: Tensor | float, factor: Tensor) -> Tensor:
@@ -109,8 +103,8 @@ def color_jitter(x: Tensor, config: Augment, rng: np.random.Generator) -> Tensor
     """ColorJitter on RGB in [0, 1], (B, 3, H, W): four adjustments, their strength and order drawn for every image."""
     adjustments = {
         "brightness": lambda part, factor: _blend(part, 0.0, factor),
-        "contrast": lambda part, factor: _blend(part, _grey(part).mean((1, 2, 3), keepdim=True), factor),
-        "saturation": lambda part, factor: _blend(part, _grey(part), factor),
+        "contrast": lambda part, factor: _blend(part, grey(part).mean((1, 2, 3), keepdim=True), factor),
+        "saturation": lambda part, factor: _blend(part, grey(part), factor),
         "hue": adjust_hue,
     }
     count = len(x)
@@ -123,8 +117,8 @@ def color_jitter(x: Tensor, config: Augment, rng: np.random.Generator) -> Tensor
     for turn in range(4):
         for number, adjust in enumerate(adjustments.values()):
             chosen = np.flatnonzero(order[:, turn] == number)
-            index = _on(x, chosen, torch.int64)
-            factor = _on(x, strengths[number][chosen]).view(-1, 1, 1, 1)
+            index = on(x, chosen, torch.int64)
+            factor = on(x, strengths[number][chosen]).view(-1, 1, 1, 1)
             x = x.index_copy(0, index, adjust(x[index], factor))
     return x
 
@@ -139,7 +133,7 @@ def affine(
 
     Float images (B, C, H, W); `angle` and `scale` have shape (B,), `shift` (B, 2).
     """
-    count, _, height, width = x.shape
+    count = len(x)
     turn = np.radians(np.broadcast_to(angle, count))
     inverse = np.broadcast_to(1 / np.asarray(scale), count)
     sine, cosine = np.sin(turn) * inverse, np.cos(turn) * inverse
@@ -152,28 +146,20 @@ def affine(
         ],
         1,
     )  # (B, 2, 3)
-    u = torch.arange(width, device=x.device) - (width - 1) / 2
-    v = torch.arange(height, device=x.device) - (height - 1) / 2
-    base = torch.stack(
-        [
-            u.expand(height, width),
-            v.view(-1, 1).expand(height, width),
-            torch.ones(height, width, device=x.device),
-        ],
-        -1,
-    )
-    pixels = base.view(1, -1, 3) @ _on(x, theta).transpose(1, 2)  # (B, H W, 2), pixels from the centre
-    grid = (pixels * torch.tensor((2 / width, 2 / height), device=x.device)).view(count, height, width, 2)
-    return F.grid_sample(x, grid, mode="nearest", padding_mode="zeros", align_corners=False)
+    return warp(x, theta)
 
 
-def _erase(x: Tensor, top: np.ndarray, left: np.ndarray, height: np.ndarray, width: np.ndarray) -> Tensor:
-    """Set one box per image to zero, the mean colour; arrays have shape (B,), a height of 0 erases nothing."""
+def _inside(x: Tensor, top: np.ndarray, left: np.ndarray, height: np.ndarray, width: np.ndarray) -> Tensor:
+    """Whether a pixel lies in its image's box, (B, 1, H, W); arrays have shape (B,), a height of 0 holds nothing."""
     rows, columns = np.arange(x.shape[2]), np.arange(x.shape[3])
     in_rows = (rows >= top[:, None]) & (rows < (top + height)[:, None])
     in_columns = (columns >= left[:, None]) & (columns < (left + width)[:, None])
-    box = _on(x, in_rows, torch.bool)[:, None, :, None] & _on(x, in_columns, torch.bool)[:, None, None, :]
-    return x.masked_fill_(box, 0)
+    return on(x, in_rows, torch.bool)[:, None, :, None] & on(x, in_columns, torch.bool)[:, None, None, :]
+
+
+def _erase(x: Tensor, *box: np.ndarray) -> Tensor:
+    """Set one box per image to zero, the mean colour."""
+    return x.masked_fill_(_inside(x, *box), 0)
 
 
 def _cutout_boxes(x: Tensor, side: int, rng: np.random.Generator):
@@ -198,22 +184,42 @@ def _erasing_boxes(x: Tensor, config: Augment, rng: np.random.Generator, tries: 
     return top, left, np.where(chosen, box_height, 0), np.where(chosen, box_width, 0)
 
 
-def mixup(x: Tensor, recipe: Recipe, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Mix images in pairs: x_i <- share_i x_i + (1 - share_i) x_partner(i) (Zhang et al., 2018, equation 2).
+def mix(x: Tensor, recipe: Recipe, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Mix every image with its neighbour, by mixup, by CutMix or not at all, as drawn for it.
 
-    The share is drawn for every image from Beta(alpha, alpha), and is 1 with probability 1 - mixup_prob.
+    mixup (Zhang et al., 2018, equation 2): x_i <- share_i x_i + (1 - share_i) x_partner(i).
+    CutMix (Yun et al., 2019, section 3.1 and algorithm A1): a box of the partner's pixels, of about (1 - share) of the area
+    around a pixel drawn anywhere. The share is then that of the own pixels, after the box is cut off at the border.
+
+    Shares are drawn from Beta(alpha, alpha); an alpha of 0 switches that kind off. The batch is in random order, so
+    neighbours are random pairs, and stay together in any even part of the batch. The last of an odd batch is its own partner.
 
     Returns:
-        The mixed images (B, 3, H, W), the partners' positions (B,) and the shares (B,).
+        The mixed images (B, 3, H, W), the partners' positions (B,) and the shares of own pixels (B,), 1 where not mixed.
     """
-    count = len(x)
-    mixed = rng.random(count) < recipe.mixup_prob
-    share = (
-        np.where(mixed, rng.beta(recipe.mixup_alpha, recipe.mixup_alpha, count), 1.0)
-        if recipe.mixup_alpha
-        else np.ones(count)
-    )
-    partner, share = _on(x, rng.permutation(count), torch.int64), _on(x, share)
-    weight = share.view(-1, 1, 1, 1)
-    mixed = weight * x + (1 - weight) * x[partner]
-    return mixed.contiguous(memory_format=torch.channels_last), partner, share
+    count, _, height, width = x.shape
+    chance = rng.random(count)
+    blended = chance < recipe.mixup_prob
+    pasted = ~blended & (chance < recipe.mixup_prob + recipe.cutmix_prob)
+    weight = np.where(blended, _shares(recipe.mixup_alpha, count, rng), 1.0)
+    box = _cutmix_boxes(x, np.where(pasted, _shares(recipe.cutmix_alpha, count, rng), 1.0), rng)
+    share = weight * (1 - box[2] * box[3] / (height * width))  # one of the two factors is 1
+    partner = on(x, np.minimum(np.arange(count) ^ 1, count - 1), torch.int64)
+    other, weight = x[partner], on(x, weight).view(-1, 1, 1, 1)
+    mixed = torch.where(_inside(x, *box), other, weight * x + (1 - weight) * other)
+    return mixed.contiguous(memory_format=torch.channels_last), partner, on(x, share)
+
+
+def _shares(alpha: float, count: int, rng: np.random.Generator) -> np.ndarray:
+    return rng.beta(alpha, alpha, count) if alpha else np.ones(count)
+
+
+def _cutmix_boxes(x: Tensor, share: np.ndarray, rng: np.random.Generator):
+    """Boxes with the image's aspect ratio and (1 - share) of its area, cut off at the border."""
+    count, _, height, width = x.shape
+    bounds = []
+    for side in (height, width):
+        middle, half = rng.integers(0, side, count), (side * np.sqrt(1 - share) / 2).astype(int)
+        bounds.append((np.maximum(middle - half, 0), np.minimum(middle + half, side)))
+    (top, bottom), (left, right) = bounds
+    return top, left, bottom - top, right - left

@@ -69,6 +69,7 @@ def test_the_name_of_a_profile_cannot_be_overridden():
         ("width", "16", 16),
         ("arch", "resnet18", "resnet18"),
         ("data", "digits", "digits"),
+        ("fp32.augment.policy", "trivial", "trivial"),
         ("fp32.epochs", "2", 2),
         ("qat.lr", "1e-3", 1e-3),
         ("fp32.augment.cutout", "4", 4),
@@ -165,11 +166,17 @@ def test_a_value_of_another_type_is_refused_from_python_too(value):
         ("fp32.weight_decay", "inf"),
         ("fp32.mixup_alpha", "inf"),
         ("fp32.mixup_prob", "1.1"),
+        ("fp32.cutmix_alpha", "-1"),
+        ("fp32.cutmix_alpha", "nan"),
+        ("fp32.cutmix_prob", "1.1"),
+        ("fp32.cutmix_prob", "nan"),
         ("fp32.clip_norm", "-1"),
         ("qat.freeze_at", "1.01"),
         ("qat.freeze_at", "nan"),
         ("fp32.augment.crop_padding", "33"),
         ("fp32.augment.flip_prob", "nan"),
+        ("fp32.augment.policy", "auto"),
+        ("fp32.augment.policy", "Trivial"),
         ("fp32.augment.hue", "0.6"),
         ("fp32.augment.brightness", "1.5"),
         ("fp32.augment.translate", "-0.1"),
@@ -184,6 +191,12 @@ def test_a_value_of_another_type_is_refused_from_python_too(value):
 )
 def test_a_value_out_of_range_is_refused_by_name(dotted, value):
     assert dotted.split(".")[-1] in message_of(lambda: get_profile("cpu", **{dotted: value}))
+
+
+def test_an_image_cannot_be_mixed_more_than_always():
+    both = {"fp32.mixup_prob": "0.6", "fp32.cutmix_prob": "0.5"}
+    assert "mixup_prob + cutmix_prob must be at most 1" in message_of(lambda: get_profile("cpu", **both))
+    get_profile("cpu", **both | {"fp32.cutmix_prob": "0.4"})
 
 
 @pytest.mark.parametrize("name", ["erasing_scale", "erasing_ratio"])
@@ -255,11 +268,13 @@ REFERENCE_RECIPE = {
     "label_smoothing": 0.05,
     "mixup_alpha": 0.2,
     "mixup_prob": 0.5,
+    "cutmix_prob": 0.0,
     "clip_norm": 1.0,
 }
 REFERENCE_AUGMENT = {
     "crop_padding": 4,
     "flip_prob": 0.5,
+    "policy": "none",
     "brightness": 0.3,
     "contrast": 0.3,
     "saturation": 0.3,

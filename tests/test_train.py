@@ -262,13 +262,13 @@ def test_the_epoch_can_be_shortened(tmp_path, tiny_data, tiny_split, monkeypatch
     assert len(calls) == 2 * 2
 
 
-def test_mixup_uses_one_share_for_pixels_and_loss(tiny_data):
+@pytest.mark.parametrize("kind", ["mixup", "cutmix"])
+def test_mixing_uses_one_share_for_pixels_and_loss(tiny_data, kind):
     recipe = Recipe(
         epochs=1,
         batch_size=8,
         lr=1e-9,
-        mixup_alpha=1.0,
-        mixup_prob=1.0,
+        **{f"{kind}_alpha": 1.0, f"{kind}_prob": 1.0},
         label_smoothing=0.0,
         augment=Augment(crop_padding=0, flip_prob=0),
     )
@@ -281,7 +281,7 @@ def test_mixup_uses_one_share_for_pixels_and_loss(tiny_data):
     loss, _ = train._step(model, [optimizer], recipe, images, labels, np.random.default_rng(3))
     rng = np.random.default_rng(3)
     x = train.augment(images, recipe.augment, rng)
-    mixed, partner, share = train.mixup(x, recipe, rng)
+    mixed, partner, share = train.mix(x, recipe, rng)
     logits = network()(mixed).log_softmax(1)
     one_hot = torch.nn.functional.one_hot(labels, 4).float()
     target = share[:, None] * one_hot + (1 - share)[:, None] * one_hot[partner]

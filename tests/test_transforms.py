@@ -9,8 +9,10 @@ from scipy import stats
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, RandomErasing
 from torchvision.transforms import functional as TF
+from torchvision.transforms.v2 import CutMix
 
 from labcore.config import PROFILES, Augment, Recipe
+from labcore.policy import apply_policy
 from labcore.transforms import (
     MEAN,
     STD,
@@ -19,7 +21,7 @@ from labcore.transforms import (
     augment,
     color_jitter,
     crop_flip,
-    mixup,
+    mix,
     normalize,
 )
 
@@ -368,13 +370,35 @@ def test_augmenting_leaves_the_images_as_they_were():
     assert torch.equal(x, noise(8))
 
 
-def recipe(alpha: float, prob: float) -> Recipe:
-    return Recipe(epochs=1, batch_size=8, lr=0.1, mixup_alpha=alpha, mixup_prob=prob)
+def test_a_policy_follows_crop_and_flip():
+    draws, config = rng(1), Augment(policy="trivial")
+    expected = apply_policy(crop_flip(noise(30), config, draws), "trivial", draws)
+    assert torch.equal(augment(noise(30), config, rng(1)), normalize(expected))
+
+
+def mixing(**values) -> Recipe:
+    return Recipe(epochs=1, batch_size=8, lr=0.1, **values)
+
+
+def mixup(alpha: float, prob: float) -> Recipe:
+    return mixing(mixup_alpha=alpha, mixup_prob=prob)
+
+
+def cutmix(alpha: float, prob: float) -> Recipe:
+    return mixing(cutmix_alpha=alpha, cutmix_prob=prob)
+
+
+KINDS = pytest.mark.parametrize("kind", [mixup, cutmix])
+
+
+def numbered(count: int, height: int = 32, width: int = 32) -> Tensor:
+    """Every pixel holds the number of its image."""
+    return torch.arange(count).float().view(-1, 1, 1, 1).expand(count, 3, height, width)
 
 
 def test_mixup_is_the_weighted_sum_of_pairs():
     x = normalize(noise(9, 8, 8))
-    mixed, partner, share = mixup(x, recipe(0.2, 0.7), rng())
+    mixed, partner, share = mix(x, mixup(0.2, 0.7), rng())
     expected = [
         float(s) * x[i].double() + (1 - float(s)) * x[p].double()
         for i, (p, s) in enumerate(zip(partner, share, strict=True))
@@ -384,33 +408,99 @@ def test_mixup_is_the_weighted_sum_of_pairs():
     assert mixed.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_every_image_is_a_partner_once():
-    _, partner, _ = mixup(normalize(noise(50, 4, 4)), recipe(0.2, 1.0), rng())
-    assert sorted(partner.tolist()) == list(range(50))
-    assert partner.tolist() != list(range(50))
+@KINDS
+def test_partners_are_neighbours_and_stay_in_any_even_part_of_the_batch(kind):
+    x = normalize(noise(6, 4, 4))
+    assert mix(x, kind(1.0, 1.0), rng())[1].tolist() == [1, 0, 3, 2, 5, 4]
+    assert mix(x[:5], kind(1.0, 1.0), rng())[1].tolist() == [1, 0, 3, 2, 4]
 
 
 @pytest.mark.parametrize("alpha", [0.2, 0.0])
-def test_mixup_with_no_probability_changes_nothing(alpha):
+@KINDS
+def test_mixing_with_no_probability_changes_nothing(kind, alpha):
     x = normalize(noise(9, 8, 8))
-    mixed, _, share = mixup(x, recipe(alpha, 0.0), rng())
+    mixed, _, share = mix(x, kind(alpha, 0.0), rng())
     assert torch.equal(mixed, x)
     assert (share == 1).all()
 
 
-def test_mixup_of_a_single_image_is_that_image():
-    x = normalize(noise(1, 8, 8))
-    torch.testing.assert_close(mixup(x, recipe(0.2, 1.0), rng())[0], x, atol=1e-5, rtol=0)
+@KINDS
+def test_an_alpha_of_zero_switches_mixing_off(kind):
+    x = normalize(noise(9, 8, 8))
+    mixed, _, share = mix(x, kind(0.0, 1.0), rng())
+    assert torch.equal(mixed, x)
+    assert (share == 1).all()
+
+
+@KINDS
+@pytest.mark.parametrize("count", [0, 1])
+def test_mixing_without_a_neighbour_changes_nothing(kind, count):
+    x = normalize(noise(count, 8, 8))
+    torch.testing.assert_close(mix(x, kind(0.2, 1.0), rng())[0], x, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("alpha", [0.2, 1.0])
-def test_shares_follow_the_beta_distribution(alpha):
-    share = mixup(torch.zeros(3000, 3, 1, 1), recipe(alpha, 1.0), rng())[2].numpy()
+def test_shares_of_mixup_follow_the_beta_distribution(alpha):
+    share = mix(torch.zeros(3000, 3, 1, 1), mixup(alpha, 1.0), rng())[2].numpy()
     assert share.min() >= 0
     assert share.max() <= 1
     assert stats.kstest(share, stats.beta(alpha, alpha).cdf).pvalue > 1e-3
 
 
-def test_mixup_happens_with_its_probability():
-    share = mixup(torch.zeros(3000, 3, 1, 1), recipe(1.0, 0.3), rng())[2]
+@pytest.mark.parametrize(("height", "width"), SHAPES)
+def test_cutmix_pastes_one_box_of_the_partner_and_counts_its_pixels(height, width):
+    x = numbered(200, height, width)
+    mixed, partner, share = mix(x, cutmix(1.0, 1.0), rng())
+    own = mixed == x
+    assert torch.equal(mixed[~own], x[partner][~own])
+    boxes((~own).float(), 1.0)  # asserts that the others form one full box
+    torch.testing.assert_close(share, own.float().mean((1, 2, 3)), atol=1e-6, rtol=0)
+    assert mixed.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_boxes_of_cutmix_are_distributed_as_torchvisions():
+    count, theirs = 2000, []
+    torch.manual_seed(0)
+    cut = CutMix(alpha=1.0, num_classes=1)
+    query = [torch.zeros(2, 3, 32, 32)]
+    for _ in range(count):
+        drawn = cut.make_params(query)
+        left, top, right, bottom = drawn["box"]
+        theirs.append((top, left, bottom - top, right - left, drawn["lam_adjusted"]))
+    mixed, _, share = mix(numbered(count), cutmix(1.0, 1.0), rng())
+    found = boxes((mixed != numbered(count)).float(), 1.0)
+    cut_out = found[:, 2] > 0  # the place of an empty box cannot be seen
+    theirs = np.array(theirs, dtype=float)
+    full = (theirs[:, 2] > 0) & (theirs[:, 3] > 0)
+    for mine, other in zip(found[cut_out].T, theirs[full, :4].T, strict=True):
+        assert stats.ks_2samp(mine, other).pvalue > 1e-3
+    assert stats.ks_2samp(share.numpy(), theirs[:, 4]).pvalue > 1e-3
+
+
+@KINDS
+def test_mixing_happens_with_its_probability(kind):
+    # nearly always even halves, so that no box is empty and no share is 1 by chance
+    share = mix(torch.zeros(3000, 3, 8, 8), kind(100.0, 0.3), rng())[2]
     assert stats.binomtest(int((share < 1).sum()), 3000, 0.3).pvalue > 1e-3
+
+
+def test_every_image_draws_its_kind_of_mixing():
+    recipe = mixing(mixup_alpha=100.0, mixup_prob=0.3, cutmix_alpha=100.0, cutmix_prob=0.5)
+    x = numbered(3000, 8, 8)
+    mixed, partner, _ = mix(x, recipe, rng())
+    own, other = (mixed == x).all((1, 2, 3)), ((mixed == x) | (mixed == x[partner])).all((1, 2, 3))
+    counts = [(~other).sum(), (other & ~own).sum(), own.sum()]
+    assert stats.chisquare(counts, np.array([0.3, 0.5, 0.2]) * 3000).pvalue > 1e-3
+
+
+def test_a_seed_gives_one_mixture():
+    recipe = mixing(mixup_alpha=1.0, mixup_prob=0.5, cutmix_alpha=1.0, cutmix_prob=0.5)
+    x = normalize(noise(8))
+    for first, second in zip(mix(x, recipe, rng(4)), mix(x, recipe, rng(4)), strict=True):
+        assert torch.equal(first, second)
+
+
+def test_mixing_leaves_the_images_as_they_were():
+    x = normalize(noise(8))
+    mix(x, mixing(mixup_alpha=1.0, mixup_prob=0.5, cutmix_alpha=1.0, cutmix_prob=0.5), rng())
+    assert torch.equal(x, normalize(noise(8)))
