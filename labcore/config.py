@@ -103,6 +103,8 @@ class Recipe:
     BatchNorm statistics (Jacob et al., 2018, section 3.1; Krishnamoorthi, 2018, section 3.2). `scale_lr` is the learning
     rate of learned thresholds, in powers of two, where QAT has any; it follows the same schedule. An image is mixed with
     another by mixup with probability `mixup_prob`, by CutMix (Yun et al., 2019) with `cutmix_prob`, else not at all.
+    `ema_decay` averages the weights (see labcore.optim.Average); the average is what is scored and kept. `micro_batch` sends
+    a batch through the network in parts of so many images; BatchNorm then averages over a part.
     """
 
     epochs: int
@@ -122,6 +124,8 @@ class Recipe:
     cutmix_alpha: float = 0.0
     cutmix_prob: float = 0.0
     clip_norm: float = 0.0
+    ema_decay: float = 0.0
+    micro_batch: int = 0
     freeze_at: float = 1.0
     scale_lr: float = 0.01
     augment: Augment = field(default_factory=Augment)
@@ -145,7 +149,8 @@ class Recipe:
         _check("weight_decay", self.weight_decay, 0 <= self.weight_decay <= 100, "in [0, 100]")
         _check("clip_norm", self.clip_norm, self.clip_norm >= 0, "0 (off) or a norm")
         _check("freeze_at", self.freeze_at, 0 < self.freeze_at <= 1, "a share of the epochs in (0, 1]")
-        for name in ("warmup", "momentum", "label_smoothing"):
+        _check("micro_batch", self.micro_batch, self.micro_batch >= 0, "0 (whole) or a number of images")
+        for name in ("warmup", "momentum", "label_smoothing", "ema_decay"):
             _fraction(name, getattr(self, name))
 
 
@@ -166,6 +171,7 @@ class Profile:
     eval_batch_size: int = 500
     latency_rounds: int = 20
     latency_runs: int = 10
+    processes: int = 0  # that train together; 0 means one for every GPU, or one on a CPU
 
     def __post_init__(self):
         _check("arch", self.arch, self.arch in ARCHITECTURES, f"one of {', '.join(ARCHITECTURES)}")
@@ -176,6 +182,7 @@ class Profile:
         _check("eval_batch_size", self.eval_batch_size, self.eval_batch_size >= 1, "at least 1")
         _check("latency_rounds", self.latency_rounds, self.latency_rounds >= 3, "at least 3")
         _check("latency_runs", self.latency_runs, self.latency_runs >= 1, "at least 1")
+        _check("processes", self.processes, 0 <= self.processes <= 1024, "0 (one per GPU) … 1024")
         _fraction("validation_fraction", self.validation_fraction)
         _check("validation_fraction", self.validation_fraction, self.validation_fraction > 0, "above 0")
 

@@ -248,7 +248,7 @@ class Pipeline:
         return {
             p.relative_to(ROOT).as_posix(): sha256_file(p)
             for p in paths
-            if p.is_file() and p.name != "checkpoint.pt" and p.name[0] != "."
+            if p.is_file() and not p.name.startswith("checkpoint") and p.name[0] != "."
         }
 
     def _execute(self, stage: Stage, reason: str) -> None:

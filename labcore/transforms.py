@@ -108,7 +108,7 @@ def color_jitter(x: Tensor, config: Augment, rng: np.random.Generator) -> Tensor
         "hue": adjust_hue,
     }
     count = len(x)
-    order = rng.permuted(np.tile(np.arange(4), (count, 1)), axis=1)  # (B, 4)
+    order = rng.random((count, 4)).argsort(axis=1)  # (B, 4)
     strengths = [
         _draw(rng, count, 1 - amount, 1 + amount)
         for amount in (config.brightness, config.contrast, config.saturation)

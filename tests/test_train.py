@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
-from labcore import LabError, checkpoint, train
+from labcore import LabError, checkpoint, steps, train
 from labcore.config import Augment, Recipe
 from labcore.model import build_model
 from labcore.qconfig import CustomQConfig
@@ -30,45 +30,6 @@ def fit(folder, data, split, recipe=RECIPE, seed=0, model=None):
 
 def equal(first: dict, second: dict) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
-
-
-def rates(recipe: Recipe, steps: int) -> list[float]:
-    return [train.learning_rate(recipe, step, steps) for step in range(recipe.epochs * steps)]
-
-
-def test_the_cosine_schedule_is_torchs_linear_warmup_and_cosine():
-    recipe = Recipe(epochs=10, batch_size=1, lr=0.4, warmup=0.2)
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.4)
-    warmup = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1 / 20, end_factor=1, total_iters=19)
-    expected = []
-    for _ in range(20):
-        expected.append(optimizer.param_groups[0]["lr"])
-        optimizer.step(), warmup.step()
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.4)
-    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=80)
-    for _ in range(80):
-        expected.append(optimizer.param_groups[0]["lr"])
-        optimizer.step(), cosine.step()
-    assert rates(recipe, 10) == pytest.approx(expected)
-
-
-def test_warm_restarts_are_torchs():
-    recipe = Recipe(
-        epochs=35,
-        batch_size=1,
-        lr=0.3,
-        lr_min=1e-4,
-        schedule="warm_restarts",
-        restart_epochs=5,
-        restart_mult=2,
-    )
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.3)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, T_0=5, T_mult=2, eta_min=1e-4)
-    expected = []
-    for _ in range(35):
-        expected.append(optimizer.param_groups[0]["lr"])
-        optimizer.step(), scheduler.step()
-    assert rates(recipe, 1) == pytest.approx(expected)
 
 
 def test_the_same_seed_gives_the_same_weights_to_the_bit(tmp_path, tiny_data, tiny_split):
@@ -104,6 +65,7 @@ def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(
         mixup_alpha=0.2,
         mixup_prob=0.5,
         clip_norm=1.0,
+        ema_decay=0.0 if quantized else 0.9,
         augment=RECIPE.augment,
     )
 
@@ -111,18 +73,18 @@ def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(
         return prepare_qat(network(), CustomQConfig.POWER2.qat) if quantized else network()
 
     whole = fit(tmp_path / "whole", tiny_data, tiny_split, recipe, model=model())
-    step, steps = train._step, []
+    update, calls = steps.update, []
 
     def dying(*args):
-        steps.append(1)
-        if len(steps) == 4 * killed_in_epoch + 3:
+        calls.append(1)
+        if len(calls) == 4 * killed_in_epoch + 3:
             raise KeyboardInterrupt
-        return step(*args)
+        return update(*args)
 
-    monkeypatch.setattr(train, "_step", dying)
+    monkeypatch.setattr(steps, "update", dying)
     with pytest.raises(KeyboardInterrupt):
         fit(tmp_path / "killed", tiny_data, tiny_split, recipe, model=model())
-    monkeypatch.setattr(train, "_step", step)
+    monkeypatch.setattr(steps, "update", update)
     resumed = fit(tmp_path / "killed", tiny_data, tiny_split, recipe, model=model())
     assert equal(whole.state, resumed.state)
     columns = [name for name in whole.history if name != "train_seconds"]
@@ -131,7 +93,7 @@ def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(
 
 def test_a_finished_run_is_loaded_and_not_repeated(tmp_path, tiny_data, tiny_split, monkeypatch):
     first = fit(tmp_path, tiny_data, tiny_split)
-    monkeypatch.setattr(train, "_step", lambda *args: pytest.fail("trained again"))
+    monkeypatch.setattr(steps, "update", lambda *args: pytest.fail("trained again"))
     assert equal(first.state, fit(tmp_path, tiny_data, tiny_split).state)
 
 
@@ -145,12 +107,37 @@ def test_a_checkpoint_of_another_recipe_is_not_continued(tmp_path, tiny_data, ti
     )
 
 
-def test_a_damaged_checkpoint_is_named_and_training_starts_again(tmp_path, tiny_data, tiny_split, capsys):
+@pytest.mark.parametrize(("damaged", "epochs_done"), [(1, 2), (2, 0)])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
+    tmp_path, tiny_data, tiny_split, capsys, monkeypatch, damaged, epochs_done
+):
     first = fit(tmp_path, tiny_data, tiny_split)
-    checkpoint = tmp_path / "checkpoint.pt"
-    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    for name in checkpoint.CHECKPOINTS[:damaged]:
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:1000])
+    update, calls = steps.update, []
+    monkeypatch.setattr(steps, "update", lambda *args: calls.append(1) or update(*args))
     assert equal(first.state, fit(tmp_path, tiny_data, tiny_split).state)
-    assert "checkpoint.pt cannot be used" in capsys.readouterr().out
+    assert len(calls) == 4 * (3 - epochs_done)
+    said = capsys.readouterr().out
+    assert all(f"{name} cannot be used" in said for name in checkpoint.CHECKPOINTS[:damaged])
+    assert all(checkpoint.load_tensors(tmp_path / name) for name in checkpoint.CHECKPOINTS[:2])
+
+
+def test_a_kill_between_the_two_renames_loses_nothing(tmp_path, tiny_data, tiny_split, monkeypatch):
+    first = fit(tmp_path, tiny_data, tiny_split)
+    (tmp_path / checkpoint.NEWEST).rename(tmp_path / checkpoint.PREVIOUS)
+    monkeypatch.setattr(steps, "update", lambda *args: pytest.fail("trained again"))
+    assert equal(first.state, fit(tmp_path, tiny_data, tiny_split).state)
+
+
+def test_a_checkpoint_of_another_run_is_named_with_both_values_and_kept(
+    tmp_path, tiny_data, tiny_split, capsys, monkeypatch
+):
+    first = fit(tmp_path, tiny_data, tiny_split)
+    fit(tmp_path, tiny_data, tiny_split, Recipe(**{**vars(RECIPE), "lr": 0.01}))
+    assert "recipe.lr is 0.05 there and 0.01 here" in capsys.readouterr().out
+    monkeypatch.setattr(steps, "update", lambda *args: pytest.fail("trained again"))
+    assert equal(first.state, fit(tmp_path, tiny_data, tiny_split).state)
 
 
 def test_the_best_epoch_is_chosen_by_validation_alone(tmp_path, tiny_data, tiny_split, monkeypatch):
@@ -166,9 +153,14 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_checkpoint(
 ):
     fit(tmp_path, tiny_data, tiny_split, Recipe(**{**vars(RECIPE), "epochs": 3}))
     before = (tmp_path / "checkpoint.pt").read_bytes()
-    step = train._step
-    monkeypatch.setattr(train, "_step", lambda *args: (step(*args)[0] * float("nan"), torch.tensor(0)))
-    with pytest.raises(LabError, match=r"no longer finite in epoch 1 at learning rate 0\.\d+"):
+    update, calls = steps.update, []
+
+    def broken(*args):
+        calls.append(1)
+        return update(*args)[0] * (float("nan") if len(calls) == 3 else 1), torch.tensor(0)
+
+    monkeypatch.setattr(steps, "update", broken)
+    with pytest.raises(LabError, match=r"finite in epoch 1 at step 3 of 4, learning rate 0\.\d+"):
         fit(tmp_path, tiny_data, tiny_split, seed=5)
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
 
@@ -194,7 +186,7 @@ def test_a_cell_that_trains_can_be_run_twice(tmp_path, tiny_data, tiny_split, mo
     model = network()
     first = fit(tmp_path, tiny_data, tiny_split, model=model)
     assert equal(network().state_dict(), model.state_dict())
-    monkeypatch.setattr(train, "_step", lambda *args: pytest.fail("trained again"))
+    monkeypatch.setattr(steps, "update", lambda *args: pytest.fail("trained again"))
     assert equal(first.state, fit(tmp_path, tiny_data, tiny_split, model=model).state)
 
 
@@ -251,8 +243,8 @@ def test_a_pickle_that_would_execute_code_is_refused(tmp_path, save):
 
 
 def test_the_epoch_can_be_shortened(tmp_path, tiny_data, tiny_split, monkeypatch):
-    step, calls = train._step, []
-    monkeypatch.setattr(train, "_step", lambda *args: calls.append(1) or step(*args))
+    update, calls = steps.update, []
+    monkeypatch.setattr(steps, "update", lambda *args: calls.append(1) or update(*args))
     fit(
         tmp_path,
         tiny_data,
@@ -277,11 +269,11 @@ def test_mixing_uses_one_share_for_pixels_and_loss(tiny_data, kind):
         torch.from_numpy(tiny_data.train_images[:8]),
         torch.from_numpy(tiny_data.train_labels[:8]),
     )
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-9)
-    loss, _ = train._step(model, [optimizer], recipe, images, labels, np.random.default_rng(3))
+    loop = steps.new_loop(model, recipe, 64)
+    loss, _ = steps.update(loop, images, labels, np.random.default_rng(3))
     rng = np.random.default_rng(3)
-    x = train.augment(images, recipe.augment, rng)
-    mixed, partner, share = train.mix(x, recipe, rng)
+    x = steps.augment(images, recipe.augment, rng)
+    mixed, partner, share = steps.mix(x, recipe, rng)
     logits = network()(mixed).log_softmax(1)
     one_hot = torch.nn.functional.one_hot(labels, 4).float()
     target = share[:, None] * one_hot + (1 - share)[:, None] * one_hot[partner]
@@ -290,7 +282,7 @@ def test_mixing_uses_one_share_for_pixels_and_loss(tiny_data, kind):
 
 def test_qat_trains_in_bfloat16_where_the_processor_has_it_and_is_scored_in_float32(monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
-    monkeypatch.setattr(train, "device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(steps, "device", lambda: torch.device("cpu"))
     plain, ours, fused = network(), *(prepare_qat(network(), kind.qat) for kind in CustomQConfig)
     for model, training, expected in [
         (plain, True, True),
@@ -300,5 +292,76 @@ def test_qat_trains_in_bfloat16_where_the_processor_has_it_and_is_scored_in_floa
         (fused, True, False),  # torch's fused fake quantization takes float32 only
         (fused, False, False),
     ]:
-        with train.autocast(model.train(training)):
+        with steps.autocast(model.train(training)):
             assert torch.is_autocast_enabled("cpu") == expected
+
+
+def gradients(tiny_data, micro: int, **values) -> tuple[list[torch.Tensor], float]:
+    """The gradients of one update of a network without BatchNorm's batch statistics, and its loss."""
+    recipe = Recipe(epochs=1, batch_size=12, lr=1e-9, micro_batch=micro, augment=RECIPE.augment, **values)
+    model = network()
+    loop = steps.new_loop(model, recipe, 64)
+    model.eval()
+    images, labels = torch.from_numpy(tiny_data.train_images[:12]), torch.from_numpy(tiny_data.train_labels)
+    loss, _ = steps.update(loop, images, labels[:12], np.random.default_rng(0))
+    return [parameter.grad for parameter in model.parameters()], loss.item()
+
+
+@pytest.mark.parametrize("micro", [1, 5, 6])
+@pytest.mark.parametrize("values", [{}, {"cutmix_alpha": 1.0, "cutmix_prob": 0.7}], ids=["plain", "cutmix"])
+def test_gradients_of_small_parts_add_up_to_those_of_the_batch(tiny_data, micro, values):
+    (whole, loss), (parts, same) = gradients(tiny_data, 0, **values), gradients(tiny_data, micro, **values)
+    assert same == pytest.approx(loss, rel=1e-5)
+    for expected, found in zip(whole, parts, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_too_little_memory_halves_the_part_and_keeps_the_batch(tiny_data, monkeypatch, capsys):
+    expected, _ = gradients(tiny_data, 3)
+    gradients_of, sizes = steps._gradients, []
+
+    def tight(loop, *args):
+        sizes.append(loop.micro)
+        if loop.micro > 3:
+            gradients_of(loop, *args)  # some gradients are there already
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return gradients_of(loop, *args)
+
+    monkeypatch.setattr(steps, "_gradients", tight)
+    found, _ = gradients(tiny_data, 0)
+    assert sizes == [12, 6, 3]
+    assert all(torch.equal(first, second) for first, second in zip(found, expected, strict=True))
+    assert "going on with 3 images at a time and the same batch of 12" in capsys.readouterr().out
+
+
+def test_too_little_memory_for_one_image_is_an_error_in_one_line(tiny_data, monkeypatch):
+    def never(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(steps, "_gradients", never)
+    with pytest.raises(LabError, match="out of GPU memory with 1 image"):
+        gradients(tiny_data, 0)
+
+
+def test_the_average_of_the_weights_is_what_is_scored_and_kept(tmp_path, tiny_data, tiny_split):
+    plain = fit(tmp_path / "a", tiny_data, tiny_split)
+    averaged = fit(tmp_path / "b", tiny_data, tiny_split, Recipe(**{**vars(RECIPE), "ema_decay": 0.9}))
+    last = [checkpoint.load_tensors(tmp_path / name / checkpoint.NEWEST) for name in "ab"]
+    assert equal(last[0]["model"], last[1]["model"]), "averaging does not change training"
+    assert not equal(plain.state, averaged.state)
+    model = network()
+    model.load_state_dict(averaged.state)
+    validation = tiny_split.validation
+    images, labels = (
+        torch.from_numpy(part[validation]) for part in (tiny_data.train_images, tiny_data.train_labels)
+    )
+    row = averaged.history.iloc[averaged.best_epoch - 1]
+    assert train.score(model, images, labels, 32) == pytest.approx(
+        (row["val_loss"], row["val_acc"]), rel=1e-5
+    )
+
+
+def test_averaging_fake_quantized_networks_is_refused(tmp_path, tiny_data, tiny_split):
+    model = prepare_qat(network(), CustomQConfig.POWER2.qat)
+    with pytest.raises(LabError, match="ema_decay must be 0 for QAT"):
+        fit(tmp_path, tiny_data, tiny_split, Recipe(**{**vars(RECIPE), "ema_decay": 0.9}), model=model)

@@ -1,0 +1,40 @@
+"""Train a stage of a run: in this process, or in one process per GPU where there are several."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from labcore.config import Profile
+from labcore.distributed import launch, process_group
+from labcore.run import Run
+from labcore.train import Result, finished, fit
+
+
+def train_stage(run: Run, stage: str, build: Callable[[Run], nn.Module]) -> Result:
+    """Train a stage, in as many processes as the profile says (`processes`); loaded where it is finished.
+
+    Args:
+        stage: "fp32" or "qat", the recipe of the profile and the folder of the run.
+        build: gives the network to start from; a module's function or a class's method, since it is named to the processes.
+
+    Raises LabError as `fit` and `launch` do.
+    """
+    model = build(run)
+    args = getattr(run.profile, stage), run.data, run.split, run.seed, run.path(stage)
+    processes = run.profile.processes or max(1, torch.cuda.device_count())
+    if processes > 1 and not finished(model, *args):
+        launch(processes, train_worker, run.profile, run.source, run.seed, stage, build)
+    return fit(model, *args, run.profile.eval_batch_size, stage.upper())
+
+
+@record
+def train_worker(
+    profile: Profile, source: str | None, seed: int, stage: str, build: Callable[[Run], nn.Module]
+) -> None:
+    """What each process does; its error, if any, is written down for the process that started it."""
+    with process_group():
+        run = Run(profile, source, seed)
+        args = getattr(profile, stage), run.data, run.split, seed, run.path(stage)
+        fit(build(run), *args, profile.eval_batch_size, stage.upper())

@@ -1,0 +1,242 @@
+"""The steps of training: one update, one epoch, and what they share, in one process or several."""
+
+import contextlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.ao.nn.intrinsic.qat import freeze_bn_stats
+from torch.ao.quantization import FakeQuantizeBase, FusedMovingAvgObsFakeQuantize, disable_observer
+from torch.nn.parallel import DistributedDataParallel
+
+from labcore import LabError
+from labcore.config import Recipe
+from labcore.distributed import PartOfBatch, World, current_world, sum_over_processes
+from labcore.optim import Average, build_optimizers, learning_rate
+from labcore.transforms import augment, mix
+
+
+def device() -> torch.device:
+    """The GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def autocast(model: nn.Module) -> contextlib.AbstractContextManager:
+    """bfloat16 where the processor multiplies it natively (a GPU, AVX512-BF16, AMX); float32 elsewhere.
+
+    QAT trains so too: bfloat16 holds every integer up to 256, so the products of 8-bit codes lose nothing on their way in. It
+    is scored in float32, since it then predicts what the int8 kernels compute. torch's fused fake quantization, which its
+    default configurations have, takes float32 only.
+    """
+    kind = device().type
+    if is_fake_quantized(model) and not model.training:
+        return contextlib.nullcontext()
+    if any(isinstance(module, FusedMovingAvgObsFakeQuantize) for module in model.modules()):
+        return contextlib.nullcontext()
+    if kind == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        native = any(getattr(torch.cpu, probe, bool)() for probe in probes)
+    return torch.autocast(kind, torch.bfloat16, enabled=native)
+
+
+def is_fake_quantized(model: nn.Module) -> bool:
+    """Whether the network was prepared for QAT."""
+    return any(isinstance(module, FakeQuantizeBase) for module in model.modules())
+
+
+def freeze(model: nn.Module) -> None:
+    """Late in QAT: ranges, learned or observed, and BatchNorm statistics stop moving; the weights settle on the final grid."""
+    model.apply(disable_observer)
+    model.apply(freeze_bn_stats)
+    for module in model.modules():
+        if isinstance(module, FakeQuantizeBase):
+            module.requires_grad_(False)
+
+
+@dataclass
+class Loop:
+    """What the updates of one training share."""
+
+    model: nn.Module  # the network itself, whose state is saved
+    recipe: Recipe
+    steps: int  # per epoch
+    world: World
+    micro: int  # images at a time; gradients add up to those of the whole batch
+    optimizers: list[torch.optim.Optimizer]
+    average: Average | None
+    forward: Callable[
+        [Tensor], Tensor
+    ]  # the network, perhaps compiled, perhaps inside DistributedDataParallel
+
+    @property
+    def scored(self) -> nn.Module:
+        """The network that is scored and chosen: the average of the weights, where there is one."""
+        return self.average.model if self.average else self.model
+
+    def freeze(self) -> None:
+        """See `freeze`; DistributedDataParallel must learn which parameters are left."""
+        freeze(self.model)
+        self.forward = _forward(self.model, self.world)
+
+
+def _forward(model: nn.Module, world: World) -> Callable[[Tensor], Tensor]:
+    if world.size > 1:
+        places = [torch.cuda.current_device()] if device().type == "cuda" else None
+        model = DistributedDataParallel(model, device_ids=places)
+    if device().type == "cuda" and not is_fake_quantized(model):  # fake quantization has no graph to compile
+        return torch.compile(model)
+    return model
+
+
+def new_loop(model: nn.Module, recipe: Recipe, train_images: int) -> Loop:
+    world = current_world()
+    steps = min(train_images, recipe.epoch_images or train_images) // recipe.batch_size
+    if steps == 0:
+        raise LabError(
+            f"batch_size must be at most the {train_images} training images, found {recipe.batch_size}; lower it."
+        )
+    part = world.share(recipe.batch_size)
+    average = None
+    if recipe.ema_decay:
+        if is_fake_quantized(model):
+            raise LabError("ema_decay must be 0 for QAT: an average of ranges is no range; change it.")
+        average = Average(model, recipe.ema_decay)
+    return Loop(
+        model,
+        recipe,
+        steps,
+        world,
+        min(recipe.micro_batch or recipe.batch_size, part.stop - part.start),
+        build_optimizers(model, recipe),
+        average,
+        _forward(model, world),
+    )
+
+
+def run_epoch(
+    loop: Loop,
+    images: Tensor,
+    labels: Tensor,
+    train: Tensor,
+    seed: int,
+    epoch: int,
+    tick: Callable[[], object],
+) -> tuple[float, float]:
+    """One epoch in an order and with draws that follow from (seed, epoch). Returns mean loss and accuracy of the loop itself."""
+    recipe, steps = loop.recipe, loop.steps
+    rng = np.random.default_rng([seed, epoch])
+    torch.manual_seed(int(rng.integers(2**62)))
+    order = train[torch.from_numpy(rng.permutation(len(train))).to(train.device)]
+    own = loop.world.share(recipe.batch_size)
+    drawn = PartOfBatch(rng, recipe.batch_size, loop.world)
+    losses, correct = torch.zeros(steps, device=train.device), torch.zeros((), device=train.device)
+    freeze_step = round(recipe.freeze_at * recipe.epochs * steps)
+    loop.model.train()
+    if epoch * steps > freeze_step:
+        loop.freeze()
+    for batch in range(steps):
+        step = epoch * steps + batch
+        if step == freeze_step:
+            loop.freeze()
+        rate = learning_rate(recipe, step, steps)
+        for optimizer in loop.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate * (optimizer.defaults["lr"] / recipe.lr)
+        index = order[batch * recipe.batch_size : (batch + 1) * recipe.batch_size][own]
+        loss, hits = update(loop, images[index], labels[index], drawn)
+        if loop.average:
+            loop.average.update(step)
+        losses[batch] = loss
+        correct += hits
+        tick()
+    sum_over_processes(losses), sum_over_processes(correct)  # waits for the device
+    bad = torch.nonzero(~torch.isfinite(losses)).flatten().tolist()
+    if bad:
+        step = epoch * steps + bad[0]
+        raise LabError(
+            f"the training loss is no longer finite in epoch {epoch + 1} at step {bad[0] + 1} of {steps}, learning rate "
+            f"{learning_rate(recipe, step, steps):.4g}; lower lr or set clip_norm. The checkpoint of the epoch before is kept."
+        )
+    seen = steps * recipe.batch_size
+    return losses.sum().item() / seen, correct.item() / seen
+
+
+def update(
+    loop: Loop, images: Tensor, labels: Tensor, rng: np.random.Generator | PartOfBatch
+) -> tuple[Tensor, Tensor]:
+    """One update from this process's part of a batch. Returns its summed loss and its number of hits, on the device.
+
+    With mixing, a hit is the larger share's label. Where a GPU has too little memory, the batch goes through it in smaller
+    parts from then on.
+    """
+    recipe = loop.recipe
+    x = augment(images, recipe.augment, rng)  # (B, 3, H, W)
+    partner = share = None
+    if recipe.mixup_prob or recipe.cutmix_prob:
+        x, partner, share = mix(x, recipe, rng)
+        partner = labels[partner]
+    while True:
+        for optimizer in loop.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        try:
+            loss, hits = _gradients(loop, x, labels, partner, share)
+            break
+        except torch.OutOfMemoryError:
+            _halve(loop)
+    if recipe.clip_norm:
+        nn.utils.clip_grad_norm_(loop.model.parameters(), recipe.clip_norm)
+    for optimizer in loop.optimizers:
+        optimizer.step()
+    return loss, hits
+
+
+def _gradients(
+    loop: Loop, x: Tensor, labels: Tensor, partner: Tensor | None, share: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Add up the gradients of a batch's mean loss, `micro` images at a time; summed loss and hits.
+
+    `partner` (B,) holds the labels of the images mixed in, `share` (B,) the own share of each.
+    """
+    total, hits = torch.zeros((), device=x.device), torch.zeros((), device=x.device)
+    for start in range(0, len(x), loop.micro):
+        rows = slice(start, start + loop.micro)
+        last = start + loop.micro >= len(x)
+        # DistributedDataParallel averages the gradients once per batch.
+        wait = contextlib.nullcontext() if last or loop.world.size == 1 else loop.forward.no_sync()
+        with wait:
+            with autocast(loop.model):
+                logits = loop.forward(x[rows])
+            logits = logits.float()  # (B, classes)
+            entropy = partial(
+                F.cross_entropy, logits, label_smoothing=loop.recipe.label_smoothing, reduction="none"
+            )
+            loss, target = entropy(labels[rows]), labels[rows]  # (B,)
+            if share is not None:
+                own = share[rows]
+                loss = own * loss + (1 - own) * entropy(partner[rows])
+                target = torch.where(own >= 0.5, target, partner[rows])
+            (loss.sum() / len(x)).backward()
+        total += loss.detach().sum()
+        hits += (logits.argmax(1) == target).sum()
+    return total, hits
+
+
+def _halve(loop: Loop) -> None:
+    if loop.world.size > 1 or loop.micro == 1:
+        raise LabError(
+            f"out of GPU memory with {loop.micro} images at a time; set micro_batch lower (1 to {loop.micro - 1}) or use a "
+            "narrower network."
+        ) from None
+    loop.micro = math.ceil(loop.micro / 2)
+    torch.cuda.empty_cache()
+    print(
+        f"note: out of GPU memory; going on with {loop.micro} images at a time and the same batch of "
+        f"{loop.recipe.batch_size}. BatchNorm averages over the smaller parts."
+    )
