@@ -20,9 +20,10 @@ NOTEBOOKS = {
     "compare": "04_compare",
     "observers": "05_observers",
     "mixed": "06_mixed_precision",
+    "training": "07_training_study",
 }
 # Those that `make studies` runs, and `make report` only reports.
-STUDIES = ("observers", "mixed")
+STUDIES = ("observers", "mixed", "training")
 
 
 def _check(name: str, value, ok: bool, expected: str) -> None:
@@ -171,6 +172,7 @@ class Profile:
     eval_batch_size: int = 500
     latency_rounds: int = 20
     latency_runs: int = 10
+    study_seeds: int = 3
     processes: int = 0  # that train together; 0 means one for every GPU, or one on a CPU
 
     def __post_init__(self):
@@ -182,6 +184,7 @@ class Profile:
         _check("eval_batch_size", self.eval_batch_size, self.eval_batch_size >= 1, "at least 1")
         _check("latency_rounds", self.latency_rounds, self.latency_rounds >= 3, "at least 3")
         _check("latency_runs", self.latency_runs, self.latency_runs >= 1, "at least 1")
+        _check("study_seeds", self.study_seeds, 2 <= self.study_seeds <= 100, "in 2 … 100")
         _check("processes", self.processes, 0 <= self.processes <= 1024, "0 (one per GPU) … 1024")
         _fraction("validation_fraction", self.validation_fraction)
         _check("validation_fraction", self.validation_fraction, self.validation_fraction > 0, "above 0")
@@ -205,6 +208,21 @@ _smoke = replace(
     calibration_images=128,
     latency_rounds=5,
     latency_runs=3,
+    study_seeds=2,
+)
+
+# More of everything that `cpu` has, for up to two hours.
+_cpu_long = replace(
+    _cpu,
+    name="cpu-long",
+    width=48,
+    fp32=replace(
+        _cpu.fp32,
+        epochs=30,
+        lr=0.2,
+        ema_decay=0.995,
+        augment=Augment(cutout=8),
+    ),
 )
 
 _full = replace(
@@ -213,11 +231,17 @@ _full = replace(
     arch="resnet50",
     width=64,
     fp32=Recipe(
-        epochs=100, batch_size=512, lr=0.4, weight_decay=5e-4, warmup=0.1, augment=Augment(cutout=16)
+        epochs=150,
+        batch_size=512,
+        lr=0.4,
+        weight_decay=5e-4,
+        warmup=0.05,
+        cutmix_alpha=1.0,
+        cutmix_prob=0.5,
+        ema_decay=0.999,
+        augment=Augment(policy="trivial", cutout=8),
     ),
-    qat=Recipe(
-        epochs=10, batch_size=512, lr=0.01, weight_decay=5e-4, freeze_at=0.5, augment=Augment(cutout=16)
-    ),
+    qat=Recipe(epochs=6, batch_size=512, lr=0.002, weight_decay=5e-4, warmup=0.1, freeze_at=0.67),
     latency_rounds=50,
     latency_runs=20,
 )
@@ -256,7 +280,7 @@ _reference = replace(
     qat=replace(_reference_fp32, epochs=20, lr=1e-3, lr_min=1e-5, schedule="cosine", freeze_at=0.75),
 )
 
-PROFILES = {profile.name: profile for profile in (_smoke, _cpu, _full, _reference)}
+PROFILES = {profile.name: profile for profile in (_smoke, _cpu, _cpu_long, _full, _reference)}
 
 
 def nearest(name: str, known) -> str:

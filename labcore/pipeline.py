@@ -59,6 +59,7 @@ STAGES = (
     Stage("compare", ("fp32", "ptq", "qat")),
     Stage("observers", ("fp32",)),
     Stage("mixed", ("fp32",)),
+    Stage("training", ("fp32", "qat")),
 )
 # The first notebook and the report show the reference's hyperparameters beside the profile's.
 _REFERENCE = sha256_json(asdict(PROFILES["reference"]))

@@ -83,9 +83,17 @@ def prepare_ptq(
     return _quiet(tq.prepare, prepared, inplace=True)
 
 
-def prepare_qat(model: nn.Module, qconfig: QConfig, overrides: dict[str, QConfig] | None = None) -> nn.Module:
-    """A fused copy in train mode, BatchNorm kept, with fake quantization of weights and activations."""
-    prepared = fuse(model, is_qat=True)
+def prepare_qat(
+    model: nn.Module,
+    qconfig: QConfig,
+    overrides: dict[str, QConfig] | None = None,
+    keep_batchnorm: bool = True,
+) -> nn.Module:
+    """A fused copy in train mode, BatchNorm kept, with fake quantization of weights and activations.
+
+    `keep_batchnorm=False` folds BatchNorm away before, to see what keeping it is worth.
+    """
+    prepared = fuse(model, is_qat=True) if keep_batchnorm else fuse(model).train()
     _set_qconfig(prepared, qconfig, overrides)
     return _quiet(tq.prepare_qat, prepared, inplace=True)
 

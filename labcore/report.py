@@ -28,6 +28,11 @@ VERDICT = {
     "w4a8_adaround": "PTQ, 4-bit weights, AdaRound",
     "w4a8_learned": "QAT, 4-bit weights, learned exponents",
 }
+TRAINED_ON = {
+    "fp32": "FP32",
+    "qat": "QAT, BatchNorm kept",
+    "qat_folded": "QAT, BatchNorm folded away before",
+}
 MIXED = {
     "mixed": "mixed bits, AdaRound",
     "nearest": "mixed bits, rounded to nearest",
@@ -195,6 +200,9 @@ def _study_tables(stages: dict[str, dict]) -> dict[str, str]:
         "size_mb": "packed file (MB)",
         "p_value": "McNemar p",
         "logit_mse": "squared error of logits",
+        "acc_std": "spread",
+        "diff_pp": "difference (points)",
+        "diff_pp_std": "its spread",
     }
 
     def table(rows: list[dict], keys: list[str], columns: list[str]) -> str:
@@ -235,6 +243,16 @@ def _study_tables(stages: dict[str, dict]) -> dict[str, str]:
             [*shown, "p_value"],
         )
         tables["allocation_table"] = markdown_table(pd.DataFrame(study["allocations"]).astype(str), "layer")
+    if study := stages.get("training"):
+        columns = ["seeds", "acc", "acc_std", "diff_pp", "diff_pp_std"]
+        for question, rows in study["tables"].items():
+            tables[f"training_{question}_table"] = table(rows, ["recipe"], columns)
+        trained_on = [{"trained on as": TRAINED_ON[kind]} | row for kind, row in study["trained_on"].items()]
+        tables["training_trained_on_table"] = table(trained_on, ["trained on as"], [*columns, "loss"])
+        hidden = pd.DataFrame(study["hidden"]).T.map("{:.2%}".format)
+        tables["training_hidden_table"] = markdown_table(
+            hidden.rename(columns="{} fake quantization".format), "training images"
+        )
     return tables
 
 

@@ -26,24 +26,26 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def multiplies_bfloat16() -> bool:
+    """Whether the device multiplies bfloat16 natively: a GPU, or a CPU with AVX512-BF16 or AMX."""
+    if device().type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, probe, bool)() for probe in probes)
+
+
 def autocast(model: nn.Module) -> contextlib.AbstractContextManager:
-    """bfloat16 where the processor multiplies it natively (a GPU, AVX512-BF16, AMX); float32 elsewhere.
+    """bfloat16 where the device multiplies it natively; float32 elsewhere.
 
     QAT trains so too: bfloat16 holds every integer up to 256, so the products of 8-bit codes lose nothing on their way in. It
     is scored in float32, since it then predicts what the int8 kernels compute. torch's fused fake quantization, which its
     default configurations have, takes float32 only.
     """
-    kind = device().type
     if is_fake_quantized(model) and not model.training:
         return contextlib.nullcontext()
     if any(isinstance(module, FusedMovingAvgObsFakeQuantize) for module in model.modules()):
         return contextlib.nullcontext()
-    if kind == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-        native = any(getattr(torch.cpu, probe, bool)() for probe in probes)
-    return torch.autocast(kind, torch.bfloat16, enabled=native)
+    return torch.autocast(device().type, torch.bfloat16, enabled=multiplies_bfloat16())
 
 
 def is_fake_quantized(model: nn.Module) -> bool:
@@ -91,11 +93,13 @@ def _forward(model: nn.Module, world: World) -> Callable[[Tensor], Tensor]:
         places = [torch.cuda.current_device()] if device().type == "cuda" else None
         model = DistributedDataParallel(model, device_ids=places)
     if device().type == "cuda" and not is_fake_quantized(model):  # fake quantization has no graph to compile
+        torch._dynamo.config.suppress_errors = True  # without a C compiler it trains uncompiled, and says so
         return torch.compile(model)
     return model
 
 
 def new_loop(model: nn.Module, recipe: Recipe, train_images: int) -> Loop:
+    """What the updates of a training share. Raises LabError for a batch larger than the data, or that cannot be shared."""
     world = current_world()
     steps = min(train_images, recipe.epoch_images or train_images) // recipe.batch_size
     if steps == 0:

@@ -41,13 +41,17 @@ FORMATS = {
     "share_clipped": "{:.2g}",
     "snr_db": "{:.1f}",
     "logit_mse": "{:.4f}",
+    "seeds": "{:.0f}",
+    "acc_std": "{:.2%}",
+    "diff_pp": "{:+.2f}",
+    "diff_pp_std": "{:.2f}",
 }
 
 
 def formatted(table: pd.DataFrame) -> pd.DataFrame:
-    """The table as text, each column in its own format; a value that is no number stays as it is."""
+    """The table as text, each column in its own format; a dash where there is no value."""
     text = table.astype(object).copy()
     for name in table.columns:
         if name in FORMATS:
-            text[name] = [FORMATS[name].format(value) for value in table[name]]
+            text[name] = ["–" if pd.isna(value) else FORMATS[name].format(value) for value in table[name]]
     return text
