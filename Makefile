@@ -21,8 +21,8 @@ OPTIONS = --profile "$$LAB_PROFILE" --data "$$LAB_DATA" --seed "$$LAB_SEED" --se
 
 help:
 	@echo 'make report   train, quantize, compare; write report/$$PROFILE and figures/$$PROFILE'
-	@echo '              PROFILE=smoke|cpu|full|reference  DATA=cifar10|cifar100|digits|PATH  SEED=0  SET="fp32.epochs=2 width=16"'
-	@echo 'make studies  what report does, and the studies of notebooks 05 and 06 (same options, half an hour)'
+	@echo '              PROFILE=smoke|cpu|cpu-long|full|reference  DATA=cifar10|cifar100|digits|PATH  SEED=0  SET="fp32.epochs=2 width=16"'
+	@echo 'make studies  what report does, and the studies of notebooks 05 to 07 (same options, an hour and more)'
 	@echo 'make status   which stage is stale, and why (same options)'
 	@echo 'make lab      JupyterLab on this machine, PORT=8888'
 	@echo 'make test     all tests, among them the whole pipeline on profile smoke'

@@ -40,7 +40,7 @@ BUILD = {"fp32": Run.model, "qat": qat_model}
 def main(arguments: list[str] | None = None) -> int:
     """The command line of every process. Returns the exit status; an error is one line on stderr."""
     parser = argparse.ArgumentParser(prog="torchrun … -m labcore.launch", description=__doc__.splitlines()[0])
-    parser.add_argument("--profile", default="full", help="smoke, cpu, full or reference")
+    parser.add_argument("--profile", default="full", help="smoke, cpu, cpu-long, full or reference")
     parser.add_argument("--stage", choices=BUILD, default="fp32")
     parser.add_argument("--data", default=None, help="cifar10, cifar100, digits, or a path to images")
     parser.add_argument("--seed", default="0")

@@ -360,7 +360,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Command line: report, studies, status or clean. Returns the exit status; an error is one line on stderr."""
     parser = argparse.ArgumentParser(prog="python -m labcore.pipeline", description=__doc__.splitlines()[0])
     parser.add_argument("command", choices=("report", "studies", "status", "clean"))
-    parser.add_argument("--profile", default="cpu", help="smoke, cpu, full or reference")
+    parser.add_argument("--profile", default="cpu", help="smoke, cpu, cpu-long, full or reference")
     parser.add_argument("--data", default=None, help="cifar10, cifar100, digits, or a path to images")
     parser.add_argument("--seed", default="0")
     parser.add_argument(

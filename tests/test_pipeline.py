@@ -19,7 +19,7 @@ from labcore.execute import execute
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ["01_fp32_train", "02_ptq", "03_qat", "04_compare"]
-STUDIES = ["05_observers", "06_mixed_precision"]
+STUDIES = ["05_observers", "06_mixed_precision", "07_training_study"]
 STAGES = ["fp32", "ptq", "qat", "compare"]
 
 
@@ -180,9 +180,10 @@ def studied(built, tmp_path_factory) -> Project:
 
 def test_without_studies_the_report_says_how_to_run_them(built):
     report = (built.root / "report/smoke/report.md").read_text(encoding="utf-8")
-    assert report.count("make studies PROFILE=smoke") == 3
+    assert report.count("make studies PROFILE=smoke") == 4
     status = built.status()
-    assert status["observers"] == status["mixed"] == "stale: never finished (make studies)"
+    for study in ("observers", "mixed", "training"):
+        assert status[study] == "stale: never finished (make studies)"
     assert status["report"] == "up to date"
 
 
@@ -201,6 +202,9 @@ def test_the_report_has_a_section_for_each_study_with_its_numbers(studied):
         assert f"| {row['acc']:.2%} |" in report
     front = json.loads((studied.root / "runs/smoke/mixed/metrics.json").read_text())
     assert f"{100 * front['size_ratio']:.0f} % of the 8-bit file" in report
+    training = json.loads((studied.root / "runs/smoke/training/metrics.json").read_text())
+    for rows in training["tables"].values():
+        assert all(f"| {row['recipe']} | {row['seeds']} | {row['acc']:.2%} |" in report for row in rows)
 
 
 def test_a_study_that_runs_again_takes_its_cells_from_their_files(studied):

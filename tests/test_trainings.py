@@ -1,0 +1,110 @@
+"""The training study: recipes that differ in one thing, seeds, and what training hides."""
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from small import network
+
+from labcore import trainings
+from labcore.config import PROFILES
+from labcore.optim import learning_rate
+from labcore.qconfig import CustomQConfig
+from labcore.quantize import calibrate, prepare_qat
+from labcore.study import Cell
+from labcore.trainings import EPOCHS, Trainings, recipes_of
+
+BASE = dataclasses.replace(PROFILES["cpu"].fp32, epochs=EPOCHS, epoch_images=512)
+
+
+def flat(recipe) -> dict:
+    values = dataclasses.asdict(recipe)
+    return values | {f"augment.{name}": value for name, value in values.pop("augment").items()}
+
+
+# What each question may change.
+FIELDS = {
+    "schedule": {"schedule", "warmup", "lr_min", "restart_epochs", "restart_mult"},
+    "batch": {"batch_size", "lr"},
+    "regularisation": {"label_smoothing", "weight_decay", "clip_norm", "ema_decay"},
+}
+
+
+@pytest.mark.parametrize("question", recipes_of(BASE))
+def test_a_recipe_differs_in_what_is_asked_and_from_every_other(question):
+    recipes = recipes_of(BASE)[question]
+    assert recipes["as it is"] == BASE
+    for first, second in itertools.combinations(recipes.values(), 2):
+        assert first != second
+    for recipe in recipes.values():
+        changed = {name for name, value in flat(recipe).items() if value != flat(BASE)[name]}
+        allowed = FIELDS.get(question)
+        if allowed:
+            assert changed <= allowed
+        else:
+            assert all(name.startswith(("augment.", "mixup_", "cutmix_")) for name in changed)
+
+
+def test_six_epochs_hold_the_references_curve_in_small():
+    small, reference = recipes_of(BASE)["schedule"], PROFILES["reference"].fp32
+    stopped, ending = (small[f"restarts, {name}"] for name in ("stopped in mid-cycle", "ending with a cycle"))
+    steps = 100
+    for share in np.linspace(0, 0.999, 50):
+        there = learning_rate(reference, int(share * reference.epochs * steps), steps)
+        here = learning_rate(stopped, int(share * EPOCHS * steps), steps)
+        assert here / stopped.lr == pytest.approx(there / reference.lr, abs=0.03)
+    assert learning_rate(ending, EPOCHS * steps - 1, steps) == pytest.approx(
+        ending.lr_min, abs=1e-4 * ending.lr
+    )
+
+
+def test_the_linear_rule_and_the_references_rate_are_both_there():
+    found = [(recipe.batch_size, recipe.lr) for recipe in recipes_of(BASE)["batch"].values()]
+    assert [size for size, _ in found] == [128, 256, 256, 256]
+    assert [rate / BASE.lr for _, rate in found] == pytest.approx([1, 1, 2, 3])
+
+
+class Known(Trainings):
+    """A study whose trainings give known accuracies."""
+
+    def __init__(self, accuracies: dict[str, list[float]]):
+        self.run = dataclasses.make_dataclass("Run", ["seed"])(seed=5)
+        self.seeds, self.accuracies, self.trainings = [5, 6, 7], accuracies, []
+
+    def trained(self, recipe, seed: int) -> Cell:
+        return Cell({}, lambda: self.accuracies[recipe][seed - 5])
+
+    def cells(self, todo, description: str) -> pd.DataFrame:
+        self.trainings += todo
+        return pd.DataFrame({name: {"acc": cell.compute()} for name, cell in todo.items()}).T
+
+
+def test_only_what_is_close_gets_more_seeds_and_differences_are_paired():
+    accuracies = {"base": [0.80, 0.82, 0.84], "close": [0.805, 0.80, 0.83], "far": [0.85, None, None]}
+    study = Known(accuracies)
+    table = study.compare({name: name for name in accuracies}, "base", "")
+    assert len(study.trainings) == 3 + 2 * 2
+    assert table["seeds"].tolist() == [3, 3, 1]
+    assert table.loc["base", ["diff_pp", "diff_pp_std"]].tolist() == [0, 0]
+    differences = 100 * np.subtract(accuracies["close"], accuracies["base"])
+    assert table.loc["close", "diff_pp"] == pytest.approx(differences.mean())
+    assert table.loc["close", "diff_pp_std"] == pytest.approx(differences.std(ddof=1))
+    assert table.loc["far", "diff_pp"] == pytest.approx(5) and np.isnan(table.loc["far", "diff_pp_std"])
+
+
+def test_what_training_hides_is_counted_on_the_same_images(tiny_data, tiny_split):
+    study = Known({})
+    study.data, study.split = tiny_data, tiny_split
+    model = prepare_qat(network(), CustomQConfig.POWER2.qat)
+    calibrate(model, tiny_data, tiny_split)
+    table = study.hidden_by_training(model.apply(torch.ao.quantization.disable_observer), batch_size=7)
+    assert table.shape == (3, 2) and ((table >= 0) & (table <= 1)).all(axis=None)
+    images = trainings.normalize(torch.from_numpy(tiny_data.train_images[tiny_split.train[::2]]))
+    labels = torch.from_numpy(tiny_data.train_labels[tiny_split.train[::2]])
+    with torch.no_grad():
+        expected = (model(images).argmax(1) == labels).float().mean().item()
+    assert table.loc["as they are", "with"] == pytest.approx(expected)
+    assert table.equals(study.hidden_by_training(model, batch_size=7)), "the same draws again"
