@@ -1,4 +1,4 @@
-"""Accuracy with its uncertainty, paired comparison, confusion, latency. Everything starts from saved logits."""
+"""Accuracy with its uncertainty, paired comparison, calibration, confusion, latency. All but latency starts from saved logits."""
 
 import time
 from pathlib import Path
@@ -6,8 +6,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from scipy.special import logsumexp
+from scipy import stats
+from scipy.special import logsumexp, softmax
 from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.power import TTestPower
 from statsmodels.stats.proportion import proportion_confint
 from statsmodels.stats.weightstats import DescrStatsW
 from torch import Tensor, nn
@@ -74,7 +76,8 @@ def compare_paired(before: np.ndarray, after: np.ndarray, labels: np.ndarray) ->
     """Two networks on the same images: what one gets right and the other wrong.
 
     Returns:
-        only_before, only_after: images that only one of them gets right; agree: share of equal predictions;
+        both, neither: images that both get right, or none; only_before, only_after: that only one of them gets right;
+        agree: share of equal predictions;
         acc_drop_pp with its 95 % interval (t interval of the per-image difference), positive is worse;
         p_value of McNemar's exact test (McNemar, 1947): how often chance alone splits the discordant images so unevenly.
     """
@@ -88,6 +91,8 @@ def compare_paired(before: np.ndarray, after: np.ndarray, labels: np.ndarray) ->
     low, high = drop.tconfint_mean(alpha=0.05) if only_before + only_after else (0.0, 0.0)
     test = mcnemar([[both, only_before], [only_after, neither]], exact=True)
     return {
+        "both": both,
+        "neither": neither,
         "only_before": only_before,
         "only_after": only_after,
         "agree": float((before.argmax(1) == after.argmax(1)).mean()),
@@ -96,6 +101,61 @@ def compare_paired(before: np.ndarray, after: np.ndarray, labels: np.ndarray) ->
         "acc_drop_pp_high": float(high),
         "p_value": float(test.pvalue),
     }
+
+
+def bootstrap_drop(
+    before: np.ndarray, after: np.ndarray, labels: np.ndarray, resamples: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """The 95 % interval of the accuracy drop in points by resampling images, both networks on the same ones.
+
+    The percentile bootstrap (Efron, 1979), scipy's. It assumes nothing about the distribution, and checks the t interval of
+    `compare_paired`.
+    """
+    lost = (before.argmax(1) == labels).astype(float) - (after.argmax(1) == labels)
+    if not lost.any():
+        return 0.0, 0.0
+    rng = np.random.default_rng(seed)
+    found = stats.bootstrap(
+        (100 * lost,), np.mean, n_resamples=resamples, batch=100, method="percentile", rng=rng
+    ).confidence_interval
+    return float(found.low), float(found.high)
+
+
+def images_needed(
+    before: np.ndarray, after: np.ndarray, labels: np.ndarray, drop_pp: float = 0.05, power: float = 0.8
+) -> int | None:
+    """How many test images would show a true drop of `drop_pp` points at the 5 % level, `power` of the time.
+
+    Of paired networks whose answers differ as often as those of these two; statsmodels' power of the paired t test. None where
+    they never differ.
+    """
+    spread = np.std(
+        100.0 * ((before.argmax(1) == labels).astype(float) - (after.argmax(1) == labels)), ddof=1
+    )
+    if spread == 0:
+        return None
+    needed = TTestPower().solve_power(drop_pp / spread, alpha=0.05, power=power)
+    return int(np.ceil(float(np.squeeze(needed))))
+
+
+def calibration(logits: np.ndarray, labels: np.ndarray, bins: int = 15) -> tuple[float, pd.DataFrame]:
+    """Expected calibration error, and what it is made of (Guo et al., 2017, equation 3).
+
+    The softmax probability of the predicted class is compared with how often that class is right, in bins of equal width.
+
+    Returns:
+        The error as a fraction; one row per bin that holds images: low, high, count, confidence (mean), accuracy.
+    """
+    confidence = softmax(logits.astype(np.float64), axis=1).max(axis=1)
+    right = (logits.argmax(1) == labels).astype(float)
+    edges = np.linspace(0, 1, bins + 1)
+    place = np.clip(np.digitize(confidence, edges, right=True) - 1, 0, bins - 1)
+    found = pd.DataFrame({"bin": place, "confidence": confidence, "accuracy": right}).groupby("bin")
+    table = found.mean().assign(count=found.size())
+    table.insert(0, "low", edges[table.index])
+    table.insert(1, "high", edges[table.index + 1])
+    error = (table["count"] * (table["accuracy"] - table["confidence"]).abs()).sum() / len(labels)
+    return float(error), table.reset_index(drop=True)
 
 
 def confusion(logits: np.ndarray, labels: np.ndarray, classes: tuple[str, ...]) -> pd.DataFrame:

@@ -553,3 +553,39 @@ def differences(tables: dict[str, pd.DataFrame]) -> Figure:
         axis.set_title(title, fontsize=9)
     axes[-1, 0].set_xlabel("difference to the recipe as it is (points of validation accuracy)")
     return figure
+
+
+def reliability(tables: dict[str, pd.DataFrame], errors: dict[str, float]) -> Figure:
+    """Accuracy against confidence, one panel per stage; on the diagonal a network is as sure as it is right.
+
+    Columns low, high, confidence, accuracy, count; the share of the images in a bin is the line at the foot.
+    """
+    figure, axes = _figure(len(tables), height=3.2, width=8.4, sharey=True)
+    for axis, (name, table) in zip(axes.flat, tables.items(), strict=True):
+        width = table["high"] - table["low"]
+        axis.bar(
+            table["low"],
+            table["accuracy"],
+            width,
+            align="edge",
+            color=_color(name),
+            edgecolor="white",
+            zorder=2,
+        )
+        axis.plot([0, 1], [0, 1], color="0.3", linewidth=1, linestyle=":", zorder=3)
+        axis.plot(
+            table["confidence"],
+            table["count"] / table["count"].sum(),
+            color="#3a7ca5",
+            marker="s",
+            markersize=3,
+            linewidth=1,
+            zorder=4,
+            label="share of the images",
+        )
+        axis.set(
+            xlim=(0, 1), ylim=(0, 1), xlabel="confidence", title=f"{NAMES[name]}: ECE {errors[name]:.3f}"
+        )
+    axes[0, 0].set_ylabel("accuracy")
+    axes[0, 0].legend(fontsize=7, loc="upper left")
+    return figure

@@ -175,6 +175,7 @@ def context(profile: Profile, wall_seconds: dict[str, float]) -> dict:
         "reference": read_json(REFERENCE),
         "results_table": markdown_table(results),
         "paired_table": markdown_table(_paired(stages["compare"]["paired"]), "pair"),
+        "bootstrap_table": markdown_table(_resampled(stages["compare"]), "pair"),
         "latency_table": markdown_table(_latency(latency), "network"),
         "ablation_table": markdown_table(_ablation(stages["ptq"]["ablation"]), "scheme"),
         "history_table": markdown_table(_history(runs / "fp32" / "history.csv"), "epoch"),
@@ -263,11 +264,28 @@ def _normalization() -> dict[str, str]:
     return {name.lower(): ", ".join(map(str, ast.literal_eval(values[name]))) for name in ("MEAN", "STD")}
 
 
+PAIRS = {"ptq": "FP32 → PTQ", "qat": "FP32 → QAT", "ptq_qat": "PTQ → QAT"}
+
+
+def _resampled(compare: dict) -> pd.DataFrame:
+    rows = {}
+    for name, title in PAIRS.items():
+        low, high = compare["bootstrap"][name]
+        row = compare["paired"][name]
+        needed = row["images_needed"]
+        rows[title] = {
+            "both right": f"{row['both']:,}",
+            "both wrong": f"{row['neither']:,}",
+            "95 % interval by resampling": f"{low:+.2f} … {high:+.2f}",
+            "images to see 0.05 points": "–" if needed is None else f"{needed:,}",
+        }
+    return pd.DataFrame(rows).T
+
+
 def _paired(paired: dict) -> pd.DataFrame:
-    titles = {"ptq": "FP32 → PTQ", "qat": "FP32 → QAT", "ptq_qat": "PTQ → QAT"}
     return pd.DataFrame(
         {
-            titles[name]: {
+            PAIRS[name]: {
                 "drop (points)": f"{row['acc_drop_pp']:+.2f}",
                 "95 % interval": f"{row['acc_drop_pp_low']:+.2f} … {row['acc_drop_pp_high']:+.2f}",
                 "right before only": f"{row['only_before']}",
@@ -275,7 +293,7 @@ def _paired(paired: dict) -> pd.DataFrame:
                 "same answer": f"{row['agree']:.2%}",
                 "McNemar p": f"{row['p_value']:.2g}",
             }
-            for name, row in ((name, paired[name]) for name in titles)
+            for name, row in ((name, paired[name]) for name in PAIRS)
         }
     ).T
 

@@ -14,9 +14,12 @@ from torch import nn
 
 from labcore import LabError
 from labcore.evaluate import (
+    bootstrap_drop,
+    calibration,
     class_accuracy,
     compare_paired,
     confusion,
+    images_needed,
     latency,
     latency_table,
     load_logits,
@@ -102,7 +105,8 @@ class TestPairs:
         return compare_paired(first, second, np.zeros(sum(table), int))
 
     def test_images_that_only_one_gets_right_are_counted(self, table, found):
-        assert (found["only_before"], found["only_after"]) == table[1:3]
+        counts = tuple(found[name] for name in ("both", "only_before", "only_after", "neither"))
+        assert counts == table and all(type(count) is int for count in counts)
 
     def test_two_different_mistakes_do_not_agree(self, table, found):
         assert found["agree"] == pytest.approx(table[0] / sum(table))
@@ -124,7 +128,10 @@ class TestPairs:
 
 def test_a_network_compared_with_itself_has_no_drop():
     logits, labels = scores()
+    right = int((logits.argmax(1) == labels).sum())
     assert compare_paired(logits, logits.copy(), labels) == {
+        "both": right,
+        "neither": len(labels) - right,
         "only_before": 0,
         "only_after": 0,
         "agree": 1.0,
@@ -142,6 +149,56 @@ def test_exchanging_the_networks_changes_the_sign():
         -back["acc_drop_pp_high"]
     )
     assert (there["p_value"], there["agree"]) == (back["p_value"], back["agree"])
+
+
+def test_resampling_agrees_with_the_t_interval_where_there_are_many_images():
+    first = voting([0] * 8000 + [0] * 60 + [1] * 30 + [1] * 1910)
+    second = voting([0] * 8000 + [1] * 60 + [0] * 30 + [2] * 1910)
+    labels = np.zeros(10_000, int)
+    expected = compare_paired(first, second, labels)
+    low, high = bootstrap_drop(first, second, labels)
+    assert low == pytest.approx(expected["acc_drop_pp_low"], abs=0.02)
+    assert high == pytest.approx(expected["acc_drop_pp_high"], abs=0.02)
+    assert bootstrap_drop(first, second, labels) == (low, high), "the same seed, the same interval"
+    assert bootstrap_drop(first, first, labels) == (0.0, 0.0)
+
+
+def test_the_images_needed_show_a_drop_as_often_as_asked():
+    first = voting([0] * 900 + [0] * 60 + [1] * 40)
+    second = voting([0] * 900 + [1] * 60 + [0] * 40)
+    labels = np.zeros(1000, int)
+    needed = images_needed(first, second, labels, drop_pp=2.0)
+    # Of networks whose answers differ on 10 % of the images, as here, with a true drop of 2 points.
+    rng, seen = np.random.default_rng(0), 0
+    lost = rng.multinomial(needed, [0.06, 0.04, 0.9], size=2000)[:, :2]
+    for before, after in lost:
+        difference = (before - after) / needed
+        error = math.sqrt(((before + after) / needed - difference**2) / needed)
+        seen += difference / error > t.ppf(0.975, needed - 1)
+    assert seen / 2000 == pytest.approx(0.8, abs=0.03)
+    assert images_needed(first, second, labels, drop_pp=1.0) == pytest.approx(4 * needed, rel=0.01)
+    assert images_needed(first, first, labels) is None
+
+
+def test_the_calibration_error_is_that_of_a_loop_over_the_images():
+    logits, labels = scores()
+    error, table = calibration(logits, labels)
+    bins = [[] for _ in range(15)]
+    for row, label in zip(logits.astype(float), labels, strict=True):
+        odds = [math.exp(value - max(row)) for value in row]
+        confidence = max(odds) / sum(odds)
+        bins[min(14, math.ceil(confidence * 15) - 1)].append((confidence, float(row.argmax() == label)))
+    kept = [np.array(part) for part in bins if part]
+    expected = sum(len(part) * abs(part[:, 0].mean() - part[:, 1].mean()) for part in kept) / len(labels)
+    assert error == pytest.approx(expected)
+    assert table["count"].tolist() == [len(part) for part in kept]
+    assert (table["confidence"] <= table["high"]).all() and (table["confidence"] >= table["low"]).all()
+
+
+@pytest.mark.parametrize(("sure", "expected"), [(1e4, 0.5), (0.0, 0.0)])
+def test_a_network_that_is_half_right_is_calibrated_where_it_is_half_sure(sure, expected):
+    logits = np.array([[sure, 0.0], [sure, 0.0]])
+    assert calibration(logits, np.array([0, 1]))[0] == pytest.approx(expected)
 
 
 def test_the_confusion_is_scikit_learns_with_true_classes_as_rows():
