@@ -171,6 +171,8 @@ def versions() -> dict[str, str]:
         "matplotlib",
         "scikit-learn",
         "statsmodels",
+        "onnx",
+        "onnxruntime",
     )
     found = {"python": platform.python_version()}
     for name in packages:

@@ -7,6 +7,7 @@ FORMATS = {
     "acc_low": "{:.2%}",
     "acc_high": "{:.2%}",
     "agree": "{:.2%}",
+    "identical": "{:.2%}",
     "loss": "{:.4f}",
     "p_value": "{:.2g}",
     "n_seen": "{:,.0f}",
