@@ -148,7 +148,9 @@ def fit(
             began = time.perf_counter()
             mean_loss, acc = run_epoch(loop, images, labels, train, seed, epoch, bar.update)
             train_seconds = time.perf_counter() - began
-            same_buffers(model)
+            same_buffers(loop.model)
+            if loop.average:
+                same_buffers(loop.average.model)
             val_loss, val_acc = score(loop.scored, images[validation], labels[validation], batch_size)
             clean_loss, clean_acc = score(loop.scored, images[clean], labels[clean], batch_size)
             rows.append(

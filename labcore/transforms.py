@@ -63,10 +63,12 @@ def crop_flip(images: Tensor, config: Augment, rng: np.random.Generator) -> Tens
     """RandomCrop with zero padding and RandomHorizontalFlip, as one gather. Keeps dtype and shape."""
     count, _, height, width = images.shape
     pad = config.crop_padding
-    rows = on(images, rng.integers(0, 2 * pad + 1, (count, 1)) + np.arange(height), torch.int64)  # (B, H)
-    columns = rng.integers(0, 2 * pad + 1, (count, 1)) + np.arange(width)
-    flipped = rng.random((count, 1)) < config.flip_prob
-    columns = on(images, np.where(flipped, columns[:, ::-1], columns), torch.int64)  # (B, W)
+    # Only the draws travel to the device: copies of more than 64 kB would wait for it.
+    top, left = (on(images, rng.integers(0, 2 * pad + 1, (count, 1)), torch.int64) for _ in range(2))
+    flipped = on(images, rng.random((count, 1)) < config.flip_prob, torch.bool)
+    rows = top + torch.arange(height, device=images.device)  # (B, H)
+    columns = left + torch.arange(width, device=images.device)  # (B, W)
+    columns = torch.where(flipped, columns.flip(1), columns)
     padded = F.pad(images, (pad, pad, pad, pad))
     batch = torch.arange(count, device=images.device).view(count, 1, 1)
     return padded[batch, :, rows[:, :, None], columns[:, None, :]].permute(
