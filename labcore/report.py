@@ -1,4 +1,4 @@
-"""Saved artifacts to report.md and report.pdf. No number is typed: an undefined value stops the build."""
+"""Saved artifacts to report.md, report.pdf and report.html. No number is typed: an undefined value stops the build."""
 
 import ast
 import itertools
@@ -16,6 +16,9 @@ from labcore.tables import formatted
 
 TEMPLATE = ROOT / "report" / "template.md"
 STYLE = ROOT / "report" / "template.typ"
+CSS = ROOT / "report" / "template.css"
+# Pipe tables, figures and math as the template writes them; "@" and "[1]" are no citations.
+MARKDOWN = "markdown-citations+lists_without_preceding_blankline"
 REFERENCE = ROOT / "report" / "template_reference.json"
 NAMES = {"fp32": "FP32", "ptq": "PTQ", "qat": "QAT"}
 VERDICT = {
@@ -343,10 +346,11 @@ def _history(path: Path) -> pd.DataFrame:
     return formatted(shown.set_index("epoch")[list(columns)]).rename(columns=columns)
 
 
-def render(values: dict, for_pdf: bool = False) -> str:
+def render(values: dict, with_captions: bool = False) -> str:
     """The report as Markdown, from what `context` gives; LabError names the value that the template wants and no artifact holds.
 
-    Markdown viewers hide a picture's caption, so there it stands below the picture as well; the PDF sets its own.
+    Markdown viewers hide a picture's caption, so it stands below the picture as well, unless what comes next sets it itself
+    (`with_captions`).
     """
     numbers = itertools.count(1)
 
@@ -355,7 +359,7 @@ def render(values: dict, for_pdf: bool = False) -> str:
         if not path.exists():
             raise LabError(f"{path.relative_to(ROOT)} is missing: run the notebook that draws it again.")
         picture = f"![{caption}](../../{path.relative_to(ROOT).as_posix()})"
-        return picture if for_pdf else f"{picture}\n\n*Figure {next(numbers)}: {caption}*"
+        return picture if with_captions else f"{picture}\n\n*Figure {next(numbers)}: {caption}*"
 
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined,
@@ -390,7 +394,7 @@ def write_pdf(markdown: str, pdf: Path) -> None:
     text = pypandoc.convert_text(
         markdown,
         "typst",
-        format="markdown-citations+lists_without_preceding_blankline",
+        format=MARKDOWN,
         extra_args=[f"--template={STYLE}", "--columns=1000"],
     )
     source = pdf.with_name("report.typ")
@@ -406,11 +410,40 @@ def write_pdf(markdown: str, pdf: Path) -> None:
         partial.write_bytes(content)
 
 
+def write_html(markdown: str, html: Path) -> None:
+    """Markdown through pandoc to one HTML file that holds its figures, its style and its formulas (MathML): the same bytes
+    everywhere, and nothing to load.
+    """
+    import pypandoc
+
+    title, _, body = markdown.partition("\n")
+    text = pypandoc.convert_text(
+        body,
+        "html5",
+        format=MARKDOWN,
+        extra_args=[
+            "--standalone",
+            "--embed-resources",
+            "--mathml",
+            "--toc",
+            "--toc-depth=2",
+            "--columns=1000",
+            f"--css={CSS}",
+            f"--resource-path={html.parent}",
+            f"--metadata=title:{title.lstrip('# ')}",
+            "--metadata=lang:en",
+        ],
+    )
+    write_text(html, text)
+
+
 def build(profile: Profile, wall_seconds: dict[str, float]) -> list[Path]:
-    """Write report.md and report.pdf; returns their paths."""
+    """Write report.md, report.pdf and report.html; returns their paths."""
     folder = ROOT / "report" / profile.name
-    markdown, pdf = folder / "report.md", folder / "report.pdf"
+    markdown, pdf, html = (folder / f"report.{kind}" for kind in ("md", "pdf", "html"))
     values = context(profile, wall_seconds)
     write_text(markdown, render(values))
-    write_pdf(render(values, for_pdf=True), pdf)
-    return [markdown, pdf]
+    text = render(values, with_captions=True)
+    write_pdf(text, pdf)
+    write_html(text, html)
+    return [markdown, pdf, html]

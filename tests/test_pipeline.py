@@ -114,6 +114,7 @@ def test_the_pipeline_writes_report_figures_notebooks_and_weights(built):
     expected = [
         "report/smoke/report.md",
         "report/smoke/report.pdf",
+        "report/smoke/report.html",
         *(f"report/smoke/notebooks/{name}.ipynb" for name in NOTEBOOKS),
         "runs/smoke/fp32/weights.pt",
         "runs/smoke/ptq/int8.pt",
@@ -127,6 +128,11 @@ def test_the_pipeline_writes_report_figures_notebooks_and_weights(built):
     ]
     assert [name for name in expected if not (built.root / name).exists()] == []
     assert (built.root / "report/smoke/report.pdf").read_bytes().startswith(b"%PDF")
+    html = (built.root / "report/smoke/report.html").read_text(encoding="utf-8")
+    loaded = re.findall(r"""(?:src|href)=["'](?!data:|#|notebooks/)[^"']*""", html)
+    assert html.startswith("<!DOCTYPE html>") and not loaded, "one file, and nothing else is loaded"
+    pictures = (built.root / "report/smoke/report.md").read_text(encoding="utf-8").count("![")
+    assert html.count("data:image/png;base64") == pictures > 10 and "<math" in html
     assert not list(built.root.rglob("*.part")) and not list(built.root.rglob("*.partial.ipynb"))
 
 
