@@ -202,6 +202,7 @@ def test_every_cell_of_a_study_was_run(studied, name):
 
 def test_the_report_has_a_section_for_each_study_with_its_numbers(studied):
     report = (studied.root / "report/smoke/report.md").read_text(encoding="utf-8")
+    assert not re.search(r"[^\n]\n##+ ", report), "a heading has an empty line before it"
     assert "make studies" not in report and not re.search(r"undefined|\bnan\b|\{\{|\{%", report)
     verdict = json.loads((studied.root / "runs/smoke/observers/metrics.json").read_text())["verdict"]
     for row in verdict.values():
