@@ -52,8 +52,9 @@ def operations_per_image(model: nn.Module) -> int:
     return counter.get_total_flops() // 2
 
 
+@torch.backends.cudnn.flags(True, allow_tf32=False)
 def plain_loop(model: nn.Module, batches: Iterator, lr: float) -> None:
-    """What a textbook writes: float32, SGD, one batch after the other."""
+    """What a textbook writes: float32 (no TF32), SGD, one batch after the other."""
     optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
     for x, y in batches:
         loss = F.cross_entropy(model(x.to(device())), y.to(device()))

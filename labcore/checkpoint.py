@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from labcore import LabError
-from labcore.artifacts import atomic_path
+from labcore.artifacts import atomic_path, sha256_json
 
 
 def save_tensors(path: Path, value, keep_old_as: str | None = None) -> None:
@@ -27,7 +27,9 @@ def save_tensors(path: Path, value, keep_old_as: str | None = None) -> None:
     path = Path(path)
     with atomic_path(path) as partial:
         partial.write_bytes(buffer.getbuffer())
-        if keep_old_as and path.exists():
+        if keep_old_as:
+            with open(partial, "rb") as stream:
+                os.fsync(stream.fileno())  # a full disk shows before anything is moved
             os.replace(path, path.with_name(keep_old_as))
 
 
@@ -70,43 +72,55 @@ def state_hash(state: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-# The checkpoints of a training: the newest, the one before, and the newest of another run that was in the way.
-CHECKPOINTS = NEWEST, PREVIOUS, OTHER = "checkpoint.pt", "checkpoint.previous.pt", "checkpoint.other.pt"
+def checkpoint_paths(folder: Path, about: dict) -> tuple[Path, Path]:
+    """Where the training that `about` describes keeps its newest checkpoint and the one before. Each training has its own
+    names, so that none is in another's way.
+    """
+    key = sha256_json(about)[:8]
+    return folder / f"checkpoint-{key}.pt", folder / f"checkpoint-{key}.previous.pt"
 
 
 def save_checkpoint(folder: Path, state: dict) -> None:
-    """Write a training's state; `state["about"]` tells what decides its weights. The last two are kept.
+    """Write a training's state; `state["about"]` tells what decides its weights.
 
-    A checkpoint of another run that is in the way is kept too, under a third name, until the next one of another run comes.
+    The last two are kept, and those of the one other training that was saved last; a killed write loses nothing.
     """
-    there = _about(folder / NEWEST)
-    other = there is not None and differences(there, state["about"])
-    if other:
-        (folder / PREVIOUS).unlink(missing_ok=True)  # of that other run, and older
-    keep_old_as = None if there is None else OTHER if other else PREVIOUS  # a damaged file is not kept
-    save_tensors(folder / NEWEST, state, keep_old_as)
+    newest, previous = own = checkpoint_paths(folder, state["about"])
+    whole = (
+        newest.exists() and _about(newest) is not None
+    )  # a damaged file must not take the place of a good one
+    save_tensors(newest, state, keep_old_as=previous.name if whole else None)
+    for path in _of_others(folder, own)[1:]:
+        for old in (path, path.with_name(f"{path.stem}.previous.pt")):
+            old.unlink(missing_ok=True)
 
 
 def load_checkpoint(folder: Path, about: dict) -> dict | None:
     """The newest state of a training that `about` describes, or None.
 
-    What cannot be used is said in one line each: a damaged file, and a file of another run, with the values that differ.
+    What is not used is said in one line each: a damaged file, and a checkpoint of another training where there is none of
+    this one, with the values that differ.
     """
-    for name in CHECKPOINTS:
-        path = folder / name
-        if not path.exists():
-            continue
-        try:
-            state = load_tensors(path)
-            found = differences(state["about"], about)
-        except (LabError, KeyError, TypeError, AttributeError) as error:
-            print(f"note: {path} cannot be used ({first_line(error)}); an older one is looked for.")
-            continue
-        if not found:
-            return state
-        if name == NEWEST:
-            print(f"note: {path} is not continued, since it is of another run ({'; '.join(found[:3])}).")
+    own = checkpoint_paths(folder, about)
+    for path in own:
+        if path.exists():
+            try:
+                state = load_tensors(path)
+                if not differences(state["about"], about):
+                    return state
+                raise LabError("its content belongs to another training")
+            except (LabError, KeyError, TypeError, AttributeError) as error:
+                print(f"note: {path} cannot be used ({first_line(error)}); an older one is looked for.")
+    for path in _of_others(folder, own)[:1]:
+        found = differences(_about(path) or {}, about)
+        print(f"note: {path} is not continued, since it is of another training ({'; '.join(found[:3])}).")
     return None
+
+
+def _of_others(folder: Path, own: tuple[Path, Path]) -> list[Path]:
+    """The newest checkpoint of every other training in the folder, the last saved first."""
+    found = {path for path in folder.glob("checkpoint-*.pt") if ".previous" not in path.name} - set(own)
+    return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
 
 
 def _about(path: Path) -> dict | None:

@@ -98,7 +98,7 @@ class Recipe:
     """Hyperparameters of one training run; the same loop reads them for FP32 and for QAT.
 
     `epoch_images` shortens an epoch to that many training images, drawn anew every time; 0 takes all of them.
-    `schedule` is "cosine" (linear warm-up over `warmup` of the steps, then half a cosine to zero) or "warm_restarts"
+    `schedule` is "cosine" (linear warm-up over `warmup` of the steps, then half a cosine to `lr_min`) or "warm_restarts"
     (SGDR, Loshchilov and Hutter, 2017: cycles of `restart_epochs`, each `restart_mult` times the one before, from
     `lr` down to `lr_min`). `freeze_at` is the share of the epochs after which QAT stops observing and stops updating
     BatchNorm statistics (Jacob et al., 2018, section 3.1; Krishnamoorthi, 2018, section 3.2). `scale_lr` is the learning

@@ -78,7 +78,7 @@ def sum_over_processes(values: Tensor) -> Tensor:
 
 
 def from_first(make: Callable[[], object]):
-    """What `make` gives in the first process, for all; a LabError there is raised in all."""
+    """What `make` gives in the first process, for all; an error there is raised in all, so that nobody waits for it."""
     world = current_world()
     if world.size == 1:
         return make()
@@ -86,11 +86,12 @@ def from_first(make: Callable[[], object]):
     if world.is_first:
         try:
             box[0] = make()
-        except LabError as error:
+        except Exception as error:
             box[1] = str(error)
+            failed = error
     dist.broadcast_object_list(box, src=0)
     if box[1] is not None:
-        raise LabError(box[1])
+        raise failed if world.is_first else LabError(box[1])
     return box[0]
 
 
@@ -103,7 +104,11 @@ def same_buffers(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def process_group():
-    """Join the group that torchrun or `launch` describes in the environment, on a GPU of its own where there is one."""
+    """Join the group that torchrun or `launch` describes in the environment, on a GPU of its own where there is one.
+
+    After an error the group is left as it is: taking it down would wait for the others, who wait for this process. The launcher
+    ends them.
+    """
     local, beside = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     if torch.cuda.is_available():
         if beside > torch.cuda.device_count():
@@ -116,10 +121,8 @@ def process_group():
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // beside))
         options = {"backend": "gloo"}
     dist.init_process_group(timeout=datetime.timedelta(minutes=10), **options)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    yield
+    dist.destroy_process_group()
 
 
 def launch(processes: int, call: Callable, *args) -> None:

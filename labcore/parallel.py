@@ -23,10 +23,21 @@ def train_stage(run: Run, stage: str, build: Callable[[Run], nn.Module]) -> Resu
     """
     model = build(run)
     args = getattr(run.profile, stage), run.data, run.split, run.seed, run.path(stage)
-    processes = run.profile.processes or max(1, torch.cuda.device_count())
+    processes = run.profile.processes or _one_per_gpu(getattr(run.profile, stage).batch_size)
     if processes > 1 and not finished(model, *args):
         launch(processes, train_worker, run.profile, run.source, run.seed, stage, build)
     return fit(model, *args, run.profile.eval_batch_size, stage.upper())
+
+
+def _one_per_gpu(batch_size: int) -> int:
+    """As many processes as there are GPUs, or as can share a batch."""
+    gpus = max(1, torch.cuda.device_count())
+    processes = max(count for count in range(1, gpus + 1) if batch_size % count == 0)
+    if processes < gpus:
+        print(
+            f"note: {processes} of {gpus} GPUs are used, since their number must divide batch_size {batch_size}."
+        )
+    return processes
 
 
 @record

@@ -522,36 +522,29 @@ def pareto(points: pd.DataFrame, reference: float) -> Figure:
 def differences(tables: dict[str, pd.DataFrame]) -> Figure:
     """Differences to a baseline in points, one panel per question: dots are means over seeds, bars their spread.
 
-    Index: recipes; columns diff_pp, diff_pp_std (missing with one seed). Hollow: one seed.
+    Index: recipes, the baseline first; columns diff_pp, diff_pp_std.
     """
     heights = [len(table) + 1.5 for table in tables.values()]
     figure, axes = _figure(
         rows=len(tables), height=0.24 * sum(heights) + 0.5, sharex=True, height_ratios=heights
     )
     for axis, (title, table) in zip(axes.flat, tables.items(), strict=True):
-        places, several = np.arange(len(table)), table["diff_pp_std"].notna()
+        places = np.arange(len(table))
         axis.errorbar(
             table["diff_pp"].astype(float),
             places,
-            xerr=table["diff_pp_std"].fillna(0).astype(float),
-            fmt="none",
-            ecolor=COLORS["fp32"],
+            xerr=table["diff_pp_std"].astype(float),
+            fmt="o",
+            color=COLORS["fp32"],
+            markersize=5,
             capsize=2,
             linewidth=1,
-        )
-        axis.scatter(
-            table["diff_pp"].astype(float),
-            places,
-            s=22,
-            zorder=3,
-            edgecolors=COLORS["fp32"],
-            facecolors=[COLORS["fp32"] if more else "white" for more in several],
         )
         axis.axvline(0, color="0.3", linewidth=0.8)
         axis.set_yticks(places, table.index, fontsize=8)
         axis.set_ylim(len(table) - 0.4, -0.6)
         axis.set_title(title, fontsize=9)
-    axes[-1, 0].set_xlabel("difference to the recipe as it is (points of validation accuracy)")
+    axes[-1, 0].set_xlabel("difference to the first recipe of each group (points of validation accuracy)")
     return figure
 
 

@@ -73,9 +73,8 @@ class Loop:
     micro: int  # images at a time; gradients add up to those of the whole batch
     optimizers: list[torch.optim.Optimizer]
     average: Average | None
-    forward: Callable[
-        [Tensor], Tensor
-    ]  # the network, perhaps compiled, perhaps inside DistributedDataParallel
+    forward: Callable[[Tensor], Tensor]  # perhaps compiled, perhaps in DistributedDataParallel
+    frozen: bool = False
 
     @property
     def scored(self) -> nn.Module:
@@ -84,8 +83,9 @@ class Loop:
 
     def freeze(self) -> None:
         """See `freeze`; DistributedDataParallel must learn which parameters are left."""
-        freeze(self.model)
-        self.forward = _forward(self.model, self.world)
+        if not self.frozen:
+            freeze(self.model)
+            self.forward, self.frozen = _forward(self.model, self.world), True
 
 
 def _forward(model: nn.Module, world: World) -> Callable[[Tensor], Tensor]:
@@ -101,10 +101,11 @@ def _forward(model: nn.Module, world: World) -> Callable[[Tensor], Tensor]:
 def new_loop(model: nn.Module, recipe: Recipe, train_images: int) -> Loop:
     """What the updates of a training share. Raises LabError for a batch larger than the data, or that cannot be shared."""
     world = current_world()
-    steps = min(train_images, recipe.epoch_images or train_images) // recipe.batch_size
+    available = min(train_images, recipe.epoch_images or train_images)
+    steps = available // recipe.batch_size
     if steps == 0:
         raise LabError(
-            f"batch_size must be at most the {train_images} training images, found {recipe.batch_size}; lower it."
+            f"batch_size must be at most the {available} training images of an epoch, found {recipe.batch_size}; lower it."
         )
     part = world.share(recipe.batch_size)
     average = None
@@ -189,11 +190,10 @@ def update(
     while True:
         for optimizer in loop.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        try:
+        with contextlib.suppress(torch.OutOfMemoryError):
             loss, hits = _gradients(loop, x, labels, partner, share)
             break
-        except torch.OutOfMemoryError:
-            _halve(loop)
+        _halve(loop)  # after the error and what it held are gone
     if recipe.clip_norm:
         nn.utils.clip_grad_norm_(loop.model.parameters(), recipe.clip_norm)
     for optimizer in loop.optimizers:
@@ -233,11 +233,10 @@ def _gradients(
 
 
 def _halve(loop: Loop) -> None:
-    if loop.world.size > 1 or loop.micro == 1:
-        raise LabError(
-            f"out of GPU memory with {loop.micro} images at a time; set micro_batch lower (1 to {loop.micro - 1}) or use a "
-            "narrower network."
-        ) from None
+    if loop.micro == 1:
+        raise LabError("out of GPU memory with one image at a time; use a narrower network or a larger GPU.")
+    if loop.world.size > 1:  # the others would not know
+        raise LabError(f"out of GPU memory with {loop.micro} images at a time; set micro_batch below that.")
     loop.micro = math.ceil(loop.micro / 2)
     torch.cuda.empty_cache()
     print(

@@ -64,6 +64,7 @@ class Cell:
 
     key: dict
     compute: Callable[[], dict]
+    cleanup: Callable[[], object] = lambda: None  # once the result is kept
 
 
 class Study:
@@ -116,6 +117,7 @@ class Study:
                 rows[name] = _stored(path)
                 if rows[name] is None:
                     write_json(path, {"cell": name, "key": cell.key, "result": _plain(cell.compute())})
+                    cell.cleanup()
                     rows[name] = _stored(path)
                 bar.update()
         return pd.DataFrame(rows).T.infer_objects()

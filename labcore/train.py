@@ -6,6 +6,7 @@ with the same weights as a run that was never killed; on CPU with the same numbe
 
 import contextlib
 import copy
+import math
 import time
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -17,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.ao.quantization import FakeQuantizeBase
 
+from labcore import LabError
 from labcore.artifacts import modules_hash, sha256_json, versions, write_text
-from labcore.checkpoint import load_checkpoint, save_checkpoint, state_hash
+from labcore.checkpoint import differences, load_checkpoint, save_checkpoint, state_hash
 from labcore.config import Recipe
 from labcore.data import ImageData, Split
 from labcore.distributed import current_world, from_first, same_buffers, sum_over_processes
@@ -69,7 +71,9 @@ def score(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int) -> 
     training = model.training
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64)
-    with observers_paused(model), autocast(model):
+    # Where it is float32, it is no TF32.
+    exact = torch.backends.cudnn.flags(True, allow_tf32=False)
+    with observers_paused(model), autocast(model), exact:
         for start in range(0, len(images), batch_size):
             target = labels[start : start + batch_size]
             logits = model(normalize(images[start : start + batch_size])).float()  # (B, classes)
@@ -118,7 +122,7 @@ def fit(
 ) -> Result:
     """Train a copy of `model`, or go on where a killed run of the same kind stopped.
 
-    Writes `checkpoint.pt` and `history.csv` into `folder` after every epoch. A finished run is loaded, not repeated. In a
+    Writes a checkpoint and `history.csv` into `folder` after every epoch. A finished run is loaded, not repeated. In a
     process group, every process calls this with the same arguments; the first one reads and writes the files.
 
     Args:
@@ -131,6 +135,7 @@ def fit(
     """
     place = device()
     description_of_run = about(recipe, data, split, seed, model)
+    _check_the_same(description_of_run)
     model = copy.deepcopy(model).to(place, memory_format=torch.channels_last)
     images, labels = (
         torch.from_numpy(data.train_images).to(place),
@@ -153,6 +158,7 @@ def fit(
                 same_buffers(loop.average.model)
             val_loss, val_acc = score(loop.scored, images[validation], labels[validation], batch_size)
             clean_loss, clean_acc = score(loop.scored, images[clean], labels[clean], batch_size)
+            _check_finite(loop.model, val_loss, epoch)
             rows.append(
                 {
                     "epoch": epoch + 1,
@@ -170,7 +176,10 @@ def fit(
                 best = {"epoch": epoch + 1, "model": _on_host(loop.scored)}
             bar.set_postfix_str(f"epoch {epoch + 1}/{recipe.epochs} val {val_acc:.2%}")
             if loop.world.is_first:
+                _write_history(folder, rows)
                 _save(folder, description_of_run, loop, rows, best)
+    if loop.world.is_first:
+        _write_history(folder, rows)  # where training was loaded, another run's may lie there
     model.load_state_dict(best["model"])
     if is_fake_quantized(model):
         freeze(model)  # what follows only scores it
@@ -182,11 +191,32 @@ def _on_host(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
 
 
-def _save(folder: Path, description: dict, loop: Loop, rows: list[dict], best: dict) -> None:
+def _check_the_same(description: dict) -> None:
+    """LabError where this process trains something else than the first one: other images, another commit."""
+    found = differences(from_first(lambda: description), description)
+    if found:
+        raise LabError(
+            f"process {current_world().rank} differs from process 0: {'; '.join(found[:3])}; use the same code and data."
+        )
+
+
+def _check_finite(model: nn.Module, loss: float, epoch: int) -> None:
+    """LabError where the last update of an epoch spoilt the weights, so that they are never saved."""
+    if not (math.isfinite(loss) and all(torch.isfinite(value).all() for value in model.parameters())):
+        raise LabError(
+            f"the weights are no longer finite after epoch {epoch + 1}; lower lr or set clip_norm. The checkpoint of the epoch "
+            "before is kept."
+        )
+
+
+def _write_history(folder: Path, rows: list[dict]) -> None:
     write_text(
         folder / "history.csv",
         pd.DataFrame(rows).to_csv(index=False, float_format="%.6g", lineterminator="\n"),
     )
+
+
+def _save(folder: Path, description: dict, loop: Loop, rows: list[dict], best: dict) -> None:
     state = {
         "about": description,
         "model": loop.model.state_dict(),

@@ -12,38 +12,50 @@ from torch.ao import quantization as tq
 
 from labcore.artifacts import modules_hash, sha256_json
 from labcore.config import PROFILES, Recipe
+from labcore.evaluate import summarize
 from labcore.model import build_model
 from labcore.progress import progress
 from labcore.qconfig import CustomQConfig
 from labcore.quantize import prepare_qat
 from labcore.run import Run
 from labcore.study import Cell, Study
-from labcore.train import about, fit
+from labcore.train import Result, about, fit
 from labcore.transforms import augment, mix, normalize
 
-EPOCHS, EPOCH_IMAGES = 6, 15_360
-CLOSE_PP = 1.0  # differences below so many points need more than one seed
+EPOCHS = 6
+CLOSE_PP = 1.0  # recipes less than so many points from the baseline with two seeds get more
+FIRST_SEEDS = 2
 
 
 class Trainings(Study):
-    """Short trainings on a run's images: its network at half the width, six epochs of a third of the images, at most 15,360.
+    """Short trainings on a run's images: its network at half the width, six epochs of a third of the images.
 
-    Six epochs hold the reference's learning-rate curve in small: its 300 epochs end at three quarters of the third of the
-    cycles of 50, 100 and 200 epochs, as six do of 1, 2 and 4.
+    The recipe that all others are held against has a warm-up, one cosine to zero, crops and flips, and nothing else that the
+    study asks for; batch size, learning rate, weight decay and label smoothing are the profile's. Six epochs hold the
+    reference's learning-rate curve in small: its 300 epochs end at three quarters of the third of the cycles of 50, 100 and
+    200 epochs, as six do of 1, 2 and 4.
     """
 
     def __init__(self, run: Run):
         super().__init__(run, "training")
+        self.prepare(run, len(run.split.train))
+
+    def prepare(self, run: Run, train_images: int) -> None:
+        """The recipe and the seeds, which follow from the profile and the number of training images."""
         # What decides a training stands in its cell's key; one from scratch depends on no network that was trained before.
         self.base = {"code": modules_hash("trainings")}
-        self.recipe = replace(
-            run.profile.fp32,
+        fp32 = run.profile.fp32
+        self.recipe = Recipe(
             epochs=EPOCHS,
-            # twice the profile's batch must fit
-            epoch_images=min(EPOCH_IMAGES, max(2 * run.profile.fp32.batch_size, len(run.split.train) // 3)),
-            ema_decay=0.0,
+            batch_size=fp32.batch_size,
+            # twice the batch must fit
+            epoch_images=max(2 * fp32.batch_size, train_images // 3),
+            lr=fp32.lr,
+            weight_decay=fp32.weight_decay,
+            label_smoothing=fp32.label_smoothing or 0.1,
         )
         self.seeds = [run.seed + step for step in range(run.profile.study_seeds)]
+        self.trainings: set[tuple[Recipe, int]] = set()
 
     def network(self, seed: int) -> nn.Module:
         """Fresh weights that follow from the seed."""
@@ -56,7 +68,7 @@ class Trainings(Study):
         return self._fit(recipe, seed, lambda: self.network(seed), "short")
 
     def continued(self, kind: str, seed: int) -> Cell:
-        """A cell: the run's FP32 network trained on by the profile's QAT recipe.
+        """A cell: the run's FP32 network trained on by the profile's QAT recipe, nothing frozen; its best epoch, in float32.
 
         Kinds: "fp32" goes on as it was; "qat" is fake-quantized by the reference's scheme, BatchNorm kept; "qat_folded" the
         same with BatchNorm folded away before.
@@ -66,41 +78,45 @@ class Trainings(Study):
             "qat": lambda: prepare_qat(self.model, CustomQConfig.POWER2.qat),
             "qat_folded": lambda: prepare_qat(self.model, CustomQConfig.POWER2.qat, keep_batchnorm=False),
         }
-        return self._fit(self.run.profile.qat, seed, builds[kind], kind)
+        recipe = replace(self.run.profile.qat, freeze_at=1.0)
+        return self._fit(
+            recipe, seed, builds[kind], kind, lambda result: summarize(self.logits(result.model), self.labels)
+        )
 
-    def _fit(self, recipe: Recipe, seed: int, build: Callable[[], nn.Module], kind: str) -> Cell:
+    def _fit(
+        self,
+        recipe: Recipe,
+        seed: int,
+        build: Callable[[], nn.Module],
+        kind: str,
+        judge: Callable[[Result], dict] | None = None,
+    ) -> Cell:
         model = build()
         key = {kind: about(recipe, self.data, self.split, seed, model)}
+        folder = self.run.path(self.stage, f"fits/{sha256_json(key)[:24]}")
 
         def compute() -> dict:
-            folder = self.run.path(self.stage, f"fits/{sha256_json(key)[:24]}")
-            history = fit(
-                model, recipe, self.data, self.split, seed, folder, 500, f"{kind}, seed {seed}"
-            ).history
-            row = history.iloc[-1]
-            shutil.rmtree(folder)  # the cell keeps what counts
-            return {
-                "acc": row["val_acc"],
-                "loss": row["val_loss"],
-                "train_acc": row["train_acc"],
-                "train_clean_acc": row["train_clean_acc"],
-                "train_clean_loss": row["train_clean_loss"],
-                "seconds": history["train_seconds"].sum(),
-            }
+            result = fit(model, recipe, self.data, self.split, seed, folder, 500, f"{kind}, seed {seed}")
+            if judge:
+                return judge(result)
+            last = result.history.iloc[-1]
+            return {"acc": last["val_acc"], "loss": last["val_loss"]}
 
-        return Cell(key, compute)
+        return Cell(key, compute, cleanup=lambda: shutil.rmtree(folder, ignore_errors=True))
 
-    def compare(self, recipes: dict[str, Recipe], baseline: str, description: str) -> pd.DataFrame:
-        """Train by every recipe and hold it against `baseline`; those less than a point away with more seeds.
+    def compare(self, recipes: dict[str, Recipe], description: str) -> pd.DataFrame:
+        """Train by every recipe with two seeds and hold it against the first; those less than a point away with more seeds.
 
         Returns:
-            One row per recipe: seeds, acc (mean), acc_std, and the difference to the baseline in points, paired by seed:
-            diff_pp (mean) and diff_pp_std.
+            One row per recipe: seeds, acc (mean), acc_std, and the difference to the first recipe in points, paired by seed:
+            diff_pp (mean) and diff_pp_std. Standard deviations are those over seeds.
         """
-        first = self.seed_table(recipes, [self.run.seed], description)
-        away = 100 * (first[self.run.seed] - first.loc[baseline, self.run.seed]).abs()
+        baseline = next(iter(recipes))
+        table = self.seed_table(recipes, self.seeds[:FIRST_SEEDS], description)
+        away = 100 * (table - table.loc[baseline]).mean(axis=1).abs()
         close = {name: recipe for name, recipe in recipes.items() if away[name] < CLOSE_PP}
-        table = first.join(self.seed_table(close, self.seeds[1:], f"{description}, more seeds"))
+        if self.seeds[FIRST_SEEDS:]:
+            table = table.join(self.seed_table(close, self.seeds[FIRST_SEEDS:], f"{description}, more seeds"))
         difference = 100 * (table - table.loc[baseline])
         return pd.DataFrame(
             {
@@ -117,23 +133,27 @@ class Trainings(Study):
         todo = {
             (name, seed): self.trained(recipe, seed) for name, recipe in recipes.items() for seed in seeds
         }
-        return self.cells(todo, description)["acc"].unstack().loc[list(recipes)]
+        self.trainings |= {(recipe, seed) for recipe in recipes.values() for seed in seeds}
+        return self.cells(todo, description)["acc"].astype(float).unstack().loc[list(recipes)]
 
     def hidden_by_training(self, fake_quantized: nn.Module, batch_size: int = 500) -> pd.DataFrame:
-        """Accuracy of one fake-quantized network on training images, as training sees them and as they are (claim R14).
+        """Accuracy of one fake-quantized network on training images, as they are and as trainings show them (claim R14).
 
-        Rows: the images as they are, with the reference's augmentation, and with its mixup too, where the larger share's label
-        counts. Columns: with fake quantization, and with it switched off.
+        Rows: the images as they are, with the augmentation that this network was trained with, with the reference's, and with its
+        mixup too, where the larger share's label counts. Columns: with fake quantization, and with it switched off.
         """
-        recipe = PROFILES["reference"].qat
+        own, recipe = self.run.profile.qat.augment, PROFILES["reference"].qat
+        place = next(fake_quantized.parameters()).device
         index = self.split.train[:: max(1, len(self.split.train) // len(self.split.validation))]
         images, labels = (
-            torch.from_numpy(part[index]) for part in (self.data.train_images, self.data.train_labels)
+            torch.from_numpy(part[index]).to(place)
+            for part in (self.data.train_images, self.data.train_labels)
         )
         views: dict[str, Callable[[Tensor, Tensor, np.random.Generator], tuple[Tensor, Tensor]]] = {
             "as they are": lambda x, y, rng: (normalize(x), y),
-            "augmented": lambda x, y, rng: (augment(x, recipe.augment, rng), y),
-            "augmented, mixup": lambda x, y, rng: _mixed(augment(x, recipe.augment, rng), y, recipe, rng),
+            "augmented as here": lambda x, y, rng: (augment(x, own, rng), y),
+            "augmented as in the reference": lambda x, y, rng: (augment(x, recipe.augment, rng), y),
+            "… and its mixup": lambda x, y, rng: _mixed(augment(x, recipe.augment, rng), y, recipe, rng),
         }
         rows = {}
         for view, see in views.items():
@@ -158,28 +178,27 @@ def _mixed(x: Tensor, labels: Tensor, recipe: Recipe, rng: np.random.Generator) 
 
 
 def recipes_of(base: Recipe) -> dict[str, dict[str, Recipe]]:
-    """The recipes of the study by question; "as it is" is the baseline of each."""
+    """The recipes of the study by question; the first of each is what the others are held against."""
     reference = PROFILES["reference"].fp32
 
     def with_augment(**values) -> Recipe:
         return replace(base, augment=replace(base.augment, **values))
 
-    restarts = {"schedule": "warm_restarts", "warmup": 0.0, "lr_min": min(reference.lr_min, base.lr)}
-    same = {"as it is": base}
-    batch = base.batch_size
+    same, batch = {"as it is": base}, base.batch_size
+    restarts = replace(base, schedule="warm_restarts", warmup=0.0, restart_mult=2)
     return {
-        "schedule": same
-        | {
-            "restarts, stopped in mid-cycle": replace(base, **restarts, restart_epochs=1, restart_mult=2),
-            "restarts, ending with a cycle": replace(base, **restarts, restart_epochs=2, restart_mult=2),
-            "no warm-up": replace(base, warmup=0.0),
+        "schedule": {
+            "one cosine": replace(base, warmup=0.0),
+            "one cosine after a warm-up": base,
+            "restarts, stopped in mid-cycle": replace(restarts, restart_epochs=1),
+            "restarts, ending with a cycle": replace(restarts, restart_epochs=2),
         },
         "batch": same
         | {
-            f"batch {2 * batch}, rate times {factor}": replace(
-                base, batch_size=2 * batch, lr=factor * base.lr
-            )
+            f"batch {size}, rate times {factor}": replace(base, batch_size=size, lr=factor * base.lr)
+            for size in (batch, 2 * batch)
             for factor in (1, 2, 3)
+            if (size, factor) != (batch, 1)
         },
         "augmentation": same
         | {
@@ -191,7 +210,7 @@ def recipes_of(base: Recipe) -> dict[str, dict[str, Recipe]]:
             "and RandAugment": with_augment(policy="rand"),
             "and mixup": replace(base, mixup_alpha=0.2, mixup_prob=0.5),
             "and CutMix": replace(base, cutmix_alpha=1.0, cutmix_prob=0.5),
-            "the reference's": replace(
+            "all of the reference's": replace(
                 base,
                 augment=reference.augment,
                 mixup_alpha=reference.mixup_alpha,

@@ -5,6 +5,7 @@ Each operation equals torchvision's function of that name for the same parameter
 """
 
 import math
+from functools import cache
 
 import numpy as np
 import torch
@@ -22,9 +23,15 @@ STD = (0.2023, 0.1994, 0.2010)
 
 def normalize(images: Tensor) -> Tensor:
     """Evaluation transform: uint8 or float in 0 … 255 (B, 3, H, W) -> float32, channels_last, (x / 255 - mean) / std."""
-    mean = torch.tensor(MEAN, device=images.device).view(1, 3, 1, 1) * 255
-    std = torch.tensor(STD, device=images.device).view(1, 3, 1, 1) * 255
+    mean, std = _constants(images.device)
     return images.to(torch.float32).sub(mean).div_(std).contiguous(memory_format=torch.channels_last)
+
+
+@cache
+def _constants(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and std of bytes, (1, 3, 1, 1); made once per device, since making them waits for it."""
+    mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) * 255 for values in (MEAN, STD))
+    return mean, std
 
 
 def augment(images: Tensor, config: Augment, rng: np.random.Generator) -> Tensor:

@@ -11,13 +11,22 @@ import torch
 from small import network
 
 from labcore import LabError, steps
-from labcore.checkpoint import NEWEST, load_tensors
+from labcore.checkpoint import load_tensors, state_hash
 from labcore.config import PROFILES, Augment, Recipe, override
-from labcore.distributed import PartOfBatch, World, current_world, launch, process_group
+from labcore.distributed import (
+    PartOfBatch,
+    World,
+    current_world,
+    launch,
+    process_group,
+    sum_over_processes,
+)
 from labcore.launch import main
-from labcore.parallel import train_stage
+from labcore.parallel import _one_per_gpu, train_stage
+from labcore.qconfig import CustomQConfig
+from labcore.quantize import prepare_qat
 from labcore.run import Run
-from labcore.train import finished, fit
+from labcore.train import finished, fit, score
 from labcore.transforms import augment, mix
 
 RECIPE = Recipe(
@@ -25,10 +34,42 @@ RECIPE = Recipe(
 )
 
 
+KINDS = {
+    "qat": (
+        lambda: prepare_qat(network(), CustomQConfig.POWER2.qat),
+        dataclasses.replace(RECIPE, micro_batch=0, lr=0.01, freeze_at=0.5),
+    ),
+    "average": (network, dataclasses.replace(RECIPE, micro_batch=0, ema_decay=0.9)),
+}
+
+
 def train_part(folder, data, split, recipe) -> None:
     """What every process runs."""
     with process_group():
         fit(network(), recipe, data, split, 0, folder, batch_size=32)
+
+
+def train_both_kinds(folder, data, split) -> None:
+    """QAT that freezes half-way, and FP32 with an average of weights; every process notes what it ended with."""
+    with process_group():
+        for name, (build, recipe) in KINDS.items():
+            result = fit(build(), recipe, data, split, 0, folder / name, batch_size=32)
+            (folder / f"{name}-{current_world().rank}.txt").write_text(state_hash(result.model.state_dict()))
+
+
+def fail_alone(folder) -> None:
+    """Process 1 raises while process 0 waits for it."""
+    with process_group():
+        if current_world().rank == 1:
+            raise LabError("the second process has something to say.")
+        sum_over_processes(torch.zeros(1))
+
+
+def train_other_data(folder, data, split) -> None:
+    """Process 1 was given other images."""
+    with process_group():
+        rank = current_world().rank
+        fit(network(), RECIPE, dataclasses.replace(data, sha256=str(rank) * 64), split, 0, folder)
 
 
 def train_and_die(folder, data, split, recipe) -> None:
@@ -43,6 +84,12 @@ def train_and_die(folder, data, split, recipe) -> None:
 
     steps.update = dying
     train_part(folder, data, split, recipe)
+
+
+def newest(folder):
+    """The newest checkpoint of the only training in a folder."""
+    (path,) = (path for path in folder.glob("checkpoint-*.pt") if ".previous" not in path.name)
+    return path
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
@@ -88,7 +135,7 @@ def test_processes_that_cannot_share_a_batch_are_refused():
 def test_two_processes_train_as_one_does_with_half_batches(tmp_path, tiny_data, tiny_split):
     alone = fit(network(), RECIPE, tiny_data, tiny_split, 0, tmp_path / "one", batch_size=32)
     launch(2, train_part, tmp_path / "two", tiny_data, tiny_split, RECIPE)
-    one, two = (load_tensors(tmp_path / name / NEWEST) for name in ("one", "two"))
+    one, two = (load_tensors(newest(tmp_path / name)) for name in ("one", "two"))
     assert one["model"].keys() == two["model"].keys(), "no prefix"
     for name, _ in network().named_parameters():  # statistics are those of process 0's images
         torch.testing.assert_close(two["model"][name], one["model"][name], rtol=1e-3, atol=1e-4)
@@ -102,9 +149,48 @@ def test_a_killed_process_stops_all_and_fewer_processes_go_on(tmp_path, tiny_dat
     args = tiny_data, tiny_split, RECIPE
     with pytest.raises(LabError, match=r"process 1 of 2 ended with exit code -9.*goes on"):
         launch(2, train_and_die, tmp_path, *args)
-    assert len(load_tensors(tmp_path / NEWEST)["rows"]) == 1
+    assert len(load_tensors(newest(tmp_path))["rows"]) == 1
     result = fit(network(), RECIPE, tiny_data, tiny_split, 0, tmp_path, batch_size=32)
     assert len(result.history) == 3 and result.history["train_loss"].is_monotonic_decreasing
+
+
+def test_qat_and_averages_end_the_same_in_every_process_and_score_alone_as_they_did_together(
+    tmp_path, tiny_data, tiny_split
+):
+    launch(2, train_both_kinds, tmp_path, tiny_data, tiny_split)
+    index = tiny_split.validation
+    images, labels = (
+        torch.from_numpy(part[index]) for part in (tiny_data.train_images, tiny_data.train_labels)
+    )
+    for name, (build, recipe) in KINDS.items():
+        first, second = ((tmp_path / f"{name}-{rank}.txt").read_text() for rank in range(2))
+        assert first == second, "every process ends with the same weights, statistics and ranges"
+        result = fit(build(), recipe, tiny_data, tiny_split, 0, tmp_path / name, batch_size=32)
+        row = result.history.iloc[result.best_epoch - 1]
+        assert score(result.model, images, labels, 32) == pytest.approx(
+            (row["val_loss"], row["val_acc"]), rel=1e-5
+        )
+
+
+def test_what_is_wrong_in_one_process_only_is_said_while_the_others_wait(tmp_path):
+    with pytest.raises(LabError, match="^the second process has something to say"):
+        launch(2, fail_alone, tmp_path)
+
+
+def test_processes_with_other_images_are_refused_with_both_values(tmp_path, tiny_data, tiny_split):
+    with pytest.raises(
+        LabError, match="process 1 differs from process 0: data is 0{16} there and 1{16} here"
+    ):
+        launch(2, train_other_data, tmp_path, tiny_data, tiny_split)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "batch", "expected"), [(0, 64, 1), (1, 64, 1), (3, 64, 2), (8, 128, 8), (7, 512, 4)]
+)
+def test_as_many_gpus_are_used_as_can_share_a_batch(gpus, batch, expected, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert _one_per_gpu(batch) == expected
+    assert (f"{expected} of {gpus} GPUs are used" in capsys.readouterr().out) == (0 < expected < gpus)
 
 
 @pytest.fixture
@@ -132,17 +218,10 @@ def test_what_is_wrong_in_a_process_is_said_in_its_own_words(run):
         train_stage(Run(odd, None, 0), "fp32", Run.model)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ([], "expected to be started by torchrun"),
-        (["--profile", "smok"], "expected to be started by torchrun"),
-    ],
-)
-def test_the_command_line_says_what_is_wrong(arguments, message, capsys, monkeypatch):
+def test_the_command_line_says_that_torchrun_must_start_it(capsys, monkeypatch):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    assert main(arguments) == 1
-    assert message in capsys.readouterr().err
+    assert main([]) == 1
+    assert "expected to be started by torchrun" in capsys.readouterr().err
 
 
 def test_an_unknown_profile_is_refused_before_anything_starts(capsys, monkeypatch):
