@@ -10,9 +10,11 @@ from small import network
 
 from labcore.artifacts import write_json
 from labcore.evaluate import predict
+from labcore.mixed import overrides
 from labcore.qconfig import Scheme, make_qconfig
 from labcore.quantize import calibrate, prepare_ptq, simulate
-from labcore.study import _stored, grid, on_onednn, predict_ptq, run_exactly, saturated_16_bits
+from labcore.study import Study, _stored, grid, on_onednn, predict_ptq, run_exactly, saturated_16_bits
+from labcore.transforms import normalize
 
 
 def test_a_grid_has_every_combination_once():
@@ -75,3 +77,16 @@ def test_a_scheme_is_judged_on_kernels_only_where_they_add_exactly(vnni, tiny_da
     simulated = simulate(calibrate(prepare_ptq(network(), qconfig), tiny_data, tiny_split))
     assert hasattr(run_exactly(simulated).fc, "zero_point") is vnni
     assert run_exactly(simulated, 4) is simulated
+
+
+def test_one_calibration_serves_all_allocations_of_bits(tiny_data, tiny_split):
+    study, model = Study.__new__(Study), network()
+    study.data, study.split, study.model, study._calibrated = tiny_data, tiny_split, model, {}
+    weight, activation = Scheme(rule="least_error", per_channel=True), Scheme(zero_point="unsigned")
+    batch = normalize(torch.from_numpy(tiny_data.test_images))
+    for bits in ({"conv1": 3}, {}, {"conv1": 4, "fc": 2}):
+        found = simulate(study.allocated(bits, weight, activation))(batch)
+        own = overrides(bits, weight, activation)
+        expected = simulate(study.prepared(weight, activation, overrides=own))(batch)
+        assert torch.equal(found, expected)
+    assert len(study._calibrated) == 1
