@@ -565,7 +565,7 @@ def reliability(tables: dict[str, pd.DataFrame], errors: dict[str, float]) -> Fi
             edgecolor="white",
             zorder=2,
         )
-        axis.plot([0, 1], [0, 1], color="0.3", linewidth=1, linestyle=":", zorder=3)
+        axis.plot([0, 1], [0, 1], color="0.6", linewidth=1.2, linestyle=":", zorder=3)
         axis.plot(
             table["confidence"],
             table["count"] / table["count"].sum(),
