@@ -71,19 +71,23 @@ class Study:
 
     Args:
         run: where weights are read and cells are kept (runs/<profile>/<stage>/cells).
-        stage: "observers" or "mixed".
+        stage: "observers", "mixed" or "training".
+        images: judge on so many of the validation images, evenly spaced; None takes all.
     """
 
-    def __init__(self, run: Run, stage: str):
+    def __init__(self, run: Run, stage: str, images: int | None = None):
         self.run, self.stage = run, stage
         self.data, self.split = run.data, run.split
         self.model = load_float(run.path("fp32", "weights.pt"), run.model())
-        self.images = self.data.train_images[self.split.validation]
-        self.labels = self.data.train_labels[self.split.validation]
+        judges = self.split.validation
+        if images and images < len(judges):
+            judges = judges[np.linspace(0, len(judges) - 1, images).round().astype(int)]
+        self.images, self.labels = self.data.train_images[judges], self.data.train_labels[judges]
         self.base = {
             "weights": state_hash(self.model.state_dict()),
             "data": self.data.sha256,
             "split": self.split.sha256,
+            "judges": len(judges),
             "seed": run.seed,
             "code": modules_hash(*MODULES),
             "torch": versions()["torch"],
