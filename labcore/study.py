@@ -83,6 +83,7 @@ class Study:
         if images and images < len(judges):
             judges = judges[np.linspace(0, len(judges) - 1, images).round().astype(int)]
         self.images, self.labels = self.data.train_images[judges], self.data.train_labels[judges]
+        self._calibrated: dict[tuple[Scheme, Scheme], nn.Module] = {}
         self.base = {
             "weights": state_hash(self.model.state_dict()),
             "data": self.data.sha256,
@@ -166,8 +167,17 @@ class Study:
         return Cell({"ptq": [asdict(weight), asdict(activation)]}, compute)
 
     def allocated(self, bits: dict[str, int], weight: Scheme, activation: Scheme) -> nn.Module:
-        """Calibrated for PTQ in simulation, these layers' weights with bits of their own."""
-        return self.prepared(weight, activation, overrides=overrides(bits, weight, activation))
+        """Calibrated for PTQ in simulation, these layers' weights with bits of their own.
+
+        Calibration runs in float, so one serves all allocations.
+        """
+        schemes = weight, activation
+        if schemes not in self._calibrated:
+            self._calibrated[schemes] = self.prepared(*schemes)
+        network = copy.deepcopy(self._calibrated[schemes])
+        for name, qconfig in overrides(bits, *schemes).items():
+            layers(network)[name].qconfig = qconfig
+        return network
 
     def mixed(self, bits: dict[str, int], weight: Scheme, activation: Scheme) -> Cell:
         """A cell: these layers with bits of their own, all others as `weight` says."""
