@@ -110,10 +110,10 @@ def load_checkpoint(folder: Path, about: dict) -> dict | None:
                     return state
                 raise LabError("its content belongs to another training")
             except (LabError, KeyError, TypeError, AttributeError) as error:
-                print(f"note: {path} cannot be used ({first_line(error)}); an older one is looked for.")
+                print(f"note: {path.name} cannot be used ({first_line(error)}); an older one is looked for.")
     for path in _of_others(folder, own)[:1]:
         found = differences(_about(path) or {}, about)
-        print(f"note: {path} is not continued, since it is of another training ({'; '.join(found[:3])}).")
+        print(f"note: {path.name} is not continued, since it is of another training ({'; '.join(found[:3])}).")
     return None
 
 
