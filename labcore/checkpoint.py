@@ -113,7 +113,9 @@ def load_checkpoint(folder: Path, about: dict) -> dict | None:
                 print(f"note: {path.name} cannot be used ({first_line(error)}); an older one is looked for.")
     for path in _of_others(folder, own)[:1]:
         found = differences(_about(path) or {}, about)
-        print(f"note: {path.name} is not continued, since it is of another training ({'; '.join(found[:3])}).")
+        print(
+            f"note: {path.name} is not continued, since it is of another training ({'; '.join(found[:3])})."
+        )
     return None
 
 

@@ -1,12 +1,14 @@
 """Train a stage of a run: in this process, or in one process per GPU where there are several."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from labcore.config import Profile
+from labcore.config import Profile, Recipe
+from labcore.data import ImageData, Split
 from labcore.distributed import launch, process_group
 from labcore.run import Run
 from labcore.train import Result, finished, fit
@@ -22,11 +24,16 @@ def train_stage(run: Run, stage: str, build: Callable[[Run], nn.Module]) -> Resu
     Raises LabError as `fit` and `launch` do.
     """
     model = build(run)
-    args = getattr(run.profile, stage), run.data, run.split, run.seed, run.path(stage)
-    processes = run.profile.processes or _one_per_gpu(getattr(run.profile, stage).batch_size)
+    args = _arguments(run, stage)
+    processes = run.profile.processes or _one_per_gpu(args[0].batch_size)
     if processes > 1 and not finished(model, *args):
         launch(processes, train_worker, run.profile, run.source, run.seed, stage, build)
     return fit(model, *args, run.profile.eval_batch_size, stage.upper())
+
+
+def _arguments(run: Run, stage: str) -> tuple[Recipe, ImageData, Split, int, Path]:
+    """What `fit` and `finished` take after the network."""
+    return getattr(run.profile, stage), run.data, run.split, run.seed, run.path(stage)
 
 
 def _one_per_gpu(batch_size: int) -> int:
@@ -47,5 +54,4 @@ def train_worker(
     """What each process does; its error, if any, is written down for the process that started it."""
     with process_group():
         run = Run(profile, source, seed)
-        args = getattr(profile, stage), run.data, run.split, seed, run.path(stage)
-        fit(build(run), *args, profile.eval_batch_size, stage.upper())
+        fit(build(run), *_arguments(run, stage), profile.eval_batch_size, stage.upper())
