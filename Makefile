@@ -14,6 +14,11 @@ export LAB_DATA := $(DATA)
 export LAB_SEED := $(SEED)
 export LAB_SET := $(SET)
 export LAB_VARIABLES := $(MAKEOVERRIDES)
+# glibc would give every large block of memory back and ask for it again, layer by layer. Keeping it saves 10 to 20 % of a
+# training step on a CPU (benchmarks/README.md). Other systems ignore this.
+export MALLOC_MMAP_THRESHOLD_ ?= 1073741824
+export MALLOC_TRIM_THRESHOLD_ ?= 4294967296
+export MALLOC_TOP_PAD_ ?= 268435456
 OPTIONS = --profile "$$LAB_PROFILE" --data "$$LAB_DATA" --seed "$$LAB_SEED" --set "$$LAB_SET" --make-variables "$$LAB_VARIABLES"
 
 .PHONY: help report studies test lab status clean

@@ -22,7 +22,7 @@ from labcore.transforms import normalize
 
 @torch.no_grad()
 def predict(
-    model: nn.Module, images: np.ndarray, batch_size: int = 500, description: str = "evaluate"
+    model: nn.Module, images: np.ndarray, batch_size: int = 64, description: str = "evaluate"
 ) -> np.ndarray:
     """Logits (N, classes) in float32, without autocast, for uint8 images (N, 3, H, W); on the model's own device."""
     model.eval()

@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
+from torch.ao.quantization import FakeQuantizeBase
 
 from labcore import LabError
 from labcore.artifacts import modules_hash, read_json, sha256_json, versions, write_json
@@ -84,7 +85,7 @@ class Study:
         if images and images < len(judges):
             judges = judges[np.linspace(0, len(judges) - 1, images).round().astype(int)]
         self.images, self.labels = self.data.train_images[judges], self.data.train_labels[judges]
-        self._calibrated: dict[tuple[Scheme, Scheme], nn.Module] = {}
+        self._calibrated: dict[Scheme, nn.Module] = {}
         self.base = {
             "weights": state_hash(self.model.state_dict()),
             "data": self.data.sha256,
@@ -139,9 +140,28 @@ class Study:
     def prepared(
         self, weight: Scheme, activation: Scheme, model: nn.Module | None = None, **options
     ) -> nn.Module:
-        """Calibrated for PTQ in simulation; `model` stands in for the FP32 network, `options` are prepare_ptq's."""
+        """Calibrated for PTQ in simulation; `model` stands in for the FP32 network, `options` are prepare_ptq's.
+
+        Calibration runs in float and the clamp is applied to what was seen, so one calibration of the FP32 network serves all
+        weights and all clamps.
+        """
         qconfig = make_qconfig(weight, activation, "simulated")
-        return calibrate(prepare_ptq(model or self.model, qconfig, **options), self.data, self.split)
+        if model is not None or options:
+            return calibrate(prepare_ptq(model or self.model, qconfig, **options), self.data, self.split)
+        free = replace(activation, max_shift_amount=None)
+        if free not in self._calibrated:
+            prepared = prepare_ptq(self.model, make_qconfig(weight, free, "simulated"))
+            self._calibrated[free] = calibrate(prepared, self.data, self.split)
+        network = copy.deepcopy(self._calibrated[free])
+        for layer in layers(network).values():
+            layer.qconfig = qconfig
+        for watcher in network.modules():
+            if isinstance(watcher, FakeQuantizeBase):
+                watcher.activation_post_process.max_shift_amount = activation.max_shift_amount
+                scale, zero_point = watcher.calculate_qparams()
+                watcher.scale.copy_(scale)
+                watcher.zero_point.copy_(zero_point)
+        return network
 
     def eager(self, weight: Scheme, activation: Scheme) -> nn.Module:
         """Calibrated for PTQ by torch's eager mode, to be converted."""
@@ -169,15 +189,9 @@ class Study:
         return Cell({"ptq": [asdict(weight), asdict(activation)]}, compute)
 
     def allocated(self, bits: dict[str, int], weight: Scheme, activation: Scheme) -> nn.Module:
-        """Calibrated for PTQ in simulation, these layers' weights with bits of their own.
-
-        Calibration runs in float, so one serves all allocations.
-        """
-        schemes = weight, activation
-        if schemes not in self._calibrated:
-            self._calibrated[schemes] = self.prepared(*schemes)
-        network = copy.deepcopy(self._calibrated[schemes])
-        for name, qconfig in overrides(bits, *schemes).items():
+        """Calibrated for PTQ in simulation, these layers' weights with bits of their own."""
+        network = self.prepared(weight, activation)
+        for name, qconfig in overrides(bits, weight, activation).items():
             layers(network)[name].qconfig = qconfig
         return network
 
@@ -204,7 +218,9 @@ class Study:
         torch.manual_seed(self.run.seed)
         network = build_mobile(arch, len(self.data.classes))
         folder = self.run.path(self.stage, f"networks/{arch}")
-        return fit(network, recipe, self.data, self.quick_split, self.run.seed, folder, 500, arch).model.cpu()
+        return fit(
+            network, recipe, self.data, self.quick_split, self.run.seed, folder, description=arch
+        ).model.cpu()
 
     def kernels(self, weight: Scheme, activation: Scheme, isa: str) -> Cell:
         """A cell: PTQ on oneDNN's kernels, limited to an instruction set (see `on_onednn`)."""
@@ -239,7 +255,7 @@ class Study:
         calibrate(prepared, self.data, self.split)
         title = f"{mode} W{weight.bits}A{activation.bits}"
         return fit(
-            prepared, recipe, self.data, self.quick_split, self.run.seed, folder, 500, title
+            prepared, recipe, self.data, self.quick_split, self.run.seed, folder, description=title
         ).model.cpu()
 
     def qat(self, weight: Scheme, activation: Scheme, mode: str, recipe: Recipe) -> Cell:

@@ -117,7 +117,7 @@ def fit(
     split: Split,
     seed: int,
     folder: Path,
-    batch_size: int = 500,
+    batch_size: int = 64,
     description: str = "train",
 ) -> Result:
     """Train a copy of `model`, or go on where a killed run of the same kind stopped.

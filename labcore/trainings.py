@@ -96,7 +96,9 @@ class Trainings(Study):
         folder = self.run.path(self.stage, f"fits/{sha256_json(key)[:24]}")
 
         def compute() -> dict:
-            result = fit(model, recipe, self.data, self.split, seed, folder, 500, f"{kind}, seed {seed}")
+            result = fit(
+                model, recipe, self.data, self.split, seed, folder, description=f"{kind}, seed {seed}"
+            )
             if judge:
                 return judge(result)
             last = result.history.iloc[-1]
@@ -136,7 +138,7 @@ class Trainings(Study):
         self.trainings |= {(recipe, seed) for recipe in recipes.values() for seed in seeds}
         return self.cells(todo, description)["acc"].astype(float).unstack().loc[list(recipes)]
 
-    def hidden_by_training(self, fake_quantized: nn.Module, batch_size: int = 500) -> pd.DataFrame:
+    def hidden_by_training(self, fake_quantized: nn.Module, batch_size: int = 64) -> pd.DataFrame:
         """Accuracy of one fake-quantized network on training images, as they are and as trainings show them (claim R14).
 
         Rows: the images as they are, with the augmentation that this network was trained with, with the reference's, and with its

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from labcore.artifacts import write_json
 from labcore.evaluate import predict
 from labcore.mixed import overrides
 from labcore.qconfig import Scheme, make_qconfig
+from labcore.qparams import inspect_qparams
 from labcore.quantize import calibrate, prepare_ptq, simulate
 from labcore.study import Study, _stored, grid, on_onednn, predict_ptq, run_exactly, saturated_16_bits
 from labcore.transforms import normalize
@@ -79,9 +81,14 @@ def test_a_scheme_is_judged_on_kernels_only_where_they_add_exactly(vnni, tiny_da
     assert run_exactly(simulated, 4) is simulated
 
 
-def test_one_calibration_serves_all_allocations_of_bits(tiny_data, tiny_split):
-    study, model = Study.__new__(Study), network()
-    study.data, study.split, study.model, study._calibrated = tiny_data, tiny_split, model, {}
+@pytest.fixture
+def study(tiny_data, tiny_split):
+    study = Study.__new__(Study)
+    study.data, study.split, study.model, study._calibrated = tiny_data, tiny_split, network(), {}
+    return study
+
+
+def test_one_calibration_serves_all_allocations_of_bits(study, tiny_data):
     weight, activation = Scheme(rule="least_error", per_channel=True), Scheme(zero_point="unsigned")
     batch = normalize(torch.from_numpy(tiny_data.test_images))
     for bits in ({"conv1": 3}, {}, {"conv1": 4, "fc": 2}):
@@ -90,3 +97,23 @@ def test_one_calibration_serves_all_allocations_of_bits(tiny_data, tiny_split):
         expected = simulate(study.prepared(weight, activation, overrides=own))(batch)
         assert torch.equal(found, expected)
     assert len(study._calibrated) == 1
+
+
+@pytest.mark.parametrize("rule", ["round", "ceil", "floor", "least_error", "none"])
+def test_one_calibration_serves_all_weights_and_clamps(rule, study, tiny_data, tiny_split):
+    activation = Scheme(rule=rule, zero_point="unsigned")
+    batch = normalize(torch.from_numpy(tiny_data.test_images))
+    outputs = []
+    for weight in (Scheme(rule=rule, per_channel=True), Scheme(bits=3)):
+        for limit in (None, 2, 6):
+            clamped = replace(activation, max_shift_amount=limit)
+            found = study.prepared(weight, clamped)
+            fresh = prepare_ptq(study.model, make_qconfig(weight, clamped, "simulated"))
+            fresh = calibrate(fresh, tiny_data, tiny_split)
+            table = inspect_qparams(found, [])
+            assert table.equals(inspect_qparams(fresh, []))
+            outputs.append(simulate(found)(batch))
+            assert torch.equal(outputs[-1], simulate(fresh)(batch))
+    assert len(study._calibrated) == 1
+    assert not torch.equal(outputs[0], outputs[3]), "other weights"
+    assert rule == "none" or not torch.equal(outputs[0], outputs[1]), "the clamp bites"
