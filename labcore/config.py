@@ -21,9 +21,11 @@ NOTEBOOKS = {
     "observers": "05_observers",
     "mixed": "06_mixed_precision",
     "training": "07_training_study",
+    "engines": "09_engines",
+    "robustness": "10_robustness",
 }
 # Those that `make studies` runs, and `make report` only reports.
-STUDIES = ("observers", "mixed", "training")
+STUDIES = ("observers", "mixed", "training", "engines", "robustness")
 
 
 def _check(name: str, value, ok: bool, expected: str) -> None:
@@ -105,7 +107,9 @@ class Recipe:
     rate of learned thresholds, in powers of two, where QAT has any; it follows the same schedule. An image is mixed with
     another by mixup with probability `mixup_prob`, by CutMix (Yun et al., 2019) with `cutmix_prob`, else not at all.
     `ema_decay` averages the weights (see labcore.optim.Average); the average is what is scored and kept. `micro_batch` sends
-    a batch through the network in parts of so many images; BatchNorm then averages over a part.
+    a batch through the network in parts of so many images; BatchNorm then averages over a part. In the first `small_share` of
+    the epochs images are trained on at `small_size` of their side, which is quicker (progressive resizing; Tan and Le, 2021,
+    "EfficientNetV2", section 4).
     """
 
     epochs: int
@@ -127,6 +131,8 @@ class Recipe:
     clip_norm: float = 0.0
     ema_decay: float = 0.0
     micro_batch: int = 0
+    small_share: float = 0.0
+    small_size: float = 0.75
     freeze_at: float = 1.0
     scale_lr: float = 0.01
     augment: Augment = field(default_factory=Augment)
@@ -151,7 +157,8 @@ class Recipe:
         _check("clip_norm", self.clip_norm, self.clip_norm >= 0, "0 (off) or a norm")
         _check("freeze_at", self.freeze_at, 0 < self.freeze_at <= 1, "a share of the epochs in (0, 1]")
         _check("micro_batch", self.micro_batch, self.micro_batch >= 0, "0 (whole) or a number of images")
-        for name in ("warmup", "momentum", "label_smoothing", "ema_decay"):
+        _check("small_size", self.small_size, 0 < self.small_size <= 1, "a share of the side in (0, 1]")
+        for name in ("warmup", "momentum", "label_smoothing", "ema_decay", "small_share"):
             _fraction(name, getattr(self, name))
 
 

@@ -75,6 +75,7 @@ class Loop:
     average: Average | None
     forward: Callable[[Tensor], Tensor]  # perhaps compiled, perhaps in DistributedDataParallel
     frozen: bool = False
+    side: int = 0  # images are resized to so many pixels; 0 leaves them as they are
 
     @property
     def scored(self) -> nn.Module:
@@ -144,6 +145,8 @@ def run_epoch(
     losses, correct = torch.zeros(steps, device=train.device), torch.zeros((), device=train.device)
     freeze_step = round(recipe.freeze_at * recipe.epochs * steps)
     loop.model.train()
+    small = epoch < recipe.small_share * recipe.epochs
+    loop.side = max(1, round(recipe.small_size * images.shape[-1])) if small else 0
     if epoch * steps > freeze_step:
         loop.freeze()
     for batch in range(steps):
@@ -187,6 +190,8 @@ def update(
     if recipe.mixup_prob or recipe.cutmix_prob:
         x, partner, share = mix(x, recipe, rng)
         partner = labels[partner]
+    if loop.side:
+        x = F.interpolate(x, size=loop.side, mode="bilinear", antialias=True)
     while True:
         for optimizer in loop.optimizers:
             optimizer.zero_grad(set_to_none=True)

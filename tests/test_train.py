@@ -6,12 +6,14 @@ import errno
 import io
 import os
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from torchvision.transforms.v2.functional import resize
 
 from labcore import LabError, checkpoint, steps, train
 from labcore.config import Augment, Recipe
@@ -326,6 +328,19 @@ def test_the_epoch_can_be_shortened(tmp_path, tiny_data, tiny_split, monkeypatch
         Recipe(epochs=2, batch_size=16, lr=0.01, epoch_images=32, augment=RECIPE.augment),
     )
     assert len(calls) == 2 * 2
+
+
+def test_the_first_epochs_see_smaller_images(tmp_path, tiny_data, tiny_split, monkeypatch):
+    seen, gradients, side = [], steps._gradients, tiny_data.train_images.shape[-1]
+    monkeypatch.setattr(steps, "_gradients", lambda *args: seen.append(args[1]) or gradients(*args))
+    augmented, augment = [], steps.augment
+    monkeypatch.setattr(steps, "augment", lambda *args: augmented.append(augment(*args)) or augmented[-1])
+    train.fit(network(), replace(RECIPE, small_share=0.5, small_size=0.5), tiny_data, tiny_split, 0, tmp_path)
+    per_epoch = len(seen) // RECIPE.epochs
+    for step, (found, whole) in enumerate(zip(seen, augmented, strict=True)):
+        if step < 2 * per_epoch:  # of three epochs the first two begin before half of the training
+            whole = resize(whole, [side // 2, side // 2], antialias=True)
+        assert torch.allclose(found, whole, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["mixup", "cutmix"])
