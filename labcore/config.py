@@ -199,7 +199,7 @@ class Profile:
 
 _cpu = Profile(
     name="cpu",
-    fp32=Recipe(epochs=9, batch_size=128, lr=0.15),
+    fp32=Recipe(epochs=15, batch_size=128, lr=0.15, small_share=0.7),
     qat=Recipe(epochs=2, epoch_images=10_240, batch_size=128, lr=0.001, warmup=0.1, freeze_at=0.67),
 )
 
@@ -225,8 +225,9 @@ _cpu_long = replace(
     width=48,
     fp32=replace(
         _cpu.fp32,
-        epochs=30,
+        epochs=40,
         lr=0.2,
+        small_share=0.5,
         ema_decay=0.995,
         augment=Augment(cutout=8),
     ),
