@@ -21,13 +21,14 @@ export MALLOC_TRIM_THRESHOLD_ ?= 4294967296
 export MALLOC_TOP_PAD_ ?= 268435456
 OPTIONS = --profile "$$LAB_PROFILE" --data "$$LAB_DATA" --seed "$$LAB_SEED" --set "$$LAB_SET" --make-variables "$$LAB_VARIABLES"
 
-.PHONY: help report studies test lab status clean
+.PHONY: help report studies verify test lab status clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make report   train, quantize, compare; write report/$$PROFILE and figures/$$PROFILE'
 	@echo '              PROFILE=smoke|cpu|cpu-long|full|reference  DATA=cifar10|cifar100|digits|PATH  SEED=0  SET="fp32.epochs=2 width=16"'
 	@echo 'make studies  what report does, and the studies of notebooks 05 to 07 (same options, an hour and more)'
+	@echo 'make verify   every number of report/$$PROFILE again from the results beside it (PROFILE)'
 	@echo 'make status   which stage is stale, and why (same options)'
 	@echo 'make lab      JupyterLab on this machine, PORT=8888'
 	@echo 'make test     all tests, among them the whole pipeline on profile smoke'
@@ -35,6 +36,9 @@ help:
 
 report studies status clean: $(VENV)/.installed
 	@$(RUN) $@ $(OPTIONS)
+
+verify: $(VENV)/.installed
+	@$(VENV)/bin/python -m labcore.verify --profile "$$LAB_PROFILE"
 
 test: $(VENV)/.installed
 	@$(VENV)/bin/python -m pytest

@@ -23,6 +23,7 @@ NOTEBOOKS = {
     "training": "07_training_study",
     "engines": "09_engines",
     "robustness": "10_robustness",
+    "claims": "08_claims",  # made last, from all the others
 }
 # Those that `make studies` runs, and `make report` only reports.
 STUDIES = ("observers", "mixed", "training", "engines", "robustness")

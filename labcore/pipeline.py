@@ -60,6 +60,7 @@ STAGES = (
     Stage("observers", ("fp32",)),
     Stage("mixed", ("fp32",)),
     Stage("training", ("fp32", "qat")),
+    Stage("claims", ("fp32", "ptq", "qat", "compare", *STUDIES)),
 )
 # The first notebook and the report show the reference's hyperparameters beside the profile's.
 _REFERENCE = sha256_json(asdict(PROFILES["reference"]))
@@ -329,14 +330,14 @@ class Pipeline:
             print("report: up to date")
             return
         print(f"report: {reason}", flush=True)
-        from labcore.report import build
+        from labcore.report import build, collect
 
         self._stamp_path("report").unlink(missing_ok=True)
         seconds = {stage.name: self.stamp(stage.name)["wall_seconds"] for stage in self._reported()}
-        written = build(self.profile, seconds)
+        written = collect(self.profile.name, self.overrides, seconds) + build(self.profile.name)
         outputs = {path.relative_to(ROOT).as_posix(): sha256_file(path) for path in written}
         write_json(self._stamp_path("report"), {"inputs": inputs, "outputs": outputs})
-        print(f"report: {', '.join(outputs)}")
+        print(f"report: {', '.join(path for path in outputs if '/results/' not in path)}")
 
     def clean(self) -> list[Path]:
         """Remove what this profile's runs wrote; the images' cache and the sources stay."""

@@ -1,17 +1,22 @@
-"""Saved artifacts to report.md, report.pdf and report.html. No number is typed: an undefined value stops the build."""
+"""Saved artifacts to report.md, report.pdf and report.html. No number is typed: an undefined value stops the build.
+
+What the numbers come from is kept beside the report, in report/<profile>/results, where it can be committed: the report can be
+written again from there, and checked (labcore.verify).
+"""
 
 import ast
 import itertools
 import math
 import re
+import shutil
 from pathlib import Path
 
 import jinja2
 import pandas as pd
 
 from labcore import LabError
-from labcore.artifacts import ROOT, atomic_path, read_json, write_text
-from labcore.config import NOTEBOOKS, PROFILES, STUDIES, Profile
+from labcore.artifacts import ROOT, atomic_path, read_json, sha256_file, write_json, write_text
+from labcore.config import NOTEBOOKS, PROFILES, STUDIES, get_profile, parse_overrides
 from labcore.tables import formatted
 
 TEMPLATE = ROOT / "report" / "template.md"
@@ -21,6 +26,8 @@ CSS = ROOT / "report" / "template.css"
 MARKDOWN = "markdown-citations+lists_without_preceding_blankline"
 REFERENCE = ROOT / "report" / "template_reference.json"
 NAMES = {"fp32": "FP32", "ptq": "PTQ", "qat": "QAT"}
+# What the results folder takes of each stage.
+KEPT = ("metrics.json", "provenance.json", "*.csv", "logits*.npz")
 VERDICT = {
     "reference": "PTQ, the reference's scheme",
     "no_clamp": "PTQ, the same without the clamp",
@@ -105,15 +112,54 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
 
 
-def context(profile: Profile, wall_seconds: dict[str, float]) -> dict:
-    """Everything the template may name, from the artifacts of all stages.
+def results_folder(profile: str) -> Path:
+    """Where the report of a profile keeps what its numbers come from."""
+    return ROOT / "report" / profile / "results"
 
-    Raises LabError where a stage's artifact is missing or damaged.
+
+def collect(profile: str, overrides: str, wall_seconds: dict[str, float]) -> list[Path]:
+    """Copy what a report's numbers come from out of runs/ into its results folder; returns the copies.
+
+    run.json there holds the overrides of the profile (SET), the stages with the seconds that each took, and the hash of every
+    copy and figure.
+
+    Raises LabError where a stage has left no metrics.
     """
-    runs = ROOT / "runs" / profile.name
+    folder, runs = results_folder(profile), ROOT / "runs" / profile
+    partial = folder.with_name(".results.part")
+    shutil.rmtree(partial, ignore_errors=True)
+    for stage in wall_seconds:
+        for name in ("metrics.json", "provenance.json"):
+            read_json(runs / stage / name)
+        for path in sorted(path for pattern in KEPT for path in (runs / stage).glob(pattern)):
+            (partial / stage).mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, partial / stage / path.name)
+    copies = sorted(path for path in partial.rglob("*") if path.is_file())
+    prefixes = tuple(NOTEBOOKS[stage][:2] for stage in wall_seconds)
+    figures = sorted((ROOT / "figures" / profile).glob("*.png"))
+    facts = {
+        "overrides": overrides,
+        "wall_seconds": wall_seconds,
+        "files": {path.relative_to(partial).as_posix(): sha256_file(path) for path in copies},
+        "figures": {path.name: sha256_file(path) for path in figures if path.name.startswith(prefixes)},
+    }
+    write_json(partial / "run.json", facts)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def context(name: str) -> dict:
+    """Everything the template may name, from the results folder of a profile.
+
+    Raises LabError where an artifact is missing or damaged.
+    """
+    folder = results_folder(name)
+    facts = read_json(folder / "run.json")
+    profile, wall_seconds = get_profile(name, **parse_overrides(facts["overrides"])), facts["wall_seconds"]
     reported = [stage for stage in NOTEBOOKS if stage in wall_seconds or stage not in STUDIES]
-    stages = {stage: read_json(runs / stage / "metrics.json") for stage in reported}
-    provenance = {stage: read_json(runs / stage / "provenance.json") for stage in reported}
+    stages = {stage: read_json(folder / stage / "metrics.json") for stage in reported}
+    provenance = {stage: read_json(folder / stage / "provenance.json") for stage in reported}
     names = list(NAMES)
     latency = pd.DataFrame(stages["compare"]["latency"]).T
     results = pd.DataFrame(
@@ -146,7 +192,9 @@ def context(profile: Profile, wall_seconds: dict[str, float]) -> dict:
         "profile": profile.name,
     } | {f"{name}": _merged(provenance, "versions", name) for name in provenance["fp32"]["versions"]}
     machine |= {
-        f"wall time of {NOTEBOOKS[stage]}": _duration(seconds) for stage, seconds in wall_seconds.items()
+        f"wall time of {NOTEBOOKS[stage]}": _duration(wall_seconds[stage])
+        for stage in reported
+        if stage in wall_seconds
     }
     recipes = pd.DataFrame(
         {
@@ -181,7 +229,7 @@ def context(profile: Profile, wall_seconds: dict[str, float]) -> dict:
         "bootstrap_table": markdown_table(_resampled(stages["compare"]), "pair"),
         "latency_table": markdown_table(_latency(latency), "network"),
         "ablation_table": markdown_table(_ablation(stages["ptq"]["ablation"]), "scheme"),
-        "history_table": markdown_table(_history(runs / "fp32" / "history.csv"), "epoch"),
+        "history_table": markdown_table(_history(folder / "fp32" / "history.csv"), "epoch"),
         "recipe_table": markdown_table(recipes, "hyperparameter"),
         "augment_table": markdown_table(augments, "transform"),
         "provenance_table": markdown_table(
@@ -189,6 +237,7 @@ def context(profile: Profile, wall_seconds: dict[str, float]) -> dict:
         ),
         "notebooks": NOTEBOOKS,
         "duration": _duration,
+        "ledger_table": markdown_table(_ledger(stages["claims"]["rows"], profile.name), "id"),
     }
 
 
@@ -283,6 +332,25 @@ def _resampled(compare: dict) -> pd.DataFrame:
             "images to see 0.05 points": "–" if needed is None else f"{needed:,}",
         }
     return pd.DataFrame(rows).T
+
+
+def _ledger(rows: list[dict], profile: str) -> pd.DataFrame:
+    """The claims with links to the notebook, the entry of its metrics and the figure."""
+    table = {}
+    for row in rows:
+        notebook = NOTEBOOKS[row["stage"]]
+        links = [f"[{notebook[:2]}](notebooks/{notebook}.ipynb)"] if row["data"] else []
+        if row["data"]:
+            links.append(f"[`{row['data']}`](results/{row['stage']}/metrics.json)")
+        if row["figure"]:
+            links.append(f"[figure](../../figures/{profile}/{row['figure']}.png)")
+        table[row["id"]] = {
+            "the reference says": row["claim"],
+            "verdict": f"**{row['verdict']}**",
+            "what was found": row["value"],
+            "evidence": ", ".join(links) or "–",
+        }
+    return pd.DataFrame(table).T
 
 
 def _paired(paired: dict) -> pd.DataFrame:
@@ -437,11 +505,14 @@ def write_html(markdown: str, html: Path) -> None:
     write_text(html, text)
 
 
-def build(profile: Profile, wall_seconds: dict[str, float]) -> list[Path]:
-    """Write report.md, report.pdf and report.html; returns their paths."""
-    folder = ROOT / "report" / profile.name
+def build(profile: str, folder: Path | None = None) -> list[Path]:
+    """Write report.md, report.pdf and report.html from the results folder of a profile; returns their paths.
+
+    They go beside it, or into another folder of the project.
+    """
+    folder = folder or ROOT / "report" / profile
     markdown, pdf, html = (folder / f"report.{kind}" for kind in ("md", "pdf", "html"))
-    values = context(profile, wall_seconds)
+    values = context(profile)
     write_text(markdown, render(values))
     text = render(values, with_captions=True)
     write_pdf(text, pdf)

@@ -18,9 +18,9 @@ from labcore import LabError, pipeline
 from labcore.execute import execute
 
 ROOT = Path(__file__).resolve().parent.parent
-NOTEBOOKS = ["01_fp32_train", "02_ptq", "03_qat", "04_compare"]
+NOTEBOOKS = ["01_fp32_train", "02_ptq", "03_qat", "04_compare", "08_claims"]
 STUDIES = ["05_observers", "06_mixed_precision", "07_training_study"]
-STAGES = ["fp32", "ptq", "qat", "compare"]
+STAGES = ["fp32", "ptq", "qat", "compare", "claims"]
 
 
 class Project:
@@ -37,10 +37,11 @@ class Project:
         (root / "report").mkdir()
         for template in (ROOT / "report").glob("template*"):
             shutil.copy(template, root / "report")
+        shutil.copy(ROOT / "README.md", root)
 
-    def start(self, *arguments: str) -> subprocess.Popen:
+    def start(self, *arguments: str, module: str = "pipeline") -> subprocess.Popen:
         environment = {**os.environ, "PYTHONPATH": str(self.root)}
-        command = [sys.executable, "-m", "labcore.pipeline", *arguments]
+        command = [sys.executable, "-m", f"labcore.{module}", *arguments]
         return subprocess.Popen(
             command,
             cwd=self.root,
@@ -55,6 +56,11 @@ class Project:
         process = self.start(command, "--profile", "smoke", *arguments)
         out, err = process.communicate(timeout=900)
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+    def verify(self) -> tuple[int, str]:
+        process = self.start("--profile", "smoke", module="verify")
+        _, err = process.communicate(timeout=300)
+        return process.returncode, err
 
     def status(self, *arguments: str) -> dict[str, str]:
         result = self.run("status", *arguments)
@@ -129,7 +135,7 @@ def test_the_pipeline_writes_report_figures_notebooks_and_weights(built):
     assert [name for name in expected if not (built.root / name).exists()] == []
     assert (built.root / "report/smoke/report.pdf").read_bytes().startswith(b"%PDF")
     html = (built.root / "report/smoke/report.html").read_text(encoding="utf-8")
-    loaded = re.findall(r"""(?:src|href)=["'](?!data:|#|notebooks/)[^"']*""", html)
+    loaded = re.findall(r"""(?:src|href)=["'](?!data:|#|notebooks/|results/|../../figures/)[^"']*""", html)
     assert html.startswith("<!DOCTYPE html>") and not loaded, "one file, and nothing else is loaded"
     pictures = (built.root / "report/smoke/report.md").read_text(encoding="utf-8").count("![")
     assert html.count("data:image/png;base64") == pictures > 10 and "<math" in html
@@ -245,6 +251,63 @@ def test_the_same_artifacts_give_the_same_report_bytes(project):
     (project.root / "runs/smoke/report.stamp.json").unlink()
     assert project.run().returncode == 0
     assert project.hashes("report/smoke") == before
+
+
+def test_every_number_and_page_follows_from_the_results(built):
+    assert built.verify() == (0, "")
+    assert not list((built.root / "report").glob(".verify*"))
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern", "message"),
+    [
+        (
+            "report.md",
+            r"\d(?=\.\d\d%)",
+            "report/smoke/report.md differs from the page that its artifacts give: '-",
+        ),
+        ("report.html", r"\d(?=\.\d\d%)", "report/smoke/report.html differs"),
+        ("results/ptq/metrics.json", r'(?<="n_correct": \d\d)\d', "ptq.test.n_correct is "),
+        ("results/compare/metrics.json", r'(?<="acc_drop_pp_high": \d\.)\d', "compare.paired.ptq"),
+        ("results/compare/metrics.json", r'(?<="speedup": )\d', "compare.latency."),
+        ("results/claims/metrics.json", r"\d(?= times for ResNet-50)", "claims.rows[2].value is "),
+        (
+            "results/fp32/history.csv",
+            r"\d(?=\n)",
+            "results/fp32/history.csv is of another run, or was edited",
+        ),
+    ],
+)
+def test_one_changed_digit_is_found(project, name, pattern, message):
+    path = project.root / "report/smoke" / name
+    text = path.read_text(encoding="utf-8")
+    digit = re.search(pattern, text)
+    other = str((int(digit.group()) + 1) % 10)
+    path.write_text(text[: digit.start()] + other + text[digit.end() :], encoding="utf-8")
+    status, errors = project.verify()
+    assert status == 1 and message in errors
+    assert all(line.startswith("error: ") for line in errors.splitlines())
+
+
+def test_results_of_another_run_missing_and_foreign_files_are_named(project):
+    results = project.root / "report/smoke/results"
+    shutil.copy(results / "ptq/logits.npz", results / "qat/logits.npz")
+    (results / "fp32/history.csv").rename(results / "fp32/foreign.csv")
+    (project.root / "report/smoke/report.pdf").unlink()
+    status, errors = project.verify()
+    assert status == 1
+    for part in (
+        "results/qat/logits.npz is of another run",
+        "results/fp32/history.csv is missing",
+        "results/fp32/foreign.csv is not listed in run.json",
+    ):
+        assert part in errors
+    (results / "ptq/logits.npz").write_bytes(b"no archive")
+    assert "ptq/logits.npz cannot be read" in project.verify()[1]
+    shutil.rmtree(results)
+    status, errors = project.verify()
+    assert status == 1 and errors.startswith("error: report/smoke/results is missing: run make report")
+    assert errors.count("\n") == 1
 
 
 def test_new_prose_in_a_notebook_shows_and_runs_nothing(project):
@@ -454,7 +517,8 @@ def test_an_unknown_notebook_parameter_is_refused(tmp_path):
 def test_a_change_of_the_plots_makes_every_notebook_stale(project):
     project.edit("labcore/plots.py", lambda text: text + "\nCHANGED = True\n")
     status = project.status()
-    assert all("labcore/plots.py" in status[stage] for stage in STAGES)
+    assert all("labcore/plots.py" in status[stage] for stage in ("fp32", "ptq", "qat", "compare"))
+    assert status["claims"].startswith("stale: waits for: fp32")
 
 
 def test_a_comment_in_printed_source_makes_only_the_report_stale(project):

@@ -1,0 +1,411 @@
+"""The ledger: each claim of the reference, what was measured about it, and the verdict. A pure function of saved results."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+from labcore.artifacts import read_json
+from labcore.config import NOTEBOOKS, STUDIES
+from labcore.run import Run
+
+CONFIRMED, REFUTED, CONDITION, OPEN = "confirmed", "refuted", "holds under a condition", "no evidence here"
+SMALL_PP = 0.1  # what the reference calls little accuracy
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A row of the ledger.
+
+    Attributes:
+        claim: what the reference says.
+        verdict: CONFIRMED, REFUTED, CONDITION or OPEN.
+        value: what was found, with its uncertainty.
+        stage: the notebook that measured it; figure: what shows it, or ""; data: the entry of the stage's metrics.
+    """
+
+    id: str
+    claim: str
+    verdict: str
+    value: str
+    stage: str
+    data: str
+    figure: str = ""
+
+
+def evidence(run: Run) -> dict[str, dict | None]:
+    """The metrics of every stage before the ledger; None for a study that never ran, or ran on another FP32 network.
+
+    Raises LabError where a stage of `make report` has left none.
+    """
+
+    def network(stage: str) -> str | None:
+        path = run.folder / f"{stage}.stamp.json"
+        return read_json(path)["inputs"]["the results of stage fp32"] if path.exists() else None
+
+    found: dict[str, dict | None] = {}
+    for stage in NOTEBOOKS:
+        if stage == "claims":
+            continue
+        valid = stage not in STUDIES or network(stage) == network("compare") is not None
+        found[stage] = run.metrics(stage) if valid else None
+    return found
+
+
+def ledger(found: dict[str, dict | None], checks: dict, reference: dict) -> list[dict]:
+    """Every claim with its verdict, R1 to R20, as plain rows (see `Claim`).
+
+    Args:
+        found: as `evidence` gives it.
+        checks: what notebook 08 measures itself.
+        reference: the reference's own numbers (report/template_reference.json).
+    """
+    return [asdict(judge(found, checks, reference)) for judge in _JUDGES]
+
+
+def _signed(low: float, high: float) -> str:
+    return f"{low:+.2f} to {high:+.2f}"
+
+
+def _drop(row: dict) -> str:
+    return f"{row['acc_drop_pp']:+.2f} points ({_signed(row['acc_drop_pp_low'], row['acc_drop_pp_high'])})"
+
+
+def _speed(row: dict) -> str:
+    return f"{row['speedup']:.2f} times (quartiles {row['speedup_low']:.2f} to {row['speedup_high']:.2f})"
+
+
+def _missing(id: str, claim: str, stage: str, known: str = "") -> Claim:
+    text = f"{known} " if known else ""
+    return Claim(
+        id, claim, OPEN, f"{text}Notebook {NOTEBOOKS[stage]} has not been run in this profile.", stage, ""
+    )
+
+
+def _r1(found: dict, checks: dict, reference: dict) -> Claim:
+    claim, test = "FP32 reaches 95.47 % in 300 epochs.", found["fp32"]["test"]
+    value = f"{test['acc']:.2%} ({test['acc_low']:.2%} to {test['acc_high']:.2%}) after {found['fp32']['epochs']} epochs"
+    if checks["arch"] != "resnet50":
+        verdict, value = OPEN, f"{value}, but of {checks['arch']}: this profile trains no ResNet-50."
+    else:
+        verdict = CONFIRMED if test["acc_high"] >= reference["fp32"]["acc"] else REFUTED
+    return Claim("R1", claim, verdict, value, "fp32", "test", "01_curves")
+
+
+def _r2(found: dict, checks: dict, reference: dict) -> Claim:
+    pair, ptq = found["compare"]["paired"]["ptq_qat"], found["compare"]["paired"]["ptq"]
+    better = pair["p_value"] < 0.05 and pair["acc_drop_pp"] < 0
+    images = round((reference["qat"]["acc"] - reference["ptq"]["acc"]) * reference["n_test"])
+    value = (
+        f"PTQ costs {_drop(ptq)}. From PTQ to QAT the drop is {_drop(pair)}, McNemar p = {pair['p_value']:.2g}. "
+        f"The reference's difference is {images} images of {reference['n_test']:,}."
+    )
+    return Claim(
+        "R2",
+        "PTQ costs 0.05 points, QAT gains 0.05: QAT outperforms PTQ.",
+        CONFIRMED if better else REFUTED,
+        value,
+        "compare",
+        "paired.ptq_qat",
+        "04_accuracy",
+    )
+
+
+def _r3(found: dict, checks: dict, reference: dict) -> Claim:
+    network, printed = checks["resnet50"], reference["fp32"]["size_mb"] / reference["ptq"]["size_mb"]
+    ratio = network["fp32_mb"] / network["int8_mb"]
+    value = (
+        f"{ratio:.2f} times for ResNet-50, built here: {network['fp32_mb']:.2f} and {network['int8_mb']:.2f} MB. "
+        f"{found['compare']['size_ratio']:.2f} times for this profile's network."
+    )
+    verdict = CONFIRMED if abs(ratio / printed - 1) < 0.03 else REFUTED  # another file format
+    return Claim("R3", "INT8 is 3.91 times smaller.", verdict, value, "claims", "checks.resnet50", "04_costs")
+
+
+def _r4(found: dict, checks: dict, reference: dict) -> Claim:
+    own = {
+        name: reference["fp32"]["latency_ms"] / reference[name]["latency_ms"]
+        for name in ("fp32", "ptq", "qat")
+    }
+    agrees = all(abs(own[name] - reference[name]["speedup"]) < 0.01 for name in ("ptq", "qat"))
+    latency = found["compare"]["latency"]
+    value = (
+        f"Its own latencies give {own['ptq']:.2f} and {own['qat']:.2f}. Here PTQ runs {_speed(latency['ptq'])} as fast as FP32 and "
+        f"QAT, the same network, {_speed(latency['qat'])}."
+    )
+    claim = "The speed-up is 1.91 times (PTQ) and 2.09 times (QAT)."
+    return Claim("R4", claim, CONDITION if agrees else REFUTED, value, "compare", "latency", "04_costs")
+
+
+def _r5(found: dict, checks: dict, reference: dict) -> Claim:
+    pairs = {"torch": found["compare"]["ptq_to_float_scales"]}
+    if found["engines"]:
+        pairs |= found["engines"]["power_of_two"]
+    faster = [name for name, row in pairs.items() if row["speedup_low"] > 1.02]
+    verdict = CONFIRMED if len(faster) == len(pairs) else CONDITION if faster else REFUTED
+    value = "Against float scales, all else the same: " + "; ".join(
+        f"{name} {_speed(row)}" for name, row in pairs.items()
+    )
+    stage = "engines" if found["engines"] else "compare"
+    data = "power_of_two" if found["engines"] else "ptq_to_float_scales"
+    return Claim(
+        "R5",
+        "A power-of-two scale is faster, because a shift replaces a multiplication.",
+        verdict,
+        f"{value}.",
+        stage,
+        data,
+    )
+
+
+def _r6(found: dict, checks: dict, reference: dict) -> Claim:
+    claim = "Rounding the scale to a power of two costs under 0.1 points."
+    if not found["observers"]:
+        return _missing("R6", claim, "observers")
+    nearest, least = checks["rounding"]["no_clamp"], checks["rounding"]["best_ptq"]
+    held = [row["acc_drop_pp"] < SMALL_PP for row in (nearest, least)]
+    verdict = CONFIRMED if all(held) else CONDITION if any(held) else REFUTED
+    value = f"Against the same float scales, the nearest exponent costs {_drop(nearest)}; the least-error exponent, per channel, {_drop(least)}."
+    return Claim("R6", claim, verdict, value, "observers", "verdict", "05_rules")
+
+
+def _r7(found: dict, checks: dict, reference: dict) -> Claim:
+    claim, study, ptq = "Exponents from -8 to 8 suffice for most layers.", found["observers"], found["ptq"]
+    if not study:
+        share = ptq["n_weights_clamped"] / ptq["n_weights"]
+        value = f"The clamp changed {ptq['n_weights_clamped']} of {ptq['n_weights']} weight tensors and {ptq['n_activations_clamped']} of {ptq['n_activations']} activations."
+        return Claim(
+            "R7",
+            claim,
+            REFUTED if share > 0.5 else CONFIRMED,
+            value,
+            "ptq",
+            "n_weights_clamped",
+            "02_exponents",
+        )
+    verdict = REFUTED if study["n_tensors_below"] > study["n_tensors"] / 2 else CONFIRMED
+    value = (
+        f"{study['n_tensors_below']} of {study['n_tensors']} weight tensors and {study['share_channels_below']:.0%} of "
+        f"{study['n_channels']} channels want an exponent below -8; activations do not."
+    )
+    return Claim("R7", claim, verdict, value, "observers", "n_tensors_below", "05_error")
+
+
+def _r8(found: dict, checks: dict, reference: dict) -> Claim:
+    claim = "The clamp on the exponent prevents overflow."
+    if not found["observers"]:
+        return _missing("R8", claim, "observers")
+    rows = {(row["case"], row["bits"]): row for row in found["observers"]["overflow"]}
+    worst, safe = rows["worst case", 8], rows["worst case", 7]
+    refuted = worst["wrong sums"] > 0 and safe["wrong sums"] == 0
+    value = (
+        f"Without VNNI, 16-bit sums of 8-bit activations are wrong by up to {worst['largest error']:.0f} whatever the exponent, "
+        f"with 7 bits by {safe['largest error']:.0f}. Bits decide, not the clamp. This processor "
+        f"{'has' if found['observers']['has_vnni'] else 'lacks'} VNNI."
+    )
+    return Claim("R8", claim, REFUTED if refuted else CONFIRMED, value, "observers", "overflow")
+
+
+def _r9(found: dict, checks: dict, reference: dict) -> Claim:
+    ptq = found["compare"]["paired"]["ptq"]
+    value = (
+        f"The converted network holds {checks['n_int8_additions']} int8 additions and no float one; PTQ costs {_drop(ptq)} with "
+        "them."
+    )
+    verdict = REFUTED if checks["n_int8_additions"] else OPEN
+    claim = "The residual addition must stay in floating point."
+    return Claim("R9", claim, verdict, value, "claims", "checks.n_int8_additions")
+
+
+def _r10(found: dict, checks: dict, reference: dict) -> Claim:
+    claim = "Fusing Conv-BN-ReLU lowers quantization error and latency."
+    if not found["observers"]:
+        return _missing("R10", claim, "observers")
+    study = found["observers"]
+    fused, apart = study["fusing"]["fused"], study["fusing"]["not fused"]
+    held = [fused["logit_mse"] < apart["logit_mse"], study["fusing_speed"]["speedup_low"] > 1]
+    verdict = CONFIRMED if all(held) else CONDITION if any(held) else REFUTED
+    value = (
+        f"The squared error of the logits is {fused['logit_mse']:.4f} fused and {apart['logit_mse']:.4f} apart; fused runs "
+        f"{_speed(study['fusing_speed'])} as fast."
+    )
+    return Claim("R10", claim, verdict, value, "observers", "fusing")
+
+
+def _trained(study: dict, question: str, recipe: str) -> str:
+    row = next(row for row in study["tables"][question] if row["recipe"] == recipe)
+    spread = f" (spread {row['diff_pp_std']:.2f}, {row['seeds']} seeds)"
+    return f"{row['diff_pp']:+.2f} points{spread}"
+
+
+def _r11(found: dict, checks: dict, reference: dict) -> Claim:
+    claim = "Linear scaling takes the learning rate from 0.1 to 0.3 for batches of 256 instead of 128."
+    study, linear = found["training"], 0.1 * 256 / 128
+    value = f"The rule gives {linear:.1f}."
+    if study:
+        batch = 2 * study["batch_size"]
+        value += (
+            f" In small, at batch {batch}: twice the rate {_trained(study, 'batch', f'batch {batch}, rate times 2')}, three times "
+            f"{_trained(study, 'batch', f'batch {batch}, rate times 3')} against the smaller batch."
+        )
+    return Claim(
+        "R11",
+        claim,
+        REFUTED,
+        value,
+        "training",
+        "tables.batch" if study else "",
+        "07_recipes" if study else "",
+    )
+
+
+def _r12(found: dict, checks: dict, reference: dict) -> Claim:
+    claim, study = "Warm restarts help to leave local optima.", found["training"]
+    known = (
+        f"The reference's 300 epochs stop in mid-cycle, at a rate of {found['fp32']['reference_last_lr']:.3f} instead of "
+        f"{found['fp32']['reference_lr_min']:.4f}."
+    )
+    if not study:
+        return _missing("R12", claim, "training", known)
+    rows = {row["recipe"]: row for row in study["tables"]["schedule"]}
+    held = [
+        rows[name]["diff_pp"] > (rows[name]["diff_pp_std"] or 0)
+        for name in ("restarts, stopped in mid-cycle", "restarts, ending with a cycle")
+    ]
+    value = (
+        f"{known} Against one cosine, restarts stopped in mid-cycle give "
+        f"{_trained(study, 'schedule', 'restarts, stopped in mid-cycle')}, restarts that end with a cycle "
+        f"{_trained(study, 'schedule', 'restarts, ending with a cycle')}."
+    )
+    verdict = CONFIRMED if all(held) else CONDITION if any(held) else REFUTED
+    return Claim("R12", claim, verdict, value, "training", "tables.schedule", "07_recipes")
+
+
+def _r13(found: dict, checks: dict, reference: dict) -> Claim:
+    value = (
+        f"ResNet-50 has {checks['resnet50']['n_dropout']} dropout layers. Here training and validation accuracy differ by "
+        f"{found['fp32']['gap_pp']:.2f} points."
+    )
+    claim = "There is no overfitting, thanks among others to dropout."
+    verdict = REFUTED if checks["resnet50"]["n_dropout"] == 0 else OPEN
+    return Claim("R13", claim, verdict, value, "fp32", "gap_pp", "01_curves")
+
+
+def _r14(found: dict, checks: dict, reference: dict) -> Claim:
+    claim = "QAT's training accuracy is below validation because of mixup and fake quantization."
+    qat, study = found["qat"], found["training"]
+    rounding = 100 * (qat["without_fake_quant"] - qat["with_fake_quant"])
+    value = f"Fake quantization hides {rounding:+.2f} points of training accuracy."
+    if not study:
+        return _missing("R14", claim, "training", value)
+    images, rounded = study["hidden_by_images_pp"], study["hidden_by_rounding_pp"]
+    value = (
+        f"The reference's augmentation with mixup hides {images:.2f} points, fake quantization {rounded:.2f}."
+    )
+    verdict = CONFIRMED if min(images, rounded) > 1 else CONDITION if max(images, rounded) > 1 else REFUTED
+    return Claim("R14", claim, verdict, value, "training", "hidden")
+
+
+def _r15(found: dict, checks: dict, reference: dict) -> Claim:
+    claim = "prepare_qat needs train mode, so call .train() after fusing in eval mode."
+    value = f"It needs train mode; fused for QAT, {found['qat']['batchnorm_kept']} BatchNorm layers are kept, fused in eval mode none."
+    if study := found["training"]:
+        kept, folded = (study["trained_on"][kind] for kind in ("qat", "qat_folded"))
+        value += f" QAT ends at {kept['acc']:.2%} with them and at {folded['acc']:.2%} without ({study['n_seeds']} seeds)."
+    stage = "training" if found["training"] else "qat"
+    return Claim("R15", claim, CONDITION, value, stage, "trained_on" if study else "batchnorm_kept")
+
+
+def _r16(found: dict, checks: dict, reference: dict) -> Claim:
+    refused, loads = checks["prefix"]["refused_as_it_is"], checks["prefix"]["loads_stripped"]
+    value = (
+        f"A state dict with the prefix is {'refused' if refused else 'taken'} by load_state_dict as it is and "
+        f"{'loads' if loads else 'does not load'} with it stripped."
+    )
+    claim = "Checkpoints of DataParallel need their module. prefix stripped."
+    return Claim("R16", claim, CONFIRMED if refused and loads else REFUTED, value, "claims", "checks.prefix")
+
+
+def _r17(found: dict, checks: dict, reference: dict) -> Claim:
+    claim, study = "The noise of QAT regularises.", found["training"]
+    if not study:
+        return _missing("R17", claim, "training", "One seed cannot tell.")
+    row = study["trained_on"]["qat"]
+    value = (
+        f"Against FP32 trained on for as long: {row['diff_pp']:+.2f} points (spread {row['diff_pp_std']:.2f}, "
+        f"{study['n_seeds']} seeds)."
+    )
+    verdict = CONFIRMED if row["diff_pp"] > row["diff_pp_std"] else REFUTED
+    return Claim("R17", claim, verdict, value, "training", "trained_on")
+
+
+def _r18(found: dict, checks: dict, reference: dict) -> Claim:
+    claim, study = "ResNet-50 tolerates quantization; MobileNet and EfficientNet may not.", found["mixed"]
+    if not study:
+        return _missing("R18", claim, "mixed")
+    drops: dict[str, list[float]] = {}
+    for row in study["architectures"]:
+        drops.setdefault(row["network"], []).append(row["acc_drop_pp"])
+    value = "; ".join(
+        f"{network} {max(values):+.2f} points with the worst scheme and {min(values):+.2f} with the best"
+        for network, values in drops.items()
+    )
+    suffers = [max(values) > 1 for values in drops.values()]
+    repaired = [min(values) < 1 for values in drops.values()]
+    verdict = REFUTED if not any(suffers) else CONDITION if any(repaired) else CONFIRMED
+    own = found["compare"]["paired"]["ptq"]
+    return Claim(
+        "R18",
+        claim,
+        verdict,
+        f"{value}. This profile's network: {_drop(own)}.",
+        "mixed",
+        "architectures",
+    )
+
+
+def _r19(found: dict, checks: dict, reference: dict) -> Claim:
+    claim = "Symmetric quantization has zero point 0, affine maps the range onto all codes."
+    study = found["observers"]
+    if not study:
+        return _missing("R19", claim, "observers", "Signed codes: yes. Unsigned ones need 128.")
+    gain = max(study["zero_point_gain_db"].values())
+    value = (
+        f"For signed codes. With unsigned ones zero point 0 leaves no code for {study['negative_inputs']:.0%} of the inputs, which "
+        f"are negative; behind a ReLU it wins up to {gain:.1f} dB over 128."
+    )
+    return Claim("R19", claim, CONDITION, value, "observers", "zero_point_gain_db")
+
+
+def _r20(found: dict, checks: dict, reference: dict) -> Claim:
+    seconds, images = found["ptq"]["calibration_seconds"], checks["n_calibration"]
+    each = checks["resnet50"]["calibration_seconds"] / checks["resnet50"]["n_calibration"]
+    value = (
+        f"It depends on the number of images, which the reference does not give. ResNet-50 takes {1000 * each:.0f} ms per image on "
+        f"{checks['device']}: one to two minutes are {60 / each:,.0f} to {120 / each:,.0f} images. This profile's {images:,} images "
+        f"took {seconds:.1f} s with {checks['arch']}."
+    )
+    claim = "Calibration takes one to two minutes."
+    return Claim("R20", claim, CONDITION, value, "claims", "checks.resnet50")
+
+
+_JUDGES: list[Callable[[dict, dict, dict], Claim]] = [
+    _r1,
+    _r2,
+    _r3,
+    _r4,
+    _r5,
+    _r6,
+    _r7,
+    _r8,
+    _r9,
+    _r10,
+    _r11,
+    _r12,
+    _r13,
+    _r14,
+    _r15,
+    _r16,
+    _r17,
+    _r18,
+    _r19,
+    _r20,
+]

@@ -1,0 +1,214 @@
+"""The ledger on results made by hand: each verdict turns with the number that decides it."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+
+from labcore.claims import CONDITION, CONFIRMED, OPEN, REFUTED, ledger
+
+REFERENCE = json.loads((Path(__file__).parent.parent / "report/template_reference.json").read_text())
+
+
+def speed(low: float) -> dict:
+    return {"speedup": low + 0.05, "speedup_low": low, "speedup_high": low + 0.1}
+
+
+def pair(drop: float, p_value: float = 1.0) -> dict:
+    return {
+        "acc_drop_pp": drop,
+        "acc_drop_pp_low": drop - 0.2,
+        "acc_drop_pp_high": drop + 0.2,
+        "p_value": p_value,
+    }
+
+
+def recipes(**differences: float) -> list[dict]:
+    return [
+        {"recipe": name.replace("_", " "), "diff_pp": value, "diff_pp_std": 0.2, "seeds": 3, "acc": 0.8}
+        for name, value in differences.items()
+    ]
+
+
+FOUND = {
+    "fp32": {
+        "test": {"acc": 0.9, "acc_low": 0.89, "acc_high": 0.91},
+        "epochs": 15,
+        "gap_pp": 4.0,
+        "reference_last_lr": 0.044,
+        "reference_lr_min": 1e-4,
+    },
+    "ptq": {
+        "calibration_seconds": 3.0,
+        "n_weights": 9,
+        "n_weights_clamped": 7,
+        "n_activations": 12,
+        "n_activations_clamped": 0,
+    },
+    "qat": {"with_fake_quant": 0.9, "without_fake_quant": 0.91, "batchnorm_kept": 8},
+    "compare": {
+        "paired": {"ptq": pair(0.05), "qat": pair(0.0), "ptq_qat": pair(-0.05)},
+        "size_ratio": 3.97,
+        "latency": {"ptq": speed(1.8), "qat": speed(1.8)},
+        "ptq_to_float_scales": speed(0.95),
+    },
+    "observers": {
+        "n_tensors": 9,
+        "n_tensors_below": 7,
+        "share_channels_below": 0.8,
+        "n_channels": 600,
+        "overflow": [
+            {
+                "case": "worst case",
+                "bits": bits,
+                "wrong sums": float(bits == 8),
+                "largest error": 9.0 * (bits == 8),
+            }
+            for bits in (8, 7)
+        ],
+        "has_vnni": True,
+        "fusing": {"fused": {"logit_mse": 0.01}, "not fused": {"logit_mse": 0.02}},
+        "fusing_speed": speed(1.1),
+        "zero_point_gain_db": {"conv1": 5.0},
+        "negative_inputs": 0.5,
+    },
+    "mixed": {
+        "architectures": [
+            {"network": network, "scheme": scheme, "acc_drop_pp": drop}
+            for network, scheme, drop in (("mobile", "a", 9.0), ("mobile", "b", 0.0), ("efficient", "a", 4.0))
+        ]
+    },
+    "training": {
+        "tables": {
+            "schedule": [
+                *recipes(one_cosine=0.0),
+                {"recipe": "restarts, stopped in mid-cycle", "diff_pp": -3.0, "diff_pp_std": 0.2, "seeds": 2},
+                {"recipe": "restarts, ending with a cycle", "diff_pp": -0.4, "diff_pp_std": 0.2, "seeds": 3},
+            ],
+            "batch": [
+                {"recipe": f"batch 256, rate times {factor}", "diff_pp": -1.0, "diff_pp_std": 0.2, "seeds": 3}
+                for factor in (2, 3)
+            ],
+        },
+        "batch_size": 128,
+        "hidden_by_images_pp": 20.0,
+        "hidden_by_rounding_pp": 0.1,
+        "trained_on": {
+            "qat": {"acc": 0.87, "diff_pp": 0.0, "diff_pp_std": 0.1},
+            "qat_folded": {"acc": 0.86, "diff_pp": -1.0, "diff_pp_std": 0.1},
+        },
+        "n_seeds": 3,
+    },
+    "engines": None,
+    "robustness": None,
+}
+CHECKS = {
+    "arch": "resnet9",
+    "n_calibration": 1024,
+    "device": "a processor",
+    "resnet50": {
+        "fp32_mb": 94.4,
+        "int8_mb": 24.1,
+        "n_dropout": 0,
+        "calibration_seconds": 6.0,
+        "n_calibration": 64,
+    },
+    "n_int8_additions": 2,
+    "prefix": {"refused_as_it_is": True, "loads_stripped": True},
+    "rounding": {"no_clamp": pair(0.3), "best_ptq": pair(0.0)},
+}
+
+
+def rows(changes: dict | None = None, checks: dict | None = None) -> dict[str, dict]:
+    """The ledger with values replaced; a dotted name reaches inside."""
+    found, own = copy.deepcopy(FOUND), copy.deepcopy(CHECKS)
+    for target, values in ((found, changes or {}), (own, checks or {})):
+        for dotted, value in values.items():
+            *path, last = dotted.split(".")
+            place = target
+            for part in path:
+                place = place[part]
+            place[last] = value
+    return {row["id"]: row for row in ledger(found, own, REFERENCE)}
+
+
+def test_every_claim_has_a_row_with_a_verdict_and_a_value():
+    found = rows()
+    assert list(found) == [f"R{number}" for number in range(1, 21)]
+    for row in found.values():
+        assert row["verdict"] in (CONFIRMED, REFUTED, CONDITION, OPEN)
+        assert row["claim"].endswith(".") and row["value"].strip()
+        assert "nan" not in row["value"] and "None" not in row["value"]
+
+
+@pytest.mark.parametrize(
+    ("claim", "study"),
+    [
+        ("R6", "observers"),
+        ("R8", "observers"),
+        ("R10", "observers"),
+        ("R12", "training"),
+        ("R14", "training"),
+        ("R17", "training"),
+        ("R18", "mixed"),
+        ("R19", "observers"),
+    ],
+)
+def test_a_claim_without_its_study_says_so(claim, study):
+    row = rows({study: None}, {"rounding": {}} if study == "observers" else {})[claim]
+    assert row["verdict"] == OPEN and "has not been run in this profile" in row["value"] and not row["data"]
+    assert rows()[claim]["verdict"] != OPEN
+
+
+@pytest.mark.parametrize(
+    ("claim", "changes", "checks", "verdict"),
+    [
+        ("R1", {}, {}, OPEN),
+        ("R1", {}, {"arch": "resnet50"}, REFUTED),
+        ("R1", {"fp32.test.acc_high": 0.956}, {"arch": "resnet50"}, CONFIRMED),
+        ("R2", {}, {}, REFUTED),
+        ("R2", {"compare.paired.ptq_qat": pair(-0.5, 0.01)}, {}, CONFIRMED),
+        ("R2", {"compare.paired.ptq_qat": pair(0.5, 0.01)}, {}, REFUTED),
+        ("R3", {}, {}, CONFIRMED),
+        ("R3", {}, {"resnet50.int8_mb": 30.0}, REFUTED),
+        ("R4", {}, {}, REFUTED),
+        ("R5", {}, {}, REFUTED),
+        ("R5", {"compare.ptq_to_float_scales": speed(1.2)}, {}, CONFIRMED),
+        ("R6", {}, {}, CONDITION),
+        ("R6", {}, {"rounding.no_clamp": pair(0.05)}, CONFIRMED),
+        ("R6", {}, {"rounding.best_ptq": pair(0.2)}, REFUTED),
+        ("R7", {}, {}, REFUTED),
+        ("R7", {"observers.n_tensors_below": 4}, {}, CONFIRMED),
+        ("R7", {"observers": None, "ptq.n_weights_clamped": 1}, {"rounding": {}}, CONFIRMED),
+        ("R8", {}, {}, REFUTED),
+        ("R9", {}, {}, REFUTED),
+        ("R10", {}, {}, CONFIRMED),
+        ("R10", {"observers.fusing_speed": speed(0.9)}, {}, CONDITION),
+        ("R12", {}, {}, REFUTED),
+        ("R13", {}, {}, REFUTED),
+        ("R14", {}, {}, CONDITION),
+        ("R14", {"training.hidden_by_rounding_pp": 2.0}, {}, CONFIRMED),
+        ("R16", {}, {}, CONFIRMED),
+        ("R16", {}, {"prefix.refused_as_it_is": False}, REFUTED),
+        ("R17", {}, {}, REFUTED),
+        ("R17", {"training.trained_on.qat.diff_pp": 0.5}, {}, CONFIRMED),
+        ("R18", {}, {}, CONDITION),
+        ("R18", {"mixed.architectures": [{"network": "m", "scheme": "a", "acc_drop_pp": 0.1}]}, {}, REFUTED),
+        (
+            "R18",
+            {"mixed.architectures": [{"network": "m", "scheme": "a", "acc_drop_pp": 5.0}]},
+            {},
+            CONFIRMED,
+        ),
+    ],
+)
+def test_a_verdict_follows_from_its_number(claim, changes, checks, verdict):
+    assert rows(changes, checks)[claim]["verdict"] == verdict
+
+
+def test_speed_and_time_are_computed_from_the_parts():
+    found = rows()
+    assert "1.91 and 1.84" in found["R4"]["value"], "18.276 / 9.563 and 18.276 / 9.933"
+    assert "10 images of 10,000" in found["R2"]["value"]
+    assert "94 ms per image" in found["R20"]["value"] and "640 to 1,280 images" in found["R20"]["value"]
