@@ -28,7 +28,7 @@ FIRST_SEEDS = 2
 
 
 class Trainings(Study):
-    """Short trainings on a run's images: its network at half the width, six epochs of a third of the images.
+    """Short trainings on a run's images: its network at half the width, six epochs of a quarter of the images.
 
     The recipe that all others are held against has a warm-up, one cosine to zero, crops and flips, and nothing else that the
     study asks for; batch size, learning rate, weight decay and label smoothing are the profile's. Six epochs hold the
@@ -49,7 +49,7 @@ class Trainings(Study):
             epochs=EPOCHS,
             batch_size=fp32.batch_size,
             # twice the batch must fit
-            epoch_images=max(2 * fp32.batch_size, train_images // 3),
+            epoch_images=max(2 * fp32.batch_size, train_images // 4),
             lr=fp32.lr,
             weight_decay=fp32.weight_decay,
             label_smoothing=fp32.label_smoothing or 0.1,
@@ -218,6 +218,11 @@ def recipes_of(base: Recipe) -> dict[str, dict[str, Recipe]]:
                 mixup_alpha=reference.mixup_alpha,
                 mixup_prob=reference.mixup_prob,
             ),
+        },
+        "resizing": same
+        | {
+            "small images in two thirds of the epochs": replace(base, small_share=2 / 3),
+            "the same with half more epochs": replace(base, small_share=2 / 3, epochs=3 * base.epochs // 2),
         },
         "regularisation": same
         | {
