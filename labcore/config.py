@@ -21,12 +21,11 @@ NOTEBOOKS = {
     "observers": "05_observers",
     "mixed": "06_mixed_precision",
     "training": "07_training_study",
-    "engines": "09_engines",
     "robustness": "10_robustness",
     "claims": "08_claims",  # made last, from all the others
 }
 # Those that `make studies` runs, and `make report` only reports.
-STUDIES = ("observers", "mixed", "training", "engines", "robustness")
+STUDIES = ("observers", "mixed", "training", "robustness")
 
 
 def _check(name: str, value, ok: bool, expected: str) -> None:

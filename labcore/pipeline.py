@@ -60,6 +60,7 @@ STAGES = (
     Stage("observers", ("fp32",)),
     Stage("mixed", ("fp32",)),
     Stage("training", ("fp32", "qat")),
+    Stage("robustness", ("fp32", "ptq", "qat")),
     Stage("claims", ("fp32", "ptq", "qat", "compare", *STUDIES)),
 )
 # The first notebook and the report show the reference's hyperparameters beside the profile's.

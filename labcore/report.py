@@ -27,7 +27,7 @@ MARKDOWN = "markdown-citations+lists_without_preceding_blankline"
 REFERENCE = ROOT / "report" / "template_reference.json"
 NAMES = {"fp32": "FP32", "ptq": "PTQ", "qat": "QAT"}
 # What the results folder takes of each stage.
-KEPT = ("metrics.json", "provenance.json", "*.csv", "logits*.npz")
+KEPT = ("metrics.json", "provenance.json", "*.csv", "logits*.npz", "answers.npz")
 VERDICT = {
     "reference": "PTQ, the reference's scheme",
     "no_clamp": "PTQ, the same without the clamp",
@@ -305,6 +305,26 @@ def _study_tables(stages: dict[str, dict]) -> dict[str, str]:
         hidden = pd.DataFrame(study["hidden"]).T.map("{:.2%}".format)
         tables["training_hidden_table"] = markdown_table(
             hidden.rename(columns="{} fake quantization".format), "training images"
+        )
+    if study := stages.get("robustness"):
+        tables["robustness_table"] = markdown_table(
+            pd.DataFrame(
+                {
+                    NAMES[name]: {
+                        "FP32, corrupted": f"{cost['fp32_acc']:.2%}",
+                        "accuracy, corrupted": f"{cost['acc']:.2%}",
+                    }
+                    | {
+                        title: "{mean:+.2f} ({low:+.2f} … {high:+.2f})".format(**cost[key])
+                        for key, title in (
+                            ("clean_drop_pp", "drop, clean"),
+                            ("corrupted_drop_pp", "drop, corrupted"),
+                            ("extra_drop_pp", "difference"),
+                        )
+                    }
+                    for name, cost in study["cost"].items()
+                }
+            ).T
         )
     return tables
 

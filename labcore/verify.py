@@ -138,6 +138,22 @@ class Results:
         yield from differences("compare.size_mb", compare["size_mb"], sizes)
         yield from differences("compare.size_ratio", compare["size_ratio"], sizes["fp32"] / sizes["ptq"])
 
+    def robustness(self) -> Iterator[str]:
+        """What quantization costs on corrupted images, from the networks' answers."""
+        if "robustness" not in self.stages:
+            return
+        from labcore.corruptions import cell_table, corruption_cost, load_answers, severity_table
+
+        metrics = self.stages["robustness"]
+        found, labels = load_answers(self.folder / "robustness" / "answers.npz")
+        classes = read_json(self.folder / "robustness" / "provenance.json")["data"]["classes"]
+        again = {
+            "cells": cell_table(found, labels, len(classes)).to_dict("records"),
+            "levels": severity_table(found, labels).to_dict("records"),
+            "cost": {name: corruption_cost(found, labels, name) for name in ("ptq", "qat")},
+        }
+        yield from differences("robustness", metrics, again)
+
     def claims(self) -> Iterator[str]:
         """The ledger, from the other stages' metrics."""
         found = {stage: self.stages.get(stage) for stage in NOTEBOOKS if stage != "claims"}
@@ -209,6 +225,7 @@ def verify(profile: str) -> list[str]:
     checks: list[Callable[[], Iterator[str]]] = [
         results.accuracies,
         results.comparison,
+        results.robustness,
         results.claims,
         results.pages,
         results.readme,

@@ -100,7 +100,6 @@ FOUND = {
         },
         "n_seeds": 3,
     },
-    "engines": None,
     "robustness": None,
 }
 CHECKS = {
