@@ -17,7 +17,8 @@ import numpy as np
 import pandas as pd
 
 from labcore import LabError
-from labcore.artifacts import ROOT, read_json, sha256_file
+from labcore.artifacts import ROOT, UNREADABLE, read_json, sha256_file
+from labcore.checkpoint import first_line
 from labcore.claims import ledger
 from labcore.config import NOTEBOOKS, PROFILES, nearest
 from labcore.evaluate import (
@@ -237,6 +238,8 @@ def verify(profile: str) -> list[str]:
             found.append(f"{check.__name__}: {error} is missing in the results of {profile}")
         except LabError as error:
             found.append(str(error))
+        except UNREADABLE as error:
+            found.append(f"{check.__name__} of {profile} cannot be checked: {first_line(error)}")
     return found
 
 
