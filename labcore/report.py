@@ -78,11 +78,16 @@ def source_of(module: str, name: str) -> str:
     return "\n".join(line[node.col_offset :] for line in kept)
 
 
-def markdown_table(table: pd.DataFrame, index: str = "") -> str:
-    """A pipe table of a table of texts, the index first. Columns of numbers are set right, all others left."""
+def markdown_table(table: pd.DataFrame, index: str = "", widths: tuple[int, ...] = ()) -> str:
+    """A pipe table of a table of texts, the index first. Columns of numbers are set right, all others left.
+
+    `widths` are the columns' shares of the page, the index's first, where the text is long; pandoc reads them off the dashes.
+    """
     header = [index, *map(str, table.columns)]
     numbers = [all(value[:1] in "+-–0123456789" for value in table[name]) for name in table.columns]
     rule = [":---", *("---:" if number else ":---" for number in numbers)]
+    if widths:
+        rule = [":" + "-" * width for width in widths]
     rows = [[str(label), *values] for label, values in zip(table.index, table.to_numpy(), strict=True)]
     return "\n".join(
         "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in [header, rule, *rows]
@@ -237,7 +242,9 @@ def context(name: str) -> dict:
         ),
         "notebooks": NOTEBOOKS,
         "duration": _duration,
-        "ledger_table": markdown_table(_ledger(stages["claims"]["rows"], profile.name), "id"),
+        "ledger_table": markdown_table(
+            _ledger(stages["claims"]["rows"], profile.name), "id", (4, 24, 13, 44, 19)
+        ),
     }
 
 
