@@ -81,13 +81,13 @@ def source_of(module: str, name: str) -> str:
 def markdown_table(table: pd.DataFrame, index: str = "", widths: tuple[int, ...] = ()) -> str:
     """A pipe table of a table of texts, the index first. Columns of numbers are set right, all others left.
 
-    `widths` are the columns' shares of the page, the index's first, where the text is long; pandoc reads them off the dashes.
+    `widths` are the columns' shares of the page in percent, the index's first, for tables of long texts.
     """
     header = [index, *map(str, table.columns)]
     numbers = [all(value[:1] in "+-–0123456789" for value in table[name]) for name in table.columns]
     rule = [":---", *("---:" if number else ":---" for number in numbers)]
     if widths:
-        rule = [":" + "-" * width for width in widths]
+        rule = [":" + "-" * 12 * width for width in widths]  # pandoc heeds them in lines beyond its --columns
     rows = [[str(label), *values] for label, values in zip(table.index, table.to_numpy(), strict=True)]
     return "\n".join(
         "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in [header, rule, *rows]
@@ -243,7 +243,7 @@ def context(name: str) -> dict:
         "notebooks": NOTEBOOKS,
         "duration": _duration,
         "ledger_table": markdown_table(
-            _ledger(stages["claims"]["rows"], profile.name), "id", (4, 24, 13, 44, 19)
+            _ledger(stages["claims"]["rows"], profile.name), "id", (5, 23, 13, 40, 19)
         ),
     }
 

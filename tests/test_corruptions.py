@@ -60,6 +60,15 @@ def test_neither_neighbours_nor_order_nor_time_change_an_image(name, photos, spo
     assert torch.equal(torch.random.get_rng_state(), before), "torch's generator is given back"
 
 
+def test_every_image_has_its_own_draw_and_equal_images_share_it():
+    plain = np.full((3, 3, 32, 32), 128, dtype=np.uint8)
+    plain[1, 0, 0, 0] = 129
+    for name in ("gaussian noise", "impulse noise", "rain", "fog"):
+        first, other, again = corrupt(plain, name, 3).astype(int)
+        assert np.array_equal(first, again)
+        assert (first != other).mean() > 0.02, "one byte differs, and so does the whole draw"
+
+
 def test_another_seed_draws_other_noise_and_threads_stay(photos, spoilt):
     threads = torch.get_num_threads()
     for name in ("gaussian noise", "shot noise", "impulse noise", "motion blur", "rain", "fog"):
