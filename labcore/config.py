@@ -199,7 +199,7 @@ class Profile:
 
 _cpu = Profile(
     name="cpu",
-    fp32=Recipe(epochs=15, batch_size=128, lr=0.15, small_share=0.7),
+    fp32=Recipe(epochs=15, batch_size=128, lr=0.15, small_share=0.7, augment=Augment(cutout=8)),
     qat=Recipe(epochs=2, epoch_images=10_240, batch_size=128, lr=0.001, warmup=0.1, freeze_at=0.67),
 )
 

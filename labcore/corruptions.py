@@ -420,7 +420,7 @@ def verdict(cost: dict) -> str:
         return "costs more on corrupted images than on clean ones"
     if extra["high"] < 0:
         return "costs less on corrupted images than on clean ones"
-    return "costs no more on corrupted images than on clean ones, as far as these images can tell"
+    return "shows no difference in cost between corrupted and clean images"
 
 
 def lost_images(before: np.ndarray, after: np.ndarray, labels: np.ndarray, count: int = 24) -> pd.DataFrame:

@@ -55,8 +55,14 @@ def load_logits(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def summarize(logits: np.ndarray, labels: np.ndarray) -> dict:
-    """Counts, accuracy with its 95 % Wilson interval (Wilson, 1927), and mean cross-entropy (nats per image)."""
+    """Counts, accuracy with its 95 % Wilson interval (Wilson, 1927), and mean cross-entropy (nats per image).
+
+    Logits of 8 bits can tie, and the lower class then counts as the answer, as everywhere. `n_tied` counts such images;
+    `acc_ties_shared` is the accuracy where an image whose k largest logits are equal counts 1/k if its class is among them.
+    """
     n_seen = len(labels)
+    largest = logits == logits.max(axis=1, keepdims=True)  # (N, classes)
+    shared = largest[np.arange(n_seen), labels] / largest.sum(axis=1)
     n_correct = int((logits.argmax(1) == labels).sum())
     low, high = proportion_confint(n_correct, n_seen, alpha=0.05, method="wilson")
     acc = n_correct / n_seen
@@ -69,6 +75,8 @@ def summarize(logits: np.ndarray, labels: np.ndarray) -> dict:
         "acc_low": min(float(low), acc),  # statsmodels can miss 0 and 1 by one rounding
         "acc_high": max(float(high), acc),
         "loss": float(loss),
+        "n_tied": int((largest.sum(axis=1) > 1).sum()),
+        "acc_ties_shared": float(shared.mean()),
     }
 
 

@@ -99,16 +99,17 @@ def prepare_qat(
 
 
 def calibration_batches(data: ImageData, split: Split, batch_size: int = 128) -> list[Tensor]:
-    """The calibration images (B, 3, H, W), normalised, in float32.
+    """The calibration images (B, 3, H, W), normalised, in float32, in an order that is fixed but mixes the classes.
 
-    Raises LabError for an empty set, and where it holds validation or test images: ranges must not be chosen by what judges.
+    Some data sets come sorted by class, and what moves with the batches (a moving average, a learned scale) would end on the
+    last class. Raises LabError for an empty set, and where it holds validation or test images: ranges must not be chosen by what judges.
     """
     index = split.calibration
     if len(index) == 0:
         raise LabError("the calibration set is empty: set calibration_images to at least 1.")
     if np.isin(index, split.validation).any():
         raise LabError("calibration images are also validation images: calibrate on training images only.")
-    images = data.train_images[index]
+    images = data.train_images[np.random.default_rng(0).permutation(index)]
     test = {image.tobytes() for image in data.test_images}
     known = sum(image.tobytes() in test for image in images)
     if known > len(images) // 20:  # data sets do repeat an image now and then

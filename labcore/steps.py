@@ -4,7 +4,7 @@ import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch.ao.quantization import FakeQuantizeBase, FusedMovingAvgObsFakeQuantiz
 from torch.nn.parallel import DistributedDataParallel
 
 from labcore import LabError
+from labcore.artifacts import cpu_name
 from labcore.config import Recipe
 from labcore.distributed import PartOfBatch, World, current_world, sum_over_processes
 from labcore.optim import Average, build_optimizers, learning_rate
@@ -26,12 +27,21 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@lru_cache
 def multiplies_bfloat16() -> bool:
-    """Whether the device multiplies bfloat16 natively: a GPU, or a CPU with AVX512-BF16 or AMX."""
+    """Whether the device multiplies bfloat16 faster than float32: a GPU, or a CPU with AMX, or with AVX512-BF16 if it is AMD's.
+
+    Intel's cores have one unit for AVX512-BF16 and two for float32, which does as many products; with the conversions a
+    training step then takes longer (benchmarks/README.md). The rule looks at the processor's name, since a rule by stopwatch
+    would not give the same numbers every time.
+    """
     if device().type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, probe, bool)() for probe in probes)
+    amx, avx = (
+        getattr(torch.cpu, probe, bool)()
+        for probe in ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    )
+    return amx or avx and "Intel" not in cpu_name()
 
 
 def autocast(model: nn.Module) -> contextlib.AbstractContextManager:

@@ -83,6 +83,14 @@ def test_the_interval_is_wilsons_formula(correct, count):
     assert [result["acc_low"], result["acc_high"]] == pytest.approx(expected, abs=1e-9)
 
 
+def test_tied_logits_are_counted_and_shared():
+    logits = np.array([[1, 1, 0], [0, 2, 2], [3, 3, 3], [0, 0, 5]], np.float32)
+    result = summarize(logits, np.array([1, 0, 2, 2]))
+    assert result["n_tied"] == 3
+    assert result["acc"] == 1 / 4  # argmax answers 0, 1, 0, 2
+    assert result["acc_ties_shared"] == pytest.approx((1 / 2 + 0 + 1 / 3 + 1) / 4)
+
+
 def test_huge_logits_do_not_overflow():
     result = summarize(np.array([[3e38, -3e38], [-3e38, 3e38], [1e4, 1e4]], np.float32), np.array([0, 1, 0]))
     assert result["loss"] == pytest.approx(math.log(2) / 3)

@@ -10,11 +10,12 @@ import torch
 from small import network
 
 from labcore.artifacts import write_json
+from labcore.data import Split
 from labcore.evaluate import predict
 from labcore.mixed import overrides
 from labcore.qconfig import Scheme, make_qconfig
 from labcore.qparams import inspect_qparams
-from labcore.quantize import calibrate, prepare_ptq, simulate
+from labcore.quantize import calibrate, calibration_batches, prepare_ptq, simulate
 from labcore.study import Study, _stored, grid, on_onednn, predict_ptq, run_exactly, saturated_16_bits
 from labcore.transforms import normalize
 
@@ -86,6 +87,21 @@ def study(tiny_data, tiny_split):
     study = Study.__new__(Study)
     study.data, study.split, study.model, study._calibrated = tiny_data, tiny_split, network(), {}
     return study
+
+
+def test_images_sorted_by_class_leave_no_class_out(study, tiny_data):
+    order = np.argsort(tiny_data.train_labels, kind="stable")
+    study.data = replace(
+        tiny_data, train_images=tiny_data.train_images[order], train_labels=tiny_data.train_labels[order]
+    )
+    study.split = Split(np.arange(0, 96, 2), np.arange(1, 96, 2), np.arange(0, 96, 2))
+    chosen = study.quick_split.validation
+    assert len(chosen) == 10 and set(chosen) <= set(study.split.validation)
+    assert set(study.data.train_labels[chosen]) == {0, 1, 2, 3}
+    first = calibration_batches(study.data, study.split, batch_size=12)[0]
+    assert len(first.mean((1, 2, 3)).round(decimals=0).unique()) > 1, "one class only"
+    again = calibration_batches(study.data, study.split, batch_size=12)[0]
+    assert torch.equal(first, again)
 
 
 def test_one_calibration_serves_all_allocations_of_bits(study, tiny_data):

@@ -371,8 +371,25 @@ def test_mixing_uses_one_share_for_pixels_and_loss(tiny_data, kind, monkeypatch)
     assert loss.item() == pytest.approx(-(target * logits).sum().item(), rel=1e-4)
 
 
-def test_qat_trains_in_bfloat16_where_the_processor_has_it_and_is_scored_in_float32(monkeypatch):
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
+@pytest.mark.parametrize(
+    ("amx", "avx512", "processor", "expected"),
+    [
+        (True, True, "Intel(R) Xeon(R) Platinum 8481C", True),
+        (False, True, "Intel(R) Xeon(R) Processor", False),
+        (False, True, "AMD EPYC 9B14", True),
+        (False, False, "AMD EPYC 7B12", False),
+    ],
+)
+def test_bfloat16_is_chosen_where_it_is_faster(amx, avx512, processor, expected, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512, raising=False)
+    monkeypatch.setattr(steps, "cpu_name", lambda: processor)
+    monkeypatch.setattr(steps, "device", lambda: torch.device("cpu"))
+    assert steps.multiplies_bfloat16.__wrapped__() is expected
+
+
+def test_qat_trains_in_bfloat16_where_that_is_faster_and_is_scored_in_float32(monkeypatch):
+    monkeypatch.setattr(steps, "multiplies_bfloat16", lambda: True)
     monkeypatch.setattr(steps, "device", lambda: torch.device("cpu"))
     plain, ours, fused = network(), *(prepare_qat(network(), kind.qat) for kind in CustomQConfig)
     for model, training, expected in [
