@@ -27,7 +27,7 @@ OPTIONS = --profile "$$LAB_PROFILE" --data "$$LAB_DATA" --seed "$$LAB_SEED" --se
 help:
 	@echo 'make report   train, quantize, compare; write report/$$PROFILE and figures/$$PROFILE'
 	@echo '              PROFILE=smoke|cpu|cpu-long|full|reference  DATA=cifar10|cifar100|digits|PATH  SEED=0  SET="fp32.epochs=2 width=16"'
-	@echo 'make studies  what report does, and the studies of notebooks 05, 06, 07 and 10 (same options, hours)'
+	@echo 'make studies  what report does, and the studies of notebooks 05, 06, 07, 09 and 10 (same options, hours)'
 	@echo 'make verify   every number of report/$$PROFILE again from the results beside it (PROFILE)'
 	@echo 'make status   which stage is stale, and why (same options)'
 	@echo 'make lab      JupyterLab on this machine, PORT=8888'

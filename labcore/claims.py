@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from statistics import median
 
 from labcore.artifacts import read_json
 from labcore.config import NOTEBOOKS, STUDIES
@@ -140,7 +141,21 @@ def _r5(found: dict, checks: dict, reference: dict) -> Claim:
     verdict = CONFIRMED if row["speedup_low"] > 1.02 else REFUTED
     value = f"Against float scales, all else the same, torch's int8 kernels run {_speed(row)} as fast."
     claim = "A power-of-two scale is faster, because a shift replaces a multiplication."
-    return Claim("R5", claim, verdict, value, "compare", "ptq_to_float_scales")
+    if not found["engines"]:
+        return Claim("R5", claim, verdict, value, "compare", "ptq_to_float_scales")
+    rows = found["engines"]["pairs"]
+    faster = [row for row in rows if row["speedup_low"] > 1.02]
+    slower = [row for row in rows if row["speedup_high"] < 0.98]
+    factors = sorted(row["speedup"] for row in rows)
+    engines = {row["engine"] for row in rows}
+    always = engines - {row["engine"] for row in rows if row not in faster}
+    verdict = CONFIRMED if always == engines else CONDITION if always else REFUTED
+    value += (
+        f" On {len(engines)} engines, {len(rows)} comparisons: median factor {median(factors):.2f}, from {factors[0]:.2f} to "
+        f"{factors[-1]:.2f}; clearly faster in {len(faster)}, clearly slower in {len(slower)}; "
+        f"{', '.join(sorted(always)) or 'no engine'} is faster for every batch and number of threads."
+    )
+    return Claim("R5", claim, verdict, value, "engines", "pairs", "09_engines")
 
 
 def _r6(found: dict, checks: dict, reference: dict) -> Claim:

@@ -26,8 +26,8 @@ from labcore.quantize import fuse
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what torch logs about torchao's enums on import, a note for torchao's authors."""
+def quiet() -> Iterator[None]:
+    """For imports of torchao: without what torch logs about torchao's enums on import, a note for torchao's authors."""
     log = logging.getLogger("torch.utils._pytree")
     before, log.disabled = log.disabled, True
     try:
@@ -36,7 +36,7 @@ def _quiet() -> Iterator[None]:
         log.disabled = before
 
 
-with _quiet():
+with quiet():
     from torchao.quantization.pt2e.observer import ObserverBase, PartialWrapper
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
     from torchao.quantization.pt2e.quantizer import (

@@ -60,6 +60,7 @@ STAGES = (
     Stage("observers", ("fp32",)),
     Stage("mixed", ("fp32",)),
     Stage("training", ("fp32", "qat")),
+    Stage("engines", ("fp32", "ptq")),
     Stage("robustness", ("fp32", "ptq", "qat")),
     Stage("claims", ("fp32", "ptq", "qat", "compare", *STUDIES)),
 )

@@ -313,6 +313,8 @@ def _study_tables(stages: dict[str, dict]) -> dict[str, str]:
         tables["training_hidden_table"] = markdown_table(
             hidden.rename(columns="{} fake quantization".format), "training images"
         )
+    if study := stages.get("engines"):
+        tables |= _engines(study)
     if study := stages.get("robustness"):
         tables["robustness_table"] = markdown_table(
             pd.DataFrame(
@@ -334,6 +336,64 @@ def _study_tables(stages: dict[str, dict]) -> dict[str, str]:
             ).T
         )
     return tables
+
+
+def _engines(study: dict) -> dict:
+    """The tables of the engines study; `engine_speed_tables` has one per number of threads and batch, by title."""
+    speeds = {}
+    for threads, rows in study["speeds"].items():
+        for batch in study["batches"]:
+            title = f"{_plural(int(threads), 'thread')}, {_plural(batch, 'image')}"
+            speeds[title] = pd.DataFrame(
+                {
+                    row["engine"]: {
+                        "ms": f"{row['latency_ms']:.2f}",
+                        "quartiles": f"{row['latency_ms_low']:.2f} … {row['latency_ms_high']:.2f}",
+                        "images/s": f"{row['images_per_s']:,.0f}",
+                        "against eager FP32": _with_quartiles(row, "speedup"),
+                        "against the fastest FP32": _with_quartiles(row, "fp32_speedup"),
+                        "of the roof": f"{row['roof_share']:.0%}",
+                    }
+                    for row in rows
+                    if row["batch"] == batch
+                }
+            ).T
+    answers = pd.DataFrame(
+        {
+            row["engine"]: {
+                "accuracy": f"{row['acc']:.2%}",
+                "same answer": f"{row['agree']:.2%}",
+                "same logits": f"{row['identical']:.2%}",
+                "file (MB)": f"{row['size_mb']:.2f}",
+                "peak memory": "–" if row["peak_mb"] is None else f"{row['peak_mb']:,.0f}",
+                "of that, libraries": "–" if row["libraries_mb"] is None else f"{row['libraries_mb']:,.0f}",
+            }
+            for row in study["answers"]
+        }
+    ).T
+    ratios = pd.DataFrame(study["pairs"])
+    ratios["column"] = [
+        f"{_plural(row.threads, 'thread')}, {_plural(row.batch, 'image')}" for row in ratios.itertuples()
+    ]
+    ratios["factor"] = [_with_quartiles(row, "speedup", 3) for row in study["pairs"]]
+    factors = ratios.pivot(index="engine", columns="column", values="factor")
+    factors = factors.loc[list(dict.fromkeys(ratios["engine"])), list(dict.fromkeys(ratios["column"]))]
+    return {
+        "engine_speed_tables": {
+            title: markdown_table(table, "engine", (34, 9, 16, 10, 14, 14, 9)) for title, table in speeds.items()
+        },
+        "engine_answers_table": markdown_table(answers, "engine", (40, 12, 13, 13, 10, 10, 11)),
+        "engine_pairs_table": markdown_table(factors.fillna("–"), "engine"),
+    }
+
+
+def _plural(count: int, word: str) -> str:
+    return f"{count} {word}" + ("" if count == 1 else "s")
+
+
+def _with_quartiles(row: dict, name: str, digits: int = 2) -> str:
+    middle, low, high = (f"{row[name + end]:.{digits}f}" for end in ("", "_low", "_high"))
+    return f"{middle} ({low} … {high})"
 
 
 def _normalization() -> dict[str, str]:

@@ -139,6 +139,29 @@ class Results:
         yield from differences("compare.size_mb", compare["size_mb"], sizes)
         yield from differences("compare.size_ratio", compare["size_ratio"], sizes["fp32"] / sizes["ptq"])
 
+    def engines(self) -> Iterator[str]:
+        """What engines answer and how fast, from their logits and the times of every round."""
+        if "engines" not in self.stages:
+            return
+        from labcore.engines import agreement, load_answers, pairs, roofs, speeds
+
+        metrics = self.stages["engines"]
+        logits, labels = load_answers(self.folder / "engines" / "answers.npz")
+        eager = self.logits("ptq")[0]
+        answers = {title: summarize(found, labels) | agreement(found, eager) for title, found in logits.items()}
+        rows = {row["engine"]: row for row in metrics["answers"]}
+        yield from differences("engines.answers", rows, answers)
+        again = {title: compare_paired(eager, logits[title], labels) for title in metrics["paired"]}
+        yield from differences("engines.paired", metrics["paired"], again)
+        rounds, ratios = pd.read_csv(self.folder / "engines" / "latency.csv"), []
+        for threads, table in rounds.groupby("threads"):
+            own = table.drop(columns="threads")
+            yield from differences(f"engines.roofs.{threads}", metrics["roofs"][f"{threads}"], roofs(own))
+            again = speeds(own, metrics["macs"]).to_dict("records")
+            yield from differences(f"engines.speeds.{threads}", metrics["speeds"][f"{threads}"], again)
+            ratios += pairs(own).assign(threads=threads).to_dict("records")
+        yield from differences("engines.pairs", metrics["pairs"], ratios)
+
     def robustness(self) -> Iterator[str]:
         """What quantization costs on corrupted images, from the networks' answers."""
         if "robustness" not in self.stages:
@@ -226,6 +249,7 @@ def verify(profile: str) -> list[str]:
     checks: list[Callable[[], Iterator[str]]] = [
         results.accuracies,
         results.comparison,
+        results.engines,
         results.robustness,
         results.claims,
         results.pages,

@@ -100,6 +100,7 @@ FOUND = {
         },
         "n_seeds": 3,
     },
+    "engines": None,
     "robustness": None,
 }
 CHECKS = {
@@ -117,6 +118,10 @@ CHECKS = {
     "prefix": {"refused_as_it_is": True, "loads_stripped": True},
     "rounding": {"no_clamp": pair(0.3), "best_ptq": pair(0.0)},
 }
+
+
+def engine_pairs(**engines) -> list[dict]:
+    return [{"engine": name, "batch": 1} | speed(factor) for name, both in engines.items() for factor in both]
 
 
 def rows(changes: dict | None = None, checks: dict | None = None) -> dict[str, dict]:
@@ -174,6 +179,9 @@ def test_a_claim_without_its_study_says_so(claim, study):
         ("R4", {}, {}, REFUTED),
         ("R5", {}, {}, REFUTED),
         ("R5", {"compare.ptq_to_float_scales": speed(1.2)}, {}, CONFIRMED),
+        ("R5", {"engines": {"pairs": engine_pairs(a=(1.2, 1.1), b=(1.3, 1.1))}}, {}, CONFIRMED),
+        ("R5", {"engines": {"pairs": engine_pairs(a=(1.2, 1.1), b=(1.0, 1.0))}}, {}, CONDITION),
+        ("R5", {"engines": {"pairs": engine_pairs(a=(1.2, 1.0), b=(1.0, 0.9))}}, {}, REFUTED),
         ("R6", {}, {}, CONDITION),
         ("R6", {}, {"rounding.no_clamp": pair(0.05)}, CONFIRMED),
         ("R6", {}, {"rounding.best_ptq": pair(0.2)}, REFUTED),

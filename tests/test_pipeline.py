@@ -19,7 +19,7 @@ from labcore.execute import execute
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ["01_fp32_train", "02_ptq", "03_qat", "04_compare", "08_claims"]
-STUDIES = ["05_observers", "06_mixed_precision", "07_training_study", "10_robustness"]
+STUDIES = ["05_observers", "06_mixed_precision", "07_training_study", "09_engines", "10_robustness"]
 STAGES = ["fp32", "ptq", "qat", "compare", "claims"]
 
 
@@ -192,9 +192,9 @@ def studied(built, tmp_path_factory) -> Project:
 
 def test_without_studies_the_report_says_how_to_run_them(built):
     report = (built.root / "report/smoke/report.md").read_text(encoding="utf-8")
-    assert report.count("make studies PROFILE=smoke") == 5
+    assert report.count("make studies PROFILE=smoke") == 6
     status = built.status()
-    for study in ("observers", "mixed", "training", "robustness"):
+    for study in ("observers", "mixed", "training", "engines", "robustness"):
         assert status[study] == "stale: never finished (make studies)"
     assert status["report"] == "up to date"
 

@@ -1,0 +1,107 @@
+"""Figures of the engines study: data in, Figure out."""
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+from labcore.engines import FLOAT, FP32, OWN, POWER2
+from labcore.plots import COLORS, _figure
+
+LOOKS = {
+    FP32: (COLORS["fp32"], "o"),
+    POWER2: (COLORS["ptq"], "s"),
+    FLOAT: (COLORS["qat"], "D"),
+    OWN: ("#6c7a89", "^"),
+}
+
+
+def _parts(title: str) -> tuple[str, str]:
+    name, _, numbers = title.partition(" · ")
+    return name, numbers
+
+
+def engine_bars(tables: dict[str, pd.DataFrame], bounds: dict[str, dict[str, float]]) -> Figure:
+    """Images per second of every engine, and the most that the measured matrix rates allow.
+
+    Args:
+        tables: panel's title -> columns engine, images_per_s, latency_ms, latency_ms_low, latency_ms_high; all panels have the
+            same engines.
+        bounds: panel's title -> {"FP32": images per second, "INT8": …}.
+    """
+    order = list(next(iter(tables.values())).sort_values("images_per_s")["engine"])
+    figure, axes = _figure(len(tables), height=0.27 * len(order) + 1.5, width=8.6, sharey=True)
+    places = np.arange(len(order))
+    for axis, (title, table) in zip(axes.flat, tables.items(), strict=True):
+        rows = table.set_index("engine").loc[order]
+        colors = [LOOKS[_parts(engine)[1]][0] for engine in order]
+        ends = [rows["images_per_s"] * rows["latency_ms"] / rows[f"latency_ms_{end}"] for end in ("high", "low")]
+        errors = np.stack([rows["images_per_s"] - ends[0], ends[1] - rows["images_per_s"]]).clip(min=0)
+        axis.barh(places, rows["images_per_s"], color=colors, zorder=3)
+        axis.errorbar(
+            rows["images_per_s"], places, xerr=errors, fmt="none", ecolor="0.2", capsize=2, zorder=4, linewidth=1
+        )
+        for name, line, numbers in (("FP32", "--", FP32), ("INT8", ":", POWER2)):
+            axis.axvline(
+                bounds[title][name], color=LOOKS[numbers][0], linestyle=line, zorder=5, label=f"{name} roof"
+            )
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("images per second")
+        axis.set_xlim(left=0)
+        axis.grid(False, axis="y")
+    axes[0, 0].set_yticks(places, [_parts(engine)[0] for engine in order], fontsize=8)
+    handles = [
+        axes[0, 0].bar(0, 0, color=color, label=numbers)
+        for numbers, (color, _) in LOOKS.items()
+        if any(_parts(engine)[1] == numbers for engine in order)
+    ]
+    lines = axes[0, 0].get_legend_handles_labels()
+    roofs = [handle for handle, label in zip(*lines, strict=True) if label.endswith("roof")]
+    figure.legend(handles=[*handles, *roofs], loc="outside upper center", ncols=3, fontsize=8)
+    return figure
+
+
+def engine_front(table: pd.DataFrame) -> Figure:
+    """Accuracy against latency; the area of a point is the size of the file.
+
+    Columns engine, latency_ms, acc, acc_low, acc_high, size_mb.
+    """
+    figure, axes = _figure(height=4.4, width=8.6)
+    axis = axes[0, 0]
+    largest = table["size_mb"].max()
+    for numbers, (color, marker) in LOOKS.items():
+        rows = table[[_parts(engine)[1] == numbers for engine in table["engine"]]]
+        axis.scatter(
+            rows["latency_ms"],
+            rows["acc"],
+            s=40 + 260 * rows["size_mb"] / largest,
+            color=color,
+            marker=marker,
+            alpha=0.75,
+            edgecolor="white",
+            label=numbers,
+            zorder=3,
+        )
+    numbered = table.sort_values("latency_ms").reset_index(drop=True)
+    step = np.ptp([*table["acc_low"], *table["acc_high"]]) / 9 or 0.01
+    heights: list[tuple[float, float]] = []
+    for number, row in enumerate(numbered.itertuples(), start=1):
+        x, y = np.log10(row.latency_ms), row.acc + 0.6 * step
+        while any(abs(x - other) < 0.03 and abs(y - height) < 0.8 * step for other, height in heights):
+            y += 0.8 * step
+        heights.append((x, y))
+        axis.annotate(
+            str(number), (row.latency_ms, row.acc), (row.latency_ms, y), ha="center", fontsize=7, zorder=4
+        )
+    axis.set_ylim(table["acc_low"].min() - step, max(table["acc_high"].max(), max(y for _, y in heights)) + step)
+    axis.set_xscale("log")
+    axis.set(xlabel="latency of one image (ms)", ylabel="test accuracy")
+    axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
+    key = "\n".join(
+        f"{number}  {_parts(row.engine)[0]}" for number, row in enumerate(numbered.itertuples(), start=1)
+    )
+    axis.text(1.02, 1.0, key, transform=axis.transAxes, fontsize=7, va="top", linespacing=1.35)
+    legend = figure.legend(loc="outside upper center", ncols=4, fontsize=8)
+    for handle in legend.legend_handles:
+        handle.set_sizes([50])
+    return figure

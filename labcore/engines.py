@@ -1,0 +1,361 @@
+"""One trained network on the engines that people deploy: what each answers, how fast, in how much memory.
+
+Engines run in processes of their own (labcore.engine_worker). Their files come from labcore.engine_files. Times are taken in
+interleaved rounds: in each, every engine has its turn, in an order drawn anew, so that a slow moment of the machine hits all of
+them alike and ratios are taken within a round. The others wait meanwhile and use no processor.
+"""
+
+import contextlib
+import json
+import os
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from labcore import LabError
+from labcore.artifacts import ROOT, UNREADABLE, read_npz, write_npz
+from labcore.engine_worker import BATCH
+from labcore.evaluate import summarize
+from labcore.progress import progress
+
+FP32, POWER2, FLOAT, OWN = "FP32", "INT8, power of two", "INT8, float scales", "INT8, its own scales"
+SECONDS = 600  # that a worker may take for one answer; Inductor's first compilation is the longest
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A network on an engine.
+
+    Args:
+        name: what readers see.
+        numbers: FP32, POWER2 (the reference's scales), FLOAT (the same without rounding to a power of two) or OWN.
+        kind: the function of labcore.engine_worker that runs it.
+        file: which of the files of `engine_files.write_files` it runs.
+        options: for that function.
+    """
+
+    name: str
+    numbers: str
+    kind: str
+    file: str
+    options: dict = field(default_factory=dict, hash=False)
+
+    @property
+    def title(self) -> str:
+        """Name and numbers: what tells it from all others."""
+        return f"{self.name} · {self.numbers}"
+
+
+EAGER, COMPILED = "PyTorch eager", "PyTorch compiled"
+ENGINES = (
+    Engine(EAGER, FP32, "torch_eager", "fp32.pt"),
+    Engine(COMPILED, FP32, "torch_compiled", "fp32.pt"),
+    Engine("ONNX Runtime", FP32, "onnx_runtime", "fp32.onnx"),
+    Engine("OpenVINO", FP32, "openvino", "fp32.onnx"),
+    *(
+        Engine(f"{name}, {kernels}", numbers, kind, f"{file}.{end}", {"kernels": kernels})
+        for kernels, files in (
+            ("x86", {POWER2: "power2", FLOAT: "float"}),
+            ("fbgemm", {POWER2: "power2"}),
+            ("onednn", {POWER2: "power2"}),
+        )
+        for numbers, file in files.items()
+        for name, kind, end in ((EAGER, "torch_eager", "pt"), ("PyTorch frozen", "torch_script", "ts"))
+    ),
+    Engine(COMPILED, POWER2, "torch_export", "power2.pt2"),
+    Engine(COMPILED, FLOAT, "torch_export", "float.pt2"),
+    Engine(COMPILED, OWN, "torch_export", "own.pt2"),
+    Engine("ONNX Runtime", POWER2, "onnx_runtime", "power2.onnx"),
+    Engine("ONNX Runtime", FLOAT, "onnx_runtime", "float.onnx"),
+    Engine("OpenVINO", POWER2, "openvino", "power2.onnx"),
+    Engine("OpenVINO", FLOAT, "openvino", "float.onnx"),
+)
+ROOFS = {"FP32": "matrix_fp32", "INT8": "matrix_int8"}
+MATRIX = 2048  # side of the matrices whose product is the roof
+_MODULES = {"openvino": "openvino", "onnxruntime": "onnxruntime", "torchao": "torchao"}
+
+
+class EngineError(LabError):
+    """An engine cannot run here; the message says why."""
+
+
+class Worker:
+    """The process of one engine. It loads as soon as it is made; `loaded` waits for that.
+
+    Args:
+        spec: what labcore.engine_worker's functions take: kind, path, threads, images, network, image_shape, kernels.
+    """
+
+    def __init__(self, spec: dict):
+        threads = str(spec["threads"])
+        quiet = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "PYTHONWARNINGS": "ignore"}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "labcore.engine_worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            cwd=ROOT,
+            env=os.environ | quiet,
+        )
+        self._send(spec)
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.communicate()
+
+    def _send(self, request: dict) -> None:
+        with contextlib.suppress(BrokenPipeError):  # the answer will be missing, and says so
+            self._process.stdin.write(json.dumps(request).encode() + b"\n")
+            self._process.stdin.flush()
+
+    def _receive(self) -> dict:
+        if not select.select([self._process.stdout], [], [], SECONDS)[0]:
+            raise EngineError(f"no answer within {SECONDS} seconds")
+        line = self._process.stdout.readline()
+        if not line:
+            raise EngineError(f"its process ended with status {self._process.wait()} (out of memory?)")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise EngineError(_reason(answer["error"]))
+        return answer
+
+    def loaded(self) -> None:
+        """Wait for the network. Raises EngineError where it is not installed, or cannot run on this processor."""
+        self._receive()
+
+    def start_warming(self, batches: list[int]) -> None:
+        """Run every batch size three times; `memory` waits for that."""
+        self._send({"do": "warm", "batches": batches})
+
+    def memory(self) -> dict[str, float | None]:
+        """{"libraries_mb", "peak_mb"}: memory with the libraries loaded, and at its peak after the runs that warmed up."""
+        return self._receive()
+
+    def time(self, batch: int, runs: int) -> list[float]:
+        """Milliseconds of each of `runs` runs on `batch` images."""
+        self._send({"do": "time", "batch": batch, "runs": runs})
+        return self._receive()["ms"]
+
+    def predict(self, count: int, tick: Callable[[int], object] = lambda _: None) -> np.ndarray:
+        """Logits (count, classes) for the first images of the worker's file."""
+        parts = []
+        for start in range(0, count, BATCH):
+            self._send({"do": "predict", "start": start})
+            parts.append(self._receive()["logits"])
+            tick(len(parts[-1]))
+        return np.concatenate(parts).astype(np.float32)[:count]
+
+
+def _reason(error: str) -> str:
+    """Why an engine cannot run, for a reader who has not seen its traceback."""
+    for module, package in _MODULES.items():
+        if f"No module named '{module}'" in error:
+            return f"{package} is not installed (it stands in requirements.txt)"
+    return error
+
+
+class Bench(contextlib.AbstractContextManager):
+    """Engines that are loaded side by side, each in its process, to be asked one after the other.
+
+    Args:
+        specs: title -> spec (see Worker). A spec without images is a roof: it is timed, and answers nothing.
+        batches: sizes to run; the largest is what memory is read after.
+
+    Attributes:
+        skipped: title -> why an engine cannot run here; it is left out of everything else.
+        memory: title -> see Worker.memory.
+    """
+
+    def __init__(self, specs: dict[str, dict], batches: list[int]):
+        self.batches, self.skipped, self.memory = batches, {}, {}
+        self._specs = specs
+        self._workers: dict[str, Worker] = {}
+        try:
+            for title, spec in specs.items():
+                self._workers[title] = Worker(spec)
+            with progress(2 * len(specs), "loading engines", unit="step") as bar:
+                self._each(lambda _, worker: worker.loaded(), bar)
+                for title, worker in self._workers.items():
+                    worker.start_warming(self._sizes(title))
+                self._each(lambda title, worker: self.memory.update({title: worker.memory()}), bar)
+        except BaseException:
+            self.close()
+            raise
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End all processes."""
+        for worker in self._workers.values():
+            worker.close()
+
+    def _each(self, act: Callable[[str, Worker], object], bar) -> None:
+        """Do it with every worker; those that fail are skipped from then on."""
+        for title, worker in list(self._workers.items()):
+            try:
+                act(title, worker)
+            except EngineError as error:
+                self.skipped[title] = str(error)
+                self._workers.pop(title).close()
+            bar.update()
+
+    def _sizes(self, title: str) -> list[int]:
+        return self.batches if self._specs[title].get("images") else self.batches[:1]
+
+    def answers(self, labels: np.ndarray) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
+        """What every engine answers, one after the other.
+
+        Args:
+            labels: int64 (N,), of the first images of the specs' file.
+
+        Returns:
+            A table by title with `summarize`'s columns, libraries_mb and peak_mb; the logits (N, classes) by title.
+        """
+        rows, logits = {}, {}
+        asked = [title for title in self._workers if self._specs[title].get("images")]
+        with progress(len(asked) * len(labels), "answers", unit="image") as bar:
+            for title in asked:
+                logits[title] = self._workers[title].predict(len(labels), bar.update)
+                rows[title] = summarize(logits[title], labels) | self.memory[title]
+        return pd.DataFrame(rows).T.infer_objects(), logits
+
+    def times(self, rounds: int, runs: int, pause: float = 0.02) -> pd.DataFrame:
+        """Times of all engines in interleaved rounds.
+
+        Batches of several images are run a quarter as often as single ones, and at least three times. Before each turn all rest
+        for `pause` seconds, so that the threads of the one before are asleep.
+
+        Returns:
+            One row per round, engine and batch: round, engine, batch, latency_ms (the median of its runs).
+        """
+        rng, rows = np.random.default_rng(0), []
+        with progress(rounds, "times", unit="round") as bar:
+            for number in range(rounds):
+                for title in map(str, rng.permutation(list(self._workers))):
+                    for batch in self._sizes(title):
+                        time.sleep(pause)
+                        found = self._workers[title].time(batch, runs if batch == 1 else max(3, runs // 4))
+                        row = {"round": number, "engine": title, "batch": batch}
+                        rows.append(row | {"latency_ms": float(np.median(found))})
+                bar.update()
+        return pd.DataFrame(rows)
+
+
+def roofs(measured: pd.DataFrame) -> dict[str, dict[str, float]]:
+    """Multiply-adds per second in 10^9, from the times of the matrix products: {"FP32": {"median", "low", "high"}, "INT8": …}."""
+    rates = {}
+    for name in ROOFS:
+        times = measured.loc[measured["engine"] == name, "latency_ms"]
+        rate = MATRIX**3 / times / 1e6  # 10^9 per second
+        rates[name] = {
+            "median": float(rate.median()),
+            "low": float(rate.quantile(0.25)),
+            "high": float(rate.quantile(0.75)),
+        }
+    return rates
+
+
+def speeds(measured: pd.DataFrame, macs: int) -> pd.DataFrame:
+    """Latency and speed-up of every engine, for one number of threads.
+
+    Args:
+        measured: from `Bench.times`, the roofs among the engines.
+        macs: multiply-adds of the network for one image.
+
+    Returns:
+        One row per batch and engine: engine, batch, latency_ms with its quartiles (_low, _high), images_per_s, speedup over
+        PyTorch eager FP32 and fp32_speedup over the fastest FP32 engine at that batch (medians and quartiles of the ratios
+        within a round), roof_share (of the rate at which torch multiplies matrices of the same numbers).
+    """
+    rate, rows = roofs(measured), []
+    titles = [title for title in dict.fromkeys(measured["engine"]) if title not in ROOFS]
+    first = f"{EAGER} · {FP32}"
+    for batch in sorted(measured.loc[measured["engine"].isin(titles), "batch"].unique()):
+        part = measured[(measured["batch"] == batch) & measured["engine"].isin(titles)]
+        wide = part.pivot(index="round", columns="engine", values="latency_ms")
+        floats = [title for title in titles if title.endswith(f" · {FP32}")]
+        fastest = wide[floats].median().idxmin()
+        for title in sorted(titles, key=list(wide.median().sort_values().index).index, reverse=True):
+            row = {"engine": title, "batch": int(batch), "fastest_fp32": fastest}
+            row |= _quartiles("latency_ms", wide[title])
+            row |= _quartiles("speedup", wide[first] / wide[title])
+            row |= _quartiles("fp32_speedup", wide[fastest] / wide[title])
+            images_per_s = 1000 * batch / row["latency_ms"]
+            numbers = "FP32" if title in floats else "INT8"
+            row |= {"images_per_s": images_per_s}
+            row |= {"roof_share": images_per_s * macs / 1e9 / rate[numbers]["median"]}
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _quartiles(name: str, values: pd.Series) -> dict[str, float]:
+    return {
+        name: float(values.median()),
+        f"{name}_low": float(values.quantile(0.25)),
+        f"{name}_high": float(values.quantile(0.75)),
+    }
+
+
+def pairs(measured: pd.DataFrame) -> pd.DataFrame:
+    """Does a power of two make an engine faster (claim R5)? The same engine with float scales, within a round.
+
+    Returns:
+        One row per engine and batch: engine, batch, speedup (time with float scales over time with powers of two) and its
+        quartiles; 1 means no difference.
+    """
+    rows = []
+    for name, batch, wide in _pairs(measured):
+        ratio = wide[f"{name} · {FLOAT}"] / wide[f"{name} · {POWER2}"]
+        rows.append({"engine": name, "batch": int(batch)} | _quartiles("speedup", ratio))
+    return pd.DataFrame(rows)
+
+
+def _pairs(measured: pd.DataFrame) -> Iterator[tuple[str, int, pd.DataFrame]]:
+    names = [
+        title.removesuffix(f" · {FLOAT}")
+        for title in dict.fromkeys(measured["engine"])
+        if title.endswith(f" · {FLOAT}")
+    ]
+    for name in names:
+        both = [f"{name} · {FLOAT}", f"{name} · {POWER2}"]
+        for batch, part in measured[measured["engine"].isin(both)].groupby("batch"):
+            if part["engine"].nunique() == 2:
+                yield name, batch, part.pivot(index="round", columns="engine", values="latency_ms")
+
+
+def agreement(found: np.ndarray, eager: np.ndarray) -> dict[str, float]:
+    """How an engine's logits (N, classes) compare with those of the eager INT8 network.
+
+    Returns:
+        agree: share of images with the same answer; identical: share of images whose logits are all equal to the bit;
+        largest_difference: of any logit.
+    """
+    return {
+        "agree": float((found.argmax(1) == eager.argmax(1)).mean()),
+        "identical": float((found == eager).all(axis=1).mean()),
+        "largest_difference": float(np.abs(found - eager).max()),
+    }
+
+
+def save_answers(path: Path, logits: dict[str, np.ndarray], labels: np.ndarray) -> None:
+    """Write the logits of all engines by their titles, and the labels."""
+    titles = list(logits)
+    write_npz(path, labels=labels, engines=np.array(titles), logits=np.stack([logits[name] for name in titles]))
+
+
+def load_answers(path: Path) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """(logits by title, labels) as `save_answers` took them; LabError where the file is missing or damaged."""
+    try:
+        stored = read_npz(path)
+        return dict(zip(stored["engines"].tolist(), stored["logits"], strict=True)), stored["labels"]
+    except UNREADABLE as error:
+        raise LabError(f"{path} cannot be read ({error}): run notebook 09 again.") from None
