@@ -1,9 +1,10 @@
 """The files that engines load: one trained network, FP32 and INT8, in every engine's own format. Nothing is trained here.
 
-All INT8 files of a kind hold the same integers and the same scales: "power2" is the network of notebook 02, "float" has the same
-ranges and no rounding to a power of two. Only "own" lets torchao's X86InductorQuantizer choose its scales.
+All files called "power2" hold the integers and scales of notebook 02; "float" has the same ranges of the same calibration images
+and does not round its scales to powers of two. "own" lets torchao's X86InductorQuantizer choose its scales.
 """
 
+import copy
 import operator
 import shutil
 import warnings
@@ -21,7 +22,7 @@ from labcore.checkpoint import first_line
 from labcore.export import convert_export, prepare_export, quiet
 from labcore.onnx_export import INPUT, OUTPUT, build_onnx, save_onnx
 from labcore.progress import progress
-from labcore.qconfig import FLOAT, REFERENCE, CustomQConfig, make_qconfig
+from labcore.qconfig import FLOAT, REFERENCE, CustomQConfig, has_vnni, make_qconfig
 from labcore.quantize import (
     calibrate,
     calibration_batches,
@@ -48,6 +49,7 @@ _BATCH = ({0: torch.export.Dim.DYNAMIC},)  # the number of images stays free
 
 def multiply_adds(model: nn.Module, image_shape: tuple[int, int, int]) -> int:
     """Multiply-adds of one image through the convolutions and linear layers; torch counts two operations for each."""
+    model = copy.deepcopy(model).eval()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, *image_shape))
     return counter.get_total_flops() // 2
@@ -104,7 +106,7 @@ def write_files(run: Run, folder: Path) -> tuple[dict[str, Path], dict[str, str]
                     warnings.simplefilter("ignore")  # of torch's exporters, about themselves
                     write(folder / name)
                 files[name] = folder / name
-            except (ImportError, RuntimeError, NotImplementedError) as error:
+            except Exception as error:  # whatever an exporter raises, the other engines go on
                 failed[name] = f"its file cannot be written ({first_line(error)})"
             bar.update()
     return files, failed
@@ -144,7 +146,7 @@ def _save_exported(path: Path, model: nn.Module, scheme, batches: list[Tensor]) 
 @torch.no_grad()
 def _own(model: nn.Module, batches: list[Tensor]) -> fx.GraphModule:
     """PTQ as torchao's documentation has it for x86: its own quantizer with its default configuration."""
-    quantizer = X86InductorQuantizer().set_global(get_default_x86_inductor_quantization_config())
+    quantizer = X86InductorQuantizer().set_global(get_default_x86_inductor_quantization_config(reduce_range=not has_vnni()))
     program = torch.export.export(fuse(model), (batches[0][:2].clone(),), dynamic_shapes=_BATCH)
     prepared = prepare_pt2e(program.module(), quantizer)
     for batch in batches:

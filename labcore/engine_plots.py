@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, PercentFormatter
 
 from labcore.engines import FLOAT, FP32, OWN, POWER2
 from labcore.plots import COLORS, _figure
@@ -27,7 +27,7 @@ def engine_bars(tables: dict[str, pd.DataFrame], bounds: dict[str, dict[str, flo
     Args:
         tables: panel's title -> columns engine, images_per_s, latency_ms, latency_ms_low, latency_ms_high; all panels have the
             same engines.
-        bounds: panel's title -> {"FP32": images per second, "INT8": …}.
+        bounds: panel's title -> {"FP32": images per second, "INT8": …}, as far as they were measured.
     """
     order = list(next(iter(tables.values())).sort_values("images_per_s")["engine"])
     figure, axes = _figure(len(tables), height=0.27 * len(order) + 1.5, width=8.6, sharey=True)
@@ -41,12 +41,13 @@ def engine_bars(tables: dict[str, pd.DataFrame], bounds: dict[str, dict[str, flo
         axis.errorbar(
             rows["images_per_s"], places, xerr=errors, fmt="none", ecolor="0.2", capsize=2, zorder=4, linewidth=1
         )
-        for name, line, numbers in (("FP32", "--", FP32), ("INT8", ":", POWER2)):
-            axis.axvline(
-                bounds[title][name], color=LOOKS[numbers][0], linestyle=line, zorder=5, label=f"{name} roof"
-            )
+        for name, bound in bounds[title].items():
+            color, line = {"FP32": (LOOKS[FP32][0], "--"), "INT8": (LOOKS[POWER2][0], ":")}[name]
+            axis.axvline(bound, color=color, linestyle=line, zorder=5, label=f"{name} roof")
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("images per second")
+        axis.xaxis.set_major_locator(MaxNLocator(5))
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         axis.set_xlim(left=0)
         axis.grid(False, axis="y")
     axes[0, 0].set_yticks(places, [_parts(engine)[0] for engine in order], fontsize=8)
@@ -64,7 +65,7 @@ def engine_bars(tables: dict[str, pd.DataFrame], bounds: dict[str, dict[str, flo
 def engine_front(table: pd.DataFrame) -> Figure:
     """Accuracy against latency; the area of a point is the size of the file.
 
-    Columns engine, latency_ms, acc, acc_low, acc_high, size_mb.
+    Columns engine, latency_ms, acc, size_mb.
     """
     figure, axes = _figure(height=4.4, width=8.6)
     axis = axes[0, 0]
@@ -83,18 +84,31 @@ def engine_front(table: pd.DataFrame) -> Figure:
             zorder=3,
         )
     numbered = table.sort_values("latency_ms").reset_index(drop=True)
-    step = np.ptp([*table["acc_low"], *table["acc_high"]]) / 9 or 0.01
-    heights: list[tuple[float, float]] = []
+    spread = np.ptp(table["acc"]) or 0.001
+    placed: list[tuple[float, float, int]] = []
     for number, row in enumerate(numbered.itertuples(), start=1):
-        x, y = np.log10(row.latency_ms), row.acc + 0.6 * step
-        while any(abs(x - other) < 0.03 and abs(y - height) < 0.8 * step for other, height in heights):
-            y += 0.8 * step
-        heights.append((x, y))
+        x, near = np.log10(row.latency_ms), [0]
+        near += [
+            level + 1
+            for other, acc, level in placed
+            if abs(x - other) < 0.03 and abs(acc - row.acc) < spread / 20
+        ]
+        placed.append((x, row.acc, max(near)))
         axis.annotate(
-            str(number), (row.latency_ms, row.acc), (row.latency_ms, y), ha="center", fontsize=7, zorder=4
+            str(number),
+            (row.latency_ms, row.acc),
+            (0, 10 + 9 * max(near)),
+            textcoords="offset points",
+            ha="center",
+            fontsize=7,
+            zorder=4,
         )
-    axis.set_ylim(table["acc_low"].min() - step, max(table["acc_high"].max(), max(y for _, y in heights)) + step)
+    axis.set_ylim(table["acc"].min() - 0.2 * spread, table["acc"].max() + 0.6 * spread)
     axis.set_xscale("log")
+    for which in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
+        which(FuncFormatter(lambda value, _: f"{value:.3g}"))
+    axis.xaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))
+    axis.tick_params(axis="x", which="both", labelsize=8)
     axis.set(xlabel="latency of one image (ms)", ylabel="test accuracy")
     axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
     key = "\n".join(

@@ -6,11 +6,14 @@ order, and gives logits, float32 (B, classes); what it does to bring the images 
 """
 
 import json
+import math
 import os
+import re
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +25,8 @@ Network = Callable[[np.ndarray], np.ndarray]
 def _torch(spec: dict):
     """torch with the threads and the int8 kernels that were asked for, without gradients."""
     import torch
+
+    import labcore.quantize  # noqa: F401  # what all kinds of torch need, or none: memory is compared
 
     torch.set_num_threads(spec["threads"])
     torch.set_grad_enabled(False)
@@ -36,22 +41,24 @@ def _through_torch(torch, model) -> Network:
     return lambda images: model(torch.from_numpy(images)).numpy()
 
 
-# An engine imports its libraries up to its first yield, and its second gives the network: between the two lies the network's
-# own memory.
+# An engine imports its libraries up to its first yield, and its second gives the network: between the two lies what the network
+# takes, and where it is compiled, its compiler.
 
 
 def torch_eager(spec: dict) -> Iterator[Network | None]:
-    """torch, operation by operation: the FP32 network channels_last, or an int8 network as `convert` made it."""
+    """torch, operation by operation: the FP32 network channels_last, perhaps fused, or an int8 network as `convert` made it."""
     torch = _torch(spec)
     from labcore.model import build_model
     from labcore.qconfig import CustomQConfig
-    from labcore.quantize import load_float, load_int8
+    from labcore.quantize import fuse, load_float, load_int8
 
     yield None
     path, model = Path(spec["path"]), build_model(*spec["network"])
     if spec.get("kernels"):
         yield _through_torch(torch, load_int8(path, model, CustomQConfig.POWER2.value))
     model = load_float(path, model)
+    if spec.get("fused"):
+        model = fuse(model).to(memory_format=torch.channels_last)
     yield lambda images: model(torch.from_numpy(images).to(memory_format=torch.channels_last)).numpy()
 
 
@@ -84,11 +91,13 @@ def torch_export(spec: dict) -> Iterator[Network | None]:
     torch._inductor.config.freezing = True
     torch._inductor.config.fx_graph_cache = False  # so that the code below can be read
     yield None
-    model = torch.compile(torch.export.load(spec["path"]).module(), dynamic=False)
-    first = torch.zeros(1, *spec["image_shape"])
-    _, code = run_and_get_code(model, first)
-    if "qconv" not in "".join(code):
-        raise RuntimeError("Inductor found no int8 convolution in the program")
+    program = torch.export.load(spec["path"])
+    model = torch.compile(program.module(), dynamic=False)
+    _, code = run_and_get_code(model, torch.zeros(1, *spec["image_shape"]))
+    wanted = sum("conv2d" in str(node.target) for node in program.graph.nodes if node.op == "call_function")
+    found = len(re.findall(r"= torch\.ops\.onednn\.qconv|^\s+torch\.ops\.onednn\.qconv", "".join(code), re.MULTILINE))
+    if found < wanted:
+        raise RuntimeError(f"Inductor made {found} of {wanted} convolutions int8")
     yield _through_torch(torch, model)
 
 
@@ -96,13 +105,17 @@ def onnx_runtime(spec: dict) -> Iterator[Network | None]:
     """ONNX Runtime on the CPU, all graph optimisations on."""
     import onnxruntime
 
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = spec["threads"]
-    options.log_severity_level = 3
+    def session(batch: int, free: str = "batch") -> onnxruntime.InferenceSession:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = spec["threads"]
+        options.log_severity_level = 3
+        options.add_free_dimension_override_by_name(free, batch)
+        return onnxruntime.InferenceSession(spec["path"], options, providers=["CPUExecutionProvider"])
+
     yield None
-    session = onnxruntime.InferenceSession(spec["path"], options, providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-    yield lambda images: session.run(None, {name: images})[0]
+    first = session(1, "").get_inputs()[0]
+    made = lru_cache(lambda batch: session(batch, first.shape[0]))
+    yield lambda images: made(len(images)).run(None, {first.name: images})[0]
 
 
 def openvino(spec: dict) -> Iterator[Network | None]:
@@ -117,9 +130,14 @@ def openvino(spec: dict) -> Iterator[Network | None]:
         "INFERENCE_PRECISION_HINT": "f32",  # it would take bfloat16 where the processor has it
     }
     yield None
-    network = core.compile_model(core.read_model(spec["path"]), "CPU", options)
-    request, output = network.create_infer_request(), network.output(0)
-    yield lambda images: request.infer({0: images}, share_inputs=True)[output]
+
+    @lru_cache
+    def made(batch: int) -> openvino.InferRequest:
+        model = core.read_model(spec["path"])
+        model.reshape([batch, *model.inputs[0].partial_shape[1:]])
+        return core.compile_model(model, "CPU", options).create_infer_request()
+
+    yield lambda images: made(len(images)).infer({0: images}, share_inputs=True)[0]
 
 
 def matrix_fp32(spec: dict) -> Iterator[Network | None]:
@@ -132,22 +150,27 @@ def matrix_fp32(spec: dict) -> Iterator[Network | None]:
 
 
 def matrix_int8(spec: dict) -> Iterator[Network | None]:
-    """The roof of the INT8 engines: torch's quantized linear layer multiplies two matrices of `size`, uint8 by int8."""
-    torch = _torch(spec | {"kernels": torch_engine()})
+    """The roof of the INT8 engines: torch's quantized linear layer multiplies two matrices of `size`, uint8 by int8, with the
+    fastest of its kernels.
+    """
+    torch = _torch(spec)
     yield None
     torch.manual_seed(0)
-    size = spec["size"]
+    size, seconds = spec["size"], {}
     a = torch.quantize_per_tensor(torch.rand(size, size), 1 / 127, 0, torch.quint8)
     weight = torch.quantize_per_tensor(torch.randn(size, size), 1 / 32, 0, torch.qint8)
+    for engine in torch.backends.quantized.supported_engines:
+        if engine == "none":
+            continue
+        torch.backends.quantized.engine = engine
+        packed = torch.ops.quantized.linear_prepack(weight, None)
+        for _ in range(3):
+            began = time.perf_counter()
+            torch.ops.quantized.linear(a, packed, 4.0, 64)
+            seconds[engine] = min(time.perf_counter() - began, seconds.get(engine, math.inf))
+    torch.backends.quantized.engine = min(seconds, key=seconds.get)
     packed = torch.ops.quantized.linear_prepack(weight, None)
     yield lambda images: torch.ops.quantized.linear(a, packed, 4.0, 64)
-
-
-def torch_engine() -> str:
-    """The int8 kernels that torch itself chooses on this processor."""
-    import torch
-
-    return torch.backends.quantized.engine
 
 
 ENGINES = {
@@ -189,8 +212,8 @@ class Engine:
         self.images = np.load(spec["images"], mmap_mode="r") if spec.get("images") else np.zeros((1, 1))
 
     def batch(self, size: int) -> np.ndarray:
-        """The first images, in memory."""
-        return np.ascontiguousarray(self.images[:size])
+        """The first images, in memory; from the first again where there are fewer."""
+        return np.ascontiguousarray(np.resize(self.images[:size], (size, *self.images.shape[1:])))
 
     def warm(self, batches: list[int]) -> dict:
         """Run every batch size three times, and say how much memory that took at its peak."""

@@ -2,7 +2,7 @@
 
 Engines run in processes of their own (labcore.engine_worker). Their files come from labcore.engine_files. Times are taken in
 interleaved rounds: in each, every engine has its turn, in an order drawn anew, so that a slow moment of the machine hits all of
-them alike and ratios are taken within a round. The others wait meanwhile and use no processor.
+them alike and ratios are taken within a round.
 """
 
 import contextlib
@@ -56,6 +56,7 @@ class Engine:
 EAGER, COMPILED = "PyTorch eager", "PyTorch compiled"
 ENGINES = (
     Engine(EAGER, FP32, "torch_eager", "fp32.pt"),
+    Engine(f"{EAGER}, fused", FP32, "torch_eager", "fp32.pt", {"fused": True}),
     Engine(COMPILED, FP32, "torch_compiled", "fp32.pt"),
     Engine("ONNX Runtime", FP32, "onnx_runtime", "fp32.onnx"),
     Engine("OpenVINO", FP32, "openvino", "fp32.onnx"),
@@ -77,9 +78,34 @@ ENGINES = (
     Engine("OpenVINO", POWER2, "openvino", "power2.onnx"),
     Engine("OpenVINO", FLOAT, "openvino", "float.onnx"),
 )
+FIRST = ENGINES[0].title  # what all speeds are held against
 ROOFS = {"FP32": "matrix_fp32", "INT8": "matrix_int8"}
 MATRIX = 2048  # side of the matrices whose product is the roof
-_MODULES = {"openvino": "openvino", "onnxruntime": "onnxruntime", "torchao": "torchao"}
+_MODULES = ("openvino", "onnxruntime")
+
+
+def specs(
+    files: dict[str, Path], images: Path, network: list, image_shape: tuple[int, int, int], threads: int
+) -> dict[str, dict]:
+    """What the workers of all engines and roofs are told (see Worker), by title.
+
+    Args:
+        files: from `engine_files.write_files`; engines whose file is not there are left out.
+        images: a file of `engine_files.write_images`.
+        network: arguments of labcore.model.build_model.
+    """
+    common = {
+        "images": str(images),
+        "network": network,
+        "image_shape": list(image_shape),
+        "threads": threads,
+    }
+    found = {
+        engine.title: {"kind": engine.kind, "path": str(files[engine.file])} | common | engine.options
+        for engine in ENGINES
+        if engine.file in files
+    }
+    return found | {name: {"kind": kind, "size": MATRIX, "threads": threads} for name, kind in ROOFS.items()}
 
 
 class EngineError(LabError):
@@ -95,6 +121,7 @@ class Worker:
 
     def __init__(self, spec: dict):
         threads = str(spec["threads"])
+        # The memory allocator is the system's, not tuned for training as under make.
         quiet = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "PYTHONWARNINGS": "ignore"}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "labcore.engine_worker"],
@@ -102,7 +129,7 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             cwd=ROOT,
-            env=os.environ | quiet,
+            env={name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")} | quiet,
         )
         self._send(spec)
 
@@ -156,9 +183,9 @@ class Worker:
 
 def _reason(error: str) -> str:
     """Why an engine cannot run, for a reader who has not seen its traceback."""
-    for module, package in _MODULES.items():
+    for module in _MODULES:
         if f"No module named '{module}'" in error:
-            return f"{package} is not installed (it stands in requirements.txt)"
+            return f"{module} is not installed (it stands in requirements.txt)"
     return error
 
 
@@ -201,11 +228,8 @@ class Bench(contextlib.AbstractContextManager):
     def _each(self, act: Callable[[str, Worker], object], bar) -> None:
         """Do it with every worker; those that fail are skipped from then on."""
         for title, worker in list(self._workers.items()):
-            try:
+            with self._or_skipped(title):
                 act(title, worker)
-            except EngineError as error:
-                self.skipped[title] = str(error)
-                self._workers.pop(title).close()
             bar.update()
 
     def _sizes(self, title: str) -> list[int]:
@@ -224,47 +248,58 @@ class Bench(contextlib.AbstractContextManager):
         asked = [title for title in self._workers if self._specs[title].get("images")]
         with progress(len(asked) * len(labels), "answers", unit="image") as bar:
             for title in asked:
-                logits[title] = self._workers[title].predict(len(labels), bar.update)
-                rows[title] = summarize(logits[title], labels) | self.memory[title]
+                with self._or_skipped(title):
+                    logits[title] = self._workers[title].predict(len(labels), bar.update)
+                    rows[title] = summarize(logits[title], labels) | self.memory[title]
         return pd.DataFrame(rows).T.infer_objects(), logits
 
-    def times(self, rounds: int, runs: int, pause: float = 0.02) -> pd.DataFrame:
+    def times(self, rounds: int, runs: int, pause: float = 0.25) -> pd.DataFrame:
         """Times of all engines in interleaved rounds.
 
         Batches of several images are run a quarter as often as single ones, and at least three times. Before each turn all rest
-        for `pause` seconds, so that the threads of the one before are asleep.
+        for `pause` seconds: the threads of the one before may turn in circles for a while, waiting for work.
 
         Returns:
-            One row per round, engine and batch: round, engine, batch, latency_ms (the median of its runs).
+            One row per round, engine and batch: round, engine, batch, latency_ms (the median of its runs). An engine that stops
+            is skipped, and has no row.
         """
         rng, rows = np.random.default_rng(0), []
         with progress(rounds, "times", unit="round") as bar:
             for number in range(rounds):
                 for title in map(str, rng.permutation(list(self._workers))):
-                    for batch in self._sizes(title):
-                        time.sleep(pause)
-                        found = self._workers[title].time(batch, runs if batch == 1 else max(3, runs // 4))
-                        row = {"round": number, "engine": title, "batch": batch}
-                        rows.append(row | {"latency_ms": float(np.median(found))})
+                    time.sleep(pause)
+                    with self._or_skipped(title):
+                        for batch in self._sizes(title):
+                            found = self._workers[title].time(batch, runs if batch == 1 else max(3, runs // 4))
+                            row = {"round": number, "engine": title, "batch": batch}
+                            rows.append(row | {"latency_ms": float(np.median(found))})
                 bar.update()
-        return pd.DataFrame(rows)
+        measured = pd.DataFrame(rows, columns=["round", "engine", "batch", "latency_ms"])
+        return measured[~measured["engine"].isin(self.skipped)].reset_index(drop=True)
+
+    @contextlib.contextmanager
+    def _or_skipped(self, title: str) -> Iterator[None]:
+        """An engine that fails is skipped from then on, and its process ends."""
+        try:
+            yield
+        except EngineError as error:
+            self.skipped[title] = str(error)
+            self._workers.pop(title).close()
 
 
-def roofs(measured: pd.DataFrame) -> dict[str, dict[str, float]]:
-    """Multiply-adds per second in 10^9, from the times of the matrix products: {"FP32": {"median", "low", "high"}, "INT8": …}."""
+def roofs(measured: pd.DataFrame) -> dict[str, dict[str, float] | None]:
+    """Multiply-adds per second in 10^9, from the times of the matrix products: {"FP32": {"rate", "rate_low", "rate_high"}, "INT8": …}.
+
+    None where a product could not be measured.
+    """
     rates = {}
     for name in ROOFS:
         times = measured.loc[measured["engine"] == name, "latency_ms"]
-        rate = MATRIX**3 / times / 1e6  # 10^9 per second
-        rates[name] = {
-            "median": float(rate.median()),
-            "low": float(rate.quantile(0.25)),
-            "high": float(rate.quantile(0.75)),
-        }
+        rates[name] = _quartiles("rate", MATRIX**3 / times / 1e6) if len(times) else None
     return rates
 
 
-def speeds(measured: pd.DataFrame, macs: int) -> pd.DataFrame:
+def speeds(measured: pd.DataFrame, macs: int) -> list[dict]:
     """Latency and speed-up of every engine, for one number of threads.
 
     Args:
@@ -272,29 +307,39 @@ def speeds(measured: pd.DataFrame, macs: int) -> pd.DataFrame:
         macs: multiply-adds of the network for one image.
 
     Returns:
-        One row per batch and engine: engine, batch, latency_ms with its quartiles (_low, _high), images_per_s, speedup over
-        PyTorch eager FP32 and fp32_speedup over the fastest FP32 engine at that batch (medians and quartiles of the ratios
-        within a round), roof_share (of the rate at which torch multiplies matrices of the same numbers).
+        One row per batch and engine, the slowest first: engine, batch, latency_ms with its quartiles (_low, _high), images_per_s,
+        speedup over PyTorch eager FP32 and fp32_speedup over the fastest FP32 engine at that batch (fastest_fp32), both medians and
+        quartiles of the ratios within a round; roof_share of the rate at which torch multiplies matrices of the same numbers.
+        None stands for what could not be measured.
     """
     rate, rows = roofs(measured), []
-    titles = [title for title in dict.fromkeys(measured["engine"]) if title not in ROOFS]
-    first = f"{EAGER} · {FP32}"
-    for batch in sorted(measured.loc[measured["engine"].isin(titles), "batch"].unique()):
-        part = measured[(measured["batch"] == batch) & measured["engine"].isin(titles)]
+    networks = measured[~measured["engine"].isin(ROOFS)]
+    for batch, part in networks.groupby("batch"):
         wide = part.pivot(index="round", columns="engine", values="latency_ms")
-        floats = [title for title in titles if title.endswith(f" · {FP32}")]
-        fastest = wide[floats].median().idxmin()
-        for title in sorted(titles, key=list(wide.median().sort_values().index).index, reverse=True):
+        order = wide.median().sort_values(ascending=False)
+        floats = order[[_is_fp32(title) for title in order.index]]
+        fastest = floats.index[-1] if len(floats) else None
+        for title in order.index:
             row = {"engine": title, "batch": int(batch), "fastest_fp32": fastest}
             row |= _quartiles("latency_ms", wide[title])
-            row |= _quartiles("speedup", wide[first] / wide[title])
-            row |= _quartiles("fp32_speedup", wide[fastest] / wide[title])
-            images_per_s = 1000 * batch / row["latency_ms"]
-            numbers = "FP32" if title in floats else "INT8"
-            row |= {"images_per_s": images_per_s}
-            row |= {"roof_share": images_per_s * macs / 1e9 / rate[numbers]["median"]}
+            for name, other in (("speedup", FIRST), ("fp32_speedup", fastest)):
+                known = other in wide.columns
+                row |= _quartiles(name, wide[other] / wide[title]) if known else _unknown(name)
+            row["images_per_s"] = 1000 * int(batch) / row["latency_ms"]
+            roof = rate["FP32" if _is_fp32(title) else "INT8"]
+            row["roof_share"] = row["images_per_s"] * macs / 1e9 / roof["rate"] if roof else None
             rows.append(row)
-    return pd.DataFrame(rows)
+    return rows
+
+
+def best(rows: list[dict]) -> dict[str, dict]:
+    """The row of the fastest INT8 engine for every batch size, from `speeds`."""
+    found = {f"{row['batch']}": row for row in rows if not _is_fp32(row["engine"])}
+    return dict(sorted(found.items(), key=lambda item: int(item[0])))  # the last of each batch is its fastest
+
+
+def _is_fp32(title: str) -> bool:
+    return title.endswith(f" · {FP32}")
 
 
 def _quartiles(name: str, values: pd.Series) -> dict[str, float]:
@@ -303,6 +348,16 @@ def _quartiles(name: str, values: pd.Series) -> dict[str, float]:
         f"{name}_low": float(values.quantile(0.25)),
         f"{name}_high": float(values.quantile(0.75)),
     }
+
+
+def _unknown(name: str) -> dict[str, None]:
+    return {name: None, f"{name}_low": None, f"{name}_high": None}
+
+
+def records(table: pd.DataFrame) -> list[dict]:
+    """The rows as JSON values, the index as "engine"; None where there is none."""
+    rows = table.rename_axis("engine").reset_index().astype(object)
+    return rows.where(rows.notna(), None).to_dict("records")
 
 
 def pairs(measured: pd.DataFrame) -> pd.DataFrame:

@@ -3,8 +3,8 @@
 Eager mode replaces modules by int8 modules. Export mode writes quantize and dequantize nodes into the graph of the float
 network, and leaves the choice of int8 kernels to a backend. Ranges and scales come from the same PowerOfTwoObserver.
 
-Reference: torchao.quantization.pt2e (`Quantizer`, `prepare_pt2e`, `convert_pt2e`), pinned in requirements.txt. This is
-the only module that imports torchao.
+Reference: torchao.quantization.pt2e (`Quantizer`, `prepare_pt2e`, `convert_pt2e`), pinned in requirements.txt. Only this
+module and labcore.engine_files import torchao.
 """
 
 import contextlib

@@ -16,6 +16,7 @@ import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass
+from importlib.metadata import distributions as find
 from pathlib import Path
 
 from labcore import LabError
@@ -135,6 +136,9 @@ class Pipeline:
         }
         if stage.name == "fp32":
             parts["the reference's profile"] = _REFERENCE
+        if stage.name == "engines":
+            found = [(name, list(find(name=name))) for name in ("openvino", "torchao")]
+            parts["versions of the engines"] = sha256_json([[n, [d.version for d in f]] for n, f in found])
         for name in stage.needs:
             parts |= self._results_of(name)
         return parts

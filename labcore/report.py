@@ -352,7 +352,7 @@ def _engines(study: dict) -> dict:
                         "images/s": f"{row['images_per_s']:,.0f}",
                         "against eager FP32": _with_quartiles(row, "speedup"),
                         "against the fastest FP32": _with_quartiles(row, "fp32_speedup"),
-                        "of the roof": f"{row['roof_share']:.0%}",
+                        "of the roof": "–" if row["roof_share"] is None else f"{row['roof_share']:.0%}",
                     }
                     for row in rows
                     if row["batch"] == batch
@@ -392,6 +392,8 @@ def _plural(count: int, word: str) -> str:
 
 
 def _with_quartiles(row: dict, name: str, digits: int = 2) -> str:
+    if row[name] is None:
+        return "–"
     middle, low, high = (f"{row[name + end]:.{digits}f}" for end in ("", "_low", "_high"))
     return f"{middle} ({low} … {high})"
 

@@ -143,13 +143,15 @@ class Results:
         """What engines answer and how fast, from their logits and the times of every round."""
         if "engines" not in self.stages:
             return
-        from labcore.engines import agreement, load_answers, pairs, roofs, speeds
+        from labcore.engines import agreement, best, load_answers, pairs, roofs, speeds
 
         metrics = self.stages["engines"]
         logits, labels = load_answers(self.folder / "engines" / "answers.npz")
         eager = self.logits("ptq")[0]
         answers = {title: summarize(found, labels) | agreement(found, eager) for title, found in logits.items()}
         rows = {row["engine"]: row for row in metrics["answers"]}
+        if list(rows) != list(logits):
+            yield "engines: the engines of metrics.json are not those of answers.npz"
         yield from differences("engines.answers", rows, answers)
         again = {title: compare_paired(eager, logits[title], labels) for title in metrics["paired"]}
         yield from differences("engines.paired", metrics["paired"], again)
@@ -157,8 +159,9 @@ class Results:
         for threads, table in rounds.groupby("threads"):
             own = table.drop(columns="threads")
             yield from differences(f"engines.roofs.{threads}", metrics["roofs"][f"{threads}"], roofs(own))
-            again = speeds(own, metrics["macs"]).to_dict("records")
+            again = speeds(own, metrics["macs"])
             yield from differences(f"engines.speeds.{threads}", metrics["speeds"][f"{threads}"], again)
+            yield from differences(f"engines.best.{threads}", metrics["best"][f"{threads}"], best(again))
             ratios += pairs(own).assign(threads=threads).to_dict("records")
         yield from differences("engines.pairs", metrics["pairs"], ratios)
 
