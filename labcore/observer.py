@@ -70,6 +70,13 @@ def _power(exponent: Tensor) -> Tensor:
     return ((exponent.to(torch.int32) + 127) << 23).view(torch.float32)
 
 
+def _in_memory_order(values: Tensor) -> Tensor:
+    """The same values, images in channels_last by their pixels: a row of them is then a view, which copies nothing."""
+    if values.dim() == 4 and values.is_contiguous(memory_format=torch.channels_last):
+        return values.permute(0, 2, 3, 1)
+    return values
+
+
 def _sample(channels: Tensor) -> Tensor:
     """(C, n) as it is where C > 1; else at most about _MAX_SAMPLES values, evenly spaced by an odd step."""
     step = -(-channels.numel() // _MAX_SAMPLES)
@@ -180,7 +187,7 @@ class PowerOfTwoObserver(UniformQuantizationObserverBase):
                 values.transpose(0, self.ch_axis).flatten(1) if values.dim() > 1 else values.unsqueeze(1)
             )
         else:
-            channels = values.reshape(1, -1)  # (C, n), here C = 1
+            channels = _in_memory_order(values).reshape(1, -1)  # (C, n), here C = 1
         low, high = torch.aminmax(channels, dim=1) if len(channels) > 1 else torch.aminmax(channels)
         low, high = low.float(), high.float()
         usable = torch.isfinite(low) & torch.isfinite(high)  # aminmax hands on NaN
@@ -230,6 +237,8 @@ class PowerOfTwoObserver(UniformQuantizationObserverBase):
         top = torch.where(
             unset | (some & (nothing_clips > self.top_exponent)), needed, self.top_exponent
         )  # (C,)
+        if self.averaging_constant == 1:  # only this batch counts
+            top = torch.where(some, needed, self.top_exponent)
         # A larger range than ever moves the candidates up. What was seen did not clip there, so its squared error
         # grew by the step's square.
         moved = torch.where(unset, 0, top - self.top_exponent)[:, None]
@@ -239,7 +248,9 @@ class PowerOfTwoObserver(UniformQuantizationObserverBase):
         exponents = (top[:, None] - candidates).clamp(EXPONENT_MIN, EXPONENT_MAX)  # (C, K)
         errors = torch.zeros(exponents.shape, dtype=torch.float64, device=channels.device)
         known = torch.where(usable[:, None], channels, 0.0)
-        for number in range(_N_EXPONENTS):
+        hopeless = self._hopeless(channels.shape[1])
+        errors[:, hopeless:] = float("inf")
+        for number in range(hopeless):
             scale = _power(exponents[:, number])
             zero_point = self._zero_point(scale).expand_as(scale)
             rounded = torch.fake_quantize_per_channel_affine(
@@ -248,13 +259,28 @@ class PowerOfTwoObserver(UniformQuantizationObserverBase):
             errors[:, number] = (rounded.double() - known.double()).square().sum(1)
         weight = self.averaging_constant
         old = self.squared_error.expand_as(errors)
-        new = (
-            old + errors
-            if weight is None
-            else torch.where(unset[:, None], errors, old + weight * (errors - old))
-        )
+        if weight is None:
+            new = old + errors
+        elif weight == 1:
+            new = errors
+        else:
+            new = torch.where(unset[:, None], errors, old + weight * (errors - old))
         self.squared_error = torch.where(usable[:, None], new, old)
         self.top_exponent = top
+
+    def _hopeless(self, n_values: int) -> int:
+        """The first candidate that cannot be best, nor any after it, where only one batch of so many values counts.
+
+        Let m be the largest magnitude and s the smallest step that clips nothing, at most 4 m / Q. It errs by at most n s^2 / 4,
+        so at most 4 n m^2 / Q^2. With s / 2^j the grid ends at (Q + 1) s / 2^(j+1) or before, which is at most
+        e m with e = 2^(1-j) (1 + 1/Q), so m alone errs by (1 - e)^2 m^2 or more.
+        """
+        if self.averaging_constant != 1 or self.qscheme not in _SYMMETRIC or self.unsigned:
+            return _N_EXPONENTS
+        steps = self.quant_max - self.quant_min
+        at_most, ends = 2 * math.sqrt(n_values) / steps, [2.0 ** (1 - j) * (1 + 1 / steps) for j in range(_N_EXPONENTS)]
+        smaller = next((j for j, end in enumerate(ends) if 1 - end > at_most), _N_EXPONENTS)
+        return min(_HEADROOM + smaller, _N_EXPONENTS)
 
     def _raw(self, low: Tensor, high: Tensor) -> Tensor:
         """The raw scale of ranges (C,), at least eps."""

@@ -9,7 +9,7 @@ from torch.ao.quantization import FakeQuantize
 from torch.ao.quantization import observer as torch_observers
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from labcore import LabError
+from labcore import LabError, observer
 from labcore.observer import (
     RANGES,
     RULES,
@@ -524,6 +524,42 @@ def test_least_error_sums_over_batches_of_very_different_size(kind, factors):
     given = [samples(kind, seed) * factor for seed, factor in enumerate(factors)]
     watcher = watched(make(kind, rule="least_error"), *given)
     assert_least(watcher, kind, 8, given, range(-23, 12))
+
+
+@pytest.mark.parametrize("outlier", [0, 60])
+@pytest.mark.parametrize("bits", [8, 6, 4, 2])
+@pytest.mark.parametrize("factors", [(1, 100, 0.001), (0.001, 100, 1)], ids=str)
+@pytest.mark.parametrize("kind", ["symmetric", "signed", "channel"])
+def test_least_error_of_the_last_batch_alone(kind, factors, bits, outlier):
+    given = [samples(kind, seed) * factor for seed, factor in enumerate(factors)]
+    for values, factor in zip(given, factors, strict=True):
+        values[:, 0] += outlier * factor
+    watcher = watched(make(kind, bits, rule="least_error", averaging_constant=1.0), *given)
+    assert_least(watcher, kind, bits, given[-1:], range(-33, 12))
+
+
+@pytest.mark.parametrize("size", [1, 9, 2304, 20_000])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_candidates_that_are_left_out_are_never_best(size, bits):
+    torch.manual_seed(size)
+    values = torch.randn(6, size) ** torch.tensor([1, 3, 5, 7, 9, 1])[:, None]  # tails, and in the last one value alone
+    values[5] = 0
+    values[5, 0] = -1.0
+    last = watched(make("channel", bits, rule="least_error", averaging_constant=1.0), values)
+    every = watched(make("channel", bits, rule="least_error"), values)
+    assert torch.equal(last.calculate_qparams()[0], every.calculate_qparams()[0])
+    left_out = last.squared_error.isinf().any()
+    assert left_out == (2 * math.sqrt(size) < 0.99 * (2**bits - 1)), "and some are left out where that is sure"
+
+
+def test_a_tensor_in_channels_last_is_observed_without_a_copy():
+    values = torch.randn(2, 3, 4, 5)
+    last = values.to(memory_format=torch.channels_last)
+    row = observer._in_memory_order(last).reshape(1, -1)
+    assert row.data_ptr() == last.data_ptr() and row.sort()[0].equal(values.reshape(1, -1).sort()[0])
+    for rule in ("round", "least_error"):
+        found, expected = (watched(make("symmetric", rule=rule), x) for x in (last, values))
+        assert all(map(torch.equal, found.calculate_qparams(), expected.calculate_qparams()))
 
 
 @pytest.mark.parametrize("range_", ["percentile", "histogram"])

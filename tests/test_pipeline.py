@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import platform
 import re
 import shutil
 import signal
@@ -15,6 +16,7 @@ import nbformat
 import pytest
 
 from labcore import LabError, pipeline
+from labcore.engines import ENGINES
 from labcore.execute import execute
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -218,6 +220,39 @@ def test_the_report_has_a_section_for_each_study_with_its_numbers(studied):
     training = json.loads((studied.root / "runs/smoke/training/metrics.json").read_text())
     for rows in training["tables"].values():
         assert all(f"| {row['recipe']} | {row['seeds']} | {row['acc']:.2%} |" in report for row in rows)
+
+
+def test_every_engine_answers_and_has_its_row(studied):
+    report = (studied.root / "report/smoke/report.md").read_text(encoding="utf-8")
+    study = json.loads((studied.root / "runs/smoke/engines/metrics.json").read_text())
+    answers = {row["engine"]: row for row in study["answers"]}
+    if platform.machine() in ("x86_64", "AMD64") and shutil.which("g++"):
+        assert study["skipped"] == {} and len(answers) == len(ENGINES)
+    for title, row in answers.items():
+        assert f"| {title} | {row['acc']:.2%} |" in report
+        if title.startswith("PyTorch") and title.endswith("power of two"):
+            assert row["agree"] > 0.99, f"{title} runs the eager network's integers"
+    for rows in study["speeds"].values():
+        assert {row["engine"] for row in rows} == set(answers)
+        assert all(f"| {row['engine']} | {row['latency_ms']:.2f} |" in report for row in rows)
+
+
+def test_numbers_of_studies_are_verified_too(studied):
+    assert studied.verify() == (0, "")
+    path = studied.root / "report/smoke/results/engines/metrics.json"
+    text = path.read_text(encoding="utf-8")
+    for pattern, message in (
+        (r'(?<="agree": 0\.9)\d', "engines.answers."),
+        (r'(?<="speedup": )\d', "engines."),
+        (r'(?<="n_tied": )\d', "engines.answers."),
+    ):
+        digit = re.search(pattern, text)
+        other = str((int(digit.group()) + 1) % 10)
+        path.write_text(text[: digit.start()] + other + text[digit.end() :], encoding="utf-8")
+        status, errors = studied.verify()
+        path.write_text(text, encoding="utf-8")
+        assert status == 1 and f"error: {message}" in errors
+    assert studied.verify() == (0, "")
 
 
 def test_a_study_that_runs_again_takes_its_cells_from_their_files(studied):
