@@ -27,6 +27,17 @@ def quantized(data, split, arch: str = "resnet9", scheme: str = "reference") -> 
     return convert(calibrate(prepare_ptq(used(network(arch, 8)), QCONFIGS[scheme]), data, split))
 
 
+@pytest.fixture
+def fbgemm():
+    """torch's kernels that round as ONNX says; oneDNN's, which "x86" takes where there is VNNI, may be one step away."""
+    before = torch.backends.quantized.engine
+    if "fbgemm" not in torch.backends.quantized.supported_engines:
+        pytest.skip("needs an x86 processor")
+    torch.backends.quantized.engine = "fbgemm"
+    yield
+    torch.backends.quantized.engine = before
+
+
 def batches(data) -> list[torch.Tensor]:
     return list(normalize(torch.from_numpy(data.train_images)).split(20))
 
@@ -64,6 +75,7 @@ def input_scales(model: torch.nn.Module, data) -> dict[str, float]:
 
 @pytest.mark.parametrize("scheme", QCONFIGS)
 @pytest.mark.parametrize("arch", ["resnet9", "resnet18", "resnet50"])
+@pytest.mark.usefixtures("fbgemm")
 def test_with_torchs_float_biases_the_nodes_compute_torchs_logits(arch, scheme, tiny_data, tiny_split):
     model = quantized(tiny_data, tiny_split, arch, scheme)
     found = predict_onnx(build_onnx(model, SHAPE, integer_bias=False), batches(tiny_data), optimize=False)
@@ -73,6 +85,7 @@ def test_with_torchs_float_biases_the_nodes_compute_torchs_logits(arch, scheme, 
 
 
 @pytest.mark.parametrize("scheme", QCONFIGS)
+@pytest.mark.usefixtures("fbgemm")
 def test_with_integer_biases_on_both_sides_the_logits_are_the_same_to_the_bit(scheme, tiny_data, tiny_split):
     model = quantized(tiny_data, tiny_split, scheme=scheme)
     with_integer_biases(model, input_scales(model, tiny_data))
