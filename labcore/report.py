@@ -380,7 +380,7 @@ def _engines(study: dict) -> dict:
     factors = factors.loc[list(dict.fromkeys(ratios["engine"])), list(dict.fromkeys(ratios["column"]))]
     return {
         "engine_speed_tables": {
-            title: markdown_table(table, "engine", (34, 9, 16, 10, 14, 14, 9)) for title, table in speeds.items()
+            title: markdown_table(table, "engine", (24, 8, 16, 10, 17, 17, 8)) for title, table in speeds.items()
         },
         "engine_answers_table": markdown_table(answers, "engine", (40, 12, 13, 13, 10, 10, 11)),
         "engine_pairs_table": markdown_table(factors.fillna("–"), "engine"),
