@@ -136,7 +136,10 @@ class Worker:
     def close(self) -> None:
         """End the process."""
         self._process.kill()
-        self._process.communicate()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            with contextlib.suppress(OSError):  # what was not yet sent cannot be sent any more
+                pipe.close()
 
     def _send(self, request: dict) -> None:
         with contextlib.suppress(BrokenPipeError):  # the answer will be missing, and says so
