@@ -5,7 +5,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, PercentFormatter
 
-from labcore.engines import FLOAT, FP32, OWN, POWER2
+from labcore.engines import FLOAT, FP32, OWN, POWER2, parts
 from labcore.plots import COLORS, _figure
 
 LOOKS = {
@@ -14,11 +14,6 @@ LOOKS = {
     FLOAT: (COLORS["qat"], "D"),
     OWN: ("#6c7a89", "^"),
 }
-
-
-def _parts(title: str) -> tuple[str, str]:
-    name, _, numbers = title.partition(" · ")
-    return name, numbers
 
 
 def engine_bars(tables: dict[str, pd.DataFrame], bounds: dict[str, dict[str, float]]) -> Figure:
@@ -34,7 +29,7 @@ def engine_bars(tables: dict[str, pd.DataFrame], bounds: dict[str, dict[str, flo
     places = np.arange(len(order))
     for axis, (title, table) in zip(axes.flat, tables.items(), strict=True):
         rows = table.set_index("engine").loc[order]
-        colors = [LOOKS[_parts(engine)[1]][0] for engine in order]
+        colors = [LOOKS[parts(engine)[1]][0] for engine in order]
         ends = [rows["images_per_s"] * rows["latency_ms"] / rows[f"latency_ms_{end}"] for end in ("high", "low")]
         errors = np.stack([rows["images_per_s"] - ends[0], ends[1] - rows["images_per_s"]]).clip(min=0)
         axis.barh(places, rows["images_per_s"], color=colors, zorder=3)
@@ -50,11 +45,11 @@ def engine_bars(tables: dict[str, pd.DataFrame], bounds: dict[str, dict[str, flo
         axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         axis.set_xlim(left=0)
         axis.grid(False, axis="y")
-    axes[0, 0].set_yticks(places, [_parts(engine)[0] for engine in order], fontsize=8)
+    axes[0, 0].set_yticks(places, [parts(engine)[0] for engine in order], fontsize=8)
     handles = [
         axes[0, 0].bar(0, 0, color=color, label=numbers)
         for numbers, (color, _) in LOOKS.items()
-        if any(_parts(engine)[1] == numbers for engine in order)
+        if any(parts(engine)[1] == numbers for engine in order)
     ]
     lines = axes[0, 0].get_legend_handles_labels()
     roofs = [handle for handle, label in zip(*lines, strict=True) if label.endswith("roof")]
@@ -71,7 +66,7 @@ def engine_front(table: pd.DataFrame) -> Figure:
     axis = axes[0, 0]
     largest = table["size_mb"].max()
     for numbers, (color, marker) in LOOKS.items():
-        rows = table[[_parts(engine)[1] == numbers for engine in table["engine"]]]
+        rows = table[[parts(engine)[1] == numbers for engine in table["engine"]]]
         axis.scatter(
             rows["latency_ms"],
             rows["acc"],
@@ -112,7 +107,7 @@ def engine_front(table: pd.DataFrame) -> Figure:
     axis.set(xlabel="latency of one image (ms)", ylabel="test accuracy")
     axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
     key = "\n".join(
-        f"{number}  {_parts(row.engine)[0]}" for number, row in enumerate(numbered.itertuples(), start=1)
+        f"{number}  {parts(row.engine)[0]}" for number, row in enumerate(numbered.itertuples(), start=1)
     )
     axis.text(1.02, 1.0, key, transform=axis.transAxes, fontsize=7, va="top", linespacing=1.35)
     legend = figure.legend(loc="outside upper center", ncols=4, fontsize=8)

@@ -26,6 +26,7 @@ from labcore.evaluate import summarize
 from labcore.progress import progress
 
 FP32, POWER2, FLOAT, OWN = "FP32", "INT8, power of two", "INT8, float scales", "INT8, its own scales"
+_DOT = " · "  # between the two parts of a title
 SECONDS = 600  # that a worker may take for one answer; Inductor's first compilation is the longest
 
 
@@ -50,7 +51,13 @@ class Engine:
     @property
     def title(self) -> str:
         """Name and numbers: what tells it from all others."""
-        return f"{self.name} · {self.numbers}"
+        return f"{self.name}{_DOT}{self.numbers}"
+
+
+def parts(title: str) -> tuple[str, str]:
+    """The name and the numbers of an engine, from its title."""
+    name, _, numbers = title.partition(_DOT)
+    return name, numbers
 
 
 EAGER, COMPILED = "PyTorch eager", "PyTorch compiled"
@@ -176,12 +183,12 @@ class Worker:
 
     def predict(self, count: int, tick: Callable[[int], object] = lambda _: None) -> np.ndarray:
         """Logits (count, classes) for the first images of the worker's file."""
-        parts = []
+        batches = []
         for start in range(0, count, BATCH):
             self._send({"do": "predict", "start": start})
-            parts.append(self._receive()["logits"])
-            tick(len(parts[-1]))
-        return np.concatenate(parts).astype(np.float32)[:count]
+            batches.append(self._receive()["logits"])
+            tick(len(batches[-1]))
+        return np.concatenate(batches).astype(np.float32)[:count]
 
 
 def _reason(error: str) -> str:
@@ -342,7 +349,7 @@ def best(rows: list[dict]) -> dict[str, dict]:
 
 
 def _is_fp32(title: str) -> bool:
-    return title.endswith(f" · {FP32}")
+    return parts(title)[1] == FP32
 
 
 def _quartiles(name: str, values: pd.Series) -> dict[str, float]:
@@ -371,23 +378,15 @@ def pairs(measured: pd.DataFrame) -> pd.DataFrame:
         quartiles; 1 means no difference.
     """
     rows = []
-    for name, batch, wide in _pairs(measured):
-        ratio = wide[f"{name} · {FLOAT}"] / wide[f"{name} · {POWER2}"]
-        rows.append({"engine": name, "batch": int(batch)} | _quartiles("speedup", ratio))
+    titles = dict.fromkeys(measured["engine"])
+    for name in [parts(title)[0] for title in titles if parts(title)[1] == FLOAT]:
+        floats, powers = f"{name}{_DOT}{FLOAT}", f"{name}{_DOT}{POWER2}"
+        for batch, part in measured[measured["engine"].isin([floats, powers])].groupby("batch"):
+            wide = part.pivot(index="round", columns="engine", values="latency_ms")
+            if {floats, powers} <= set(wide.columns):
+                ratio = wide[floats] / wide[powers]
+                rows.append({"engine": name, "batch": int(batch)} | _quartiles("speedup", ratio))
     return pd.DataFrame(rows)
-
-
-def _pairs(measured: pd.DataFrame) -> Iterator[tuple[str, int, pd.DataFrame]]:
-    names = [
-        title.removesuffix(f" · {FLOAT}")
-        for title in dict.fromkeys(measured["engine"])
-        if title.endswith(f" · {FLOAT}")
-    ]
-    for name in names:
-        both = [f"{name} · {FLOAT}", f"{name} · {POWER2}"]
-        for batch, part in measured[measured["engine"].isin(both)].groupby("batch"):
-            if part["engine"].nunique() == 2:
-                yield name, batch, part.pivot(index="round", columns="engine", values="latency_ms")
 
 
 def agreement(found: np.ndarray, eager: np.ndarray) -> dict[str, float]:

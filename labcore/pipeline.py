@@ -16,7 +16,7 @@ import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass
-from importlib.metadata import distributions as find
+from importlib.metadata import distributions
 from pathlib import Path
 
 from labcore import LabError
@@ -137,8 +137,8 @@ class Pipeline:
         if stage.name == "fp32":
             parts["the reference's profile"] = _REFERENCE
         if stage.name == "engines":
-            found = [(name, list(find(name=name))) for name in ("openvino", "torchao")]
-            parts["versions of the engines"] = sha256_json([[n, [d.version for d in f]] for n, f in found])
+            found = {p.name: p.version for name in ("openvino", "torchao") for p in distributions(name=name)}
+            parts["versions of the engines"] = sha256_json(found)
         for name in stage.needs:
             parts |= self._results_of(name)
         return parts
