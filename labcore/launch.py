@@ -34,7 +34,7 @@ def qat_model(run: Run) -> nn.Module:
     return prepare_qat(model, CustomQConfig.POWER2.qat)
 
 
-BUILD = {"fp32": Run.model, "qat": qat_model}
+BUILD = {"fp32": Run.fresh_model, "qat": qat_model}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -5,6 +5,7 @@ import math
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.ao.quantization import FakeQuantizeBase
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
@@ -34,7 +35,8 @@ def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
 def build_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
     """SGD for the network; Adam for logarithms of thresholds, whose gradients have no scale (TQT, section 5.2 and appendix B).
 
-    Weight decay would pull learned scales to zero, so they get none.
+    Weight decay would pull learned scales to zero, so they get none. Each group keeps its highest rate as torch's schedulers
+    do, in "initial_lr".
     """
     scales = {
         id(parameter): name
@@ -44,7 +46,14 @@ def build_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optim
     }
     logs = [p for p in model.parameters() if scales.get(id(p), "").startswith("log2_")]
     linear = [p for p in model.parameters() if id(p) in scales and not scales[id(p)].startswith("log2_")]
-    groups = [{"params": [p for p in model.parameters() if id(p) not in scales]}]
+    biases = [
+        module.bias for module in model.modules() if isinstance(module, _BatchNorm) and recipe.bias_lr != 1
+    ]
+    apart = {*scales, *map(id, biases)}
+    groups: list[dict] = [{"params": [p for p in model.parameters() if id(p) not in apart]}]
+    if biases:
+        rate, decay = recipe.lr * recipe.bias_lr, recipe.weight_decay / recipe.bias_lr
+        groups.append({"params": biases, "lr": rate, "weight_decay": decay})
     if linear:
         groups.append({"params": linear, "weight_decay": 0.0})
     optimizers: list[torch.optim.Optimizer] = [
@@ -58,6 +67,9 @@ def build_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optim
     ]
     if logs:
         optimizers.append(torch.optim.Adam(logs, lr=recipe.scale_lr))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
     return optimizers
 
 

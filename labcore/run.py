@@ -12,7 +12,7 @@ from labcore import LabError
 from labcore.artifacts import ROOT, atomic_path, provenance, read_json, write_json
 from labcore.config import NOTEBOOKS, Profile, check_seed, get_profile, parse_overrides
 from labcore.data import ImageData, Split, load_data, load_split, make_split, save_split
-from labcore.model import QuantizableResNet, build_model
+from labcore.model import QuantizableResNet, build_model, initialize
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,17 @@ class Run:
         """The profile's network with fresh weights that follow from the seed."""
         torch.manual_seed(self.seed)
         return build_model(self.profile.arch, len(self.data.classes), self.profile.width, self.profile.stem)
+
+    def fresh_model(self) -> QuantizableResNet:
+        """The profile's network as its FP32 training starts: with the first weights that the recipe asks for."""
+        model = self.model()
+        self.initialize(model, self.profile.fp32.init)
+        return model
+
+    def initialize(self, model: QuantizableResNet, init: str) -> None:
+        """See labcore.model.initialize; patches are those of about 500 training images, evenly spaced."""
+        some = self.split.train[:: max(1, len(self.split.train) // 500)]
+        initialize(model, init, torch.from_numpy(self.data.train_images[some]))
 
     def save_figure(self, figure: Figure, name: str) -> Image:
         """Write figures/<profile>/<name>.png with the data set named at its foot; returns that picture for display."""

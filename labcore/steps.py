@@ -166,7 +166,7 @@ def run_epoch(
         rate = learning_rate(recipe, step, steps)
         for optimizer in loop.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = rate * (optimizer.defaults["lr"] / recipe.lr)
+                group["lr"] = rate * (group["initial_lr"] / recipe.lr)
         index = order[batch * recipe.batch_size : (batch + 1) * recipe.batch_size][own]
         loss, hits = update(loop, images[index], labels[index], drawn)
         if loop.average:

@@ -57,15 +57,17 @@ class Trainings(Study):
         self.seeds = [run.seed + step for step in range(run.profile.study_seeds)]
         self.trainings: set[tuple[Recipe, int]] = set()
 
-    def network(self, seed: int) -> nn.Module:
+    def network(self, seed: int, init: str) -> nn.Module:
         """Fresh weights that follow from the seed."""
         profile = self.run.profile
         torch.manual_seed(seed)
-        return build_model(profile.arch, len(self.data.classes), max(4, profile.width // 2), profile.stem)
+        model = build_model(profile.arch, len(self.data.classes), max(4, profile.width // 2), profile.stem)
+        self.run.initialize(model, init)
+        return model
 
     def trained(self, recipe: Recipe, seed: int) -> Cell:
         """A cell: training from scratch. The last epoch counts, not the best one."""
-        return self._fit(recipe, seed, lambda: self.network(seed), "short")
+        return self._fit(recipe, seed, lambda: self.network(seed, recipe.init), "short")
 
     def continued(self, kind: str, seed: int) -> Cell:
         """A cell: the run's FP32 network trained on by the profile's QAT recipe, nothing frozen; its best epoch, in float32.
@@ -207,6 +209,9 @@ def recipes_of(base: Recipe) -> dict[str, dict[str, Recipe]]:
             "none": with_augment(crop_padding=0, flip_prob=0.0),
             "no crop": with_augment(crop_padding=0),
             "no flip": with_augment(flip_prob=0.0),
+            "crop of half the padding, reflected": with_augment(
+                crop_padding=base.augment.crop_padding // 2, padding_mode="reflect"
+            ),
             "and cutout": with_augment(cutout=8),
             "and TrivialAugment": with_augment(policy="trivial"),
             "and RandAugment": with_augment(policy="rand"),
@@ -217,6 +222,20 @@ def recipes_of(base: Recipe) -> dict[str, dict[str, Recipe]]:
                 augment=reference.augment,
                 mixup_alpha=reference.mixup_alpha,
                 mixup_prob=reference.mixup_prob,
+            ),
+        },
+        "init": same
+        | {
+            "identity": replace(base, init="identity"),
+            "identity, and a whitened stem": replace(base, init="whitened"),
+            "BatchNorm's biases at 16 times the rate": replace(base, bias_lr=16.0),
+            "all three, and the reflected crop": replace(
+                base,
+                init="whitened",
+                bias_lr=16.0,
+                augment=replace(
+                    base.augment, crop_padding=base.augment.crop_padding // 2, padding_mode="reflect"
+                ),
             ),
         },
         "resizing": same

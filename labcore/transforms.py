@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from labcore import LabError
 from labcore.config import Augment, Recipe
 from labcore.pixels import grey, on, warp
 from labcore.policy import apply_policy
@@ -67,7 +68,10 @@ def _draw(rng: np.random.Generator, count: int, low: float, high: float) -> np.n
 
 
 def crop_flip(images: Tensor, config: Augment, rng: np.random.Generator) -> Tensor:
-    """RandomCrop with zero padding and RandomHorizontalFlip, as one gather. Keeps dtype and shape."""
+    """RandomCrop, padded with zeros or by reflection, and RandomHorizontalFlip, as one gather. Keeps dtype and shape.
+
+    Raises LabError where reflection would need more pixels than the images have.
+    """
     count, _, height, width = images.shape
     pad = config.crop_padding
     # Only the draws travel to the device: copies of more than 64 kB would wait for it.
@@ -76,7 +80,18 @@ def crop_flip(images: Tensor, config: Augment, rng: np.random.Generator) -> Tens
     rows = top + torch.arange(height, device=images.device)  # (B, H)
     columns = left + torch.arange(width, device=images.device)  # (B, W)
     columns = torch.where(flipped, columns.flip(1), columns)
-    padded = F.pad(images, (pad, pad, pad, pad))
+    if config.padding_mode == "reflect":
+        if pad >= min(height, width):
+            raise LabError(
+                f"augment.crop_padding must be below {min(height, width)} pixels to reflect these images, found {pad}; lower it."
+            )
+        rows, columns = (
+            (side - 1) - ((side - 1) - (places - pad).abs()).abs()
+            for side, places in ((height, rows), (width, columns))
+        )
+        padded = images
+    else:
+        padded = F.pad(images, (pad, pad, pad, pad))
     batch = torch.arange(count, device=images.device).view(count, 1, 1)
     return padded[batch, :, rows[:, :, None], columns[:, None, :]].permute(
         0, 3, 1, 2

@@ -205,17 +205,24 @@ def run():
 
 
 def test_a_stage_is_trained_in_as_many_processes_as_the_profile_says(run, monkeypatch):
-    result = train_stage(run, "fp32", Run.model)
+    result = train_stage(run, "fp32", Run.fresh_model)
     args = run.profile.fp32, run.data, run.split, 0, run.path("fp32")
-    assert finished(run.model(), *args) and len(result.history) == 1
+    assert finished(run.fresh_model(), *args) and len(result.history) == 1
     monkeypatch.setattr("labcore.parallel.launch", lambda *args: pytest.fail("trained again"))
-    assert torch.equal(train_stage(run, "fp32", Run.model).state["fc.weight"], result.state["fc.weight"])
+    assert torch.equal(train_stage(run, "fp32", Run.fresh_model).state["fc.weight"], result.state["fc.weight"])
+
+
+def test_training_starts_from_the_first_weights_of_its_recipe(run):
+    fresh, again, plain = run.fresh_model().conv1.weight, run.fresh_model().conv1.weight, run.model().conv1.weight
+    half = len(fresh) // 2
+    assert torch.equal(fresh, again) and torch.equal(fresh[:half], -fresh[half:])
+    assert not torch.equal(plain[:half], -plain[half:])
 
 
 def test_what_is_wrong_in_a_process_is_said_in_its_own_words(run):
     odd = dataclasses.replace(run.profile, fp32=dataclasses.replace(run.profile.fp32, batch_size=63))
     with pytest.raises(LabError, match="^batch_size must be a multiple of the 2 processes, found 63"):
-        train_stage(Run(odd, None, 0), "fp32", Run.model)
+        train_stage(Run(odd, None, 0), "fp32", Run.fresh_model)
 
 
 def test_the_command_line_says_that_torchrun_must_start_it(capsys, monkeypatch):

@@ -7,7 +7,8 @@ import torch
 from small import network, used
 
 from labcore.config import Recipe
-from labcore.optim import Average, learning_rate
+from labcore.optim import Average, build_optimizers, learning_rate
+from labcore.steps import new_loop, run_epoch
 
 
 def rates(recipe: Recipe, steps: int) -> list[float]:
@@ -90,3 +91,27 @@ def test_the_average_leaves_the_network_alone_and_takes_counts_as_they_are():
     counts = [name for name in before if name.endswith("num_batches_tracked")]
     assert counts and all(average.model.state_dict()[name] == 1 for name in counts)
     assert not average.model.training and not any(p.requires_grad for p in average.model.parameters())
+
+
+def test_biases_of_batchnorm_alone_learn_faster_and_decay_as_before():
+    model = used(network())
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    recipe = Recipe(epochs=1, batch_size=1, lr=0.1, momentum=0.0, weight_decay=0.01, bias_lr=16.0)
+    (optimizer,) = build_optimizers(model, recipe)
+    for value in model.parameters():
+        value.grad = torch.ones_like(value)
+    optimizer.step()
+    norms = {id(m.bias) for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)}
+    assert norms
+    for name, value in model.named_parameters():
+        step, decay = (1.6, 0.01 / 16) if id(value) in norms else (0.1, 0.01)
+        torch.testing.assert_close(value, before[name] - step * (1 + decay * before[name]))
+
+
+def test_every_group_follows_the_schedule_from_its_own_rate(tiny_data, tiny_split):
+    recipe = Recipe(epochs=2, batch_size=32, lr=0.1, bias_lr=16.0, warmup=0.0)
+    loop = new_loop(network().train(), recipe, len(tiny_split.train))
+    images, labels = torch.from_numpy(tiny_data.train_images), torch.from_numpy(tiny_data.train_labels)
+    run_epoch(loop, images, labels, torch.from_numpy(tiny_split.train), 0, 0, lambda: None)
+    rate = learning_rate(recipe, 1, 2)
+    assert [group["lr"] for group in loop.optimizers[0].param_groups] == pytest.approx([rate, 16 * rate])

@@ -30,6 +30,7 @@ def flat(recipe) -> dict:
 FIELDS = {
     "schedule": {"schedule", "warmup", "restart_epochs", "restart_mult"},
     "batch": {"batch_size", "lr"},
+    "init": {"init", "bias_lr", "augment.crop_padding", "augment.padding_mode"},
     "resizing": {"small_share", "epochs"},
     "regularisation": {"label_smoothing", "weight_decay", "clip_norm", "ema_decay"},
 }

@@ -11,6 +11,7 @@ from torchvision.transforms import InterpolationMode, RandomErasing
 from torchvision.transforms import functional as TF
 from torchvision.transforms.v2 import CutMix
 
+from labcore import LabError
 from labcore.config import PROFILES, Augment, Recipe
 from labcore.policy import apply_policy
 from labcore.transforms import (
@@ -81,12 +82,13 @@ def test_a_certain_flip_mirrors_every_image():
     assert torch.equal(crop_flip(noise(5), off(flip_prob=1.0), rng()), TF.hflip(noise(5)))
 
 
+@pytest.mark.parametrize("mode", ["constant", "reflect"])
 @pytest.mark.parametrize(("height", "width"), [(9, 9), (7, 12)])
-def test_crop_and_flip_give_every_crop_of_the_padded_image_and_nothing_else(height, width):
-    padded = TF.pad(noise(1, height, width), 2)
+def test_crop_and_flip_give_every_crop_of_the_padded_image_and_nothing_else(height, width, mode):
+    padded = TF.pad(noise(1, height, width), 2, padding_mode=mode)
     crops = [TF.crop(padded, top, left, height, width) for top in range(5) for left in range(5)]
     candidates = torch.cat(crops + [TF.hflip(crop) for crop in crops])
-    found = crop_flip(same_noise(1000, height, width), off(crop_padding=2, flip_prob=0.25), rng())
+    found = crop_flip(same_noise(1000, height, width), off(crop_padding=2, padding_mode=mode, flip_prob=0.25), rng())
     equal = (found[:, None] == candidates).all((2, 3, 4))
     assert (equal.sum(1) == 1).all()
     uses = equal.sum(0)
@@ -98,6 +100,12 @@ def test_crop_and_flip_give_every_crop_of_the_padded_image_and_nothing_else(heig
 def test_crop_and_flip_keep_dtype_and_shape(dtype):
     found = crop_flip(noise(3, 8, 12).to(dtype), Augment(), rng())
     assert (found.dtype, found.shape) == (dtype, (3, 3, 8, 12))
+
+
+def test_more_reflection_than_an_image_has_is_refused():
+    crop_flip(noise(3, 5, 9), off(crop_padding=4, padding_mode="reflect"), rng())
+    with pytest.raises(LabError, match="crop_padding must be below 5 pixels .* found 5; lower it"):
+        crop_flip(noise(3, 5, 9), off(crop_padding=5, padding_mode="reflect"), rng())
 
 
 @pytest.mark.parametrize("shift", [-0.5, -0.3, -0.1, 0.0, 1e-3, 0.2, 0.5])
