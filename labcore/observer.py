@@ -234,11 +234,9 @@ class PowerOfTwoObserver(UniformQuantizationObserverBase):
         some = usable & (torch.maximum(-low, high) > 0)
         unset = (self.top_exponent == EXPONENT_MIN) & some
         needed = (nothing_clips + _HEADROOM).clamp(max=EXPONENT_MAX)
-        top = torch.where(
-            unset | (some & (nothing_clips > self.top_exponent)), needed, self.top_exponent
-        )  # (C,)
-        if self.averaging_constant == 1:  # only this batch counts
-            top = torch.where(some, needed, self.top_exponent)
+        only_this_batch = self.averaging_constant == 1
+        moves = some if only_this_batch else unset | (some & (nothing_clips > self.top_exponent))
+        top = torch.where(moves, needed, self.top_exponent)  # (C,)
         # A larger range than ever moves the candidates up. What was seen did not clip there, so its squared error
         # grew by the step's square.
         moved = torch.where(unset, 0, top - self.top_exponent)[:, None]
