@@ -220,21 +220,26 @@ def initialize(model: QuantizableResNet, init: str, images: Tensor) -> None:
 
 
 def whitening_filters(images: Tensor, side: int, count: int, eps: float = 5e-4) -> Tensor:
-    """Filters whose outputs on patches of these images, normalised, are uncorrelated and of one size: (K, 3, side, side), K <= count.
+    """Filters whose outputs on patches of these images, normalised, are uncorrelated, and of one size where there is energy:
+    (K, 3, side, side), K <= count.
 
     Eigenvectors of the patches' second moments, those of the largest eigenvalues first, each divided by the square root of
-    its eigenvalue plus `eps` (Jordan, 2024, section 3.2). Sums are of bytes and therefore exact, so that the filters do not
-    depend on the number of threads.
+    its eigenvalue plus `eps` (Jordan, 2024, section 3.2). Directions without energy, as grey images have them, give none.
+    Sums are of bytes and therefore exact, whatever the number of threads.
     """
-    patches = F.unfold(images.double(), side).transpose(1, 2).flatten(0, 1)  # (patches, 3 side side)
-    total, products = patches.sum(0), patches.T @ patches
+    total, products, n_patches = 0, 0, 0
+    for part in images.split(16):  # all patches at once would fill the memory
+        patches = F.unfold(part.double(), side).transpose(1, 2).flatten(0, 1)  # (patches, 3 side side)
+        total, products = total + patches.sum(0), products + patches.T @ patches
+        n_patches += len(patches)
     black, white = normalize(torch.tensor([0, 255]).view(2, 1, 1, 1).expand(2, 3, side, side)).double().flatten(1)
     gain = (white - black) / 255  # a normalised pixel is gain * byte + black
     cross = torch.outer(gain * total, black)
     moments = torch.outer(gain, gain) * products + cross + cross.T
-    moments = moments / len(patches) + torch.outer(black, black)
+    moments = moments / n_patches + torch.outer(black, black)
     values, vectors = torch.linalg.eigh(moments)  # ascending
-    filters = vectors / torch.sqrt(values.clamp(min=0) + eps)
+    some = values > 1e-9 * values[-1]
+    filters = vectors[:, some] / torch.sqrt(values[some] + eps)
     return filters.flip(1)[:, :count].T.reshape(-1, images.shape[1], side, side).float()
 
 

@@ -68,7 +68,7 @@ class Run:
         return model
 
     def initialize(self, model: QuantizableResNet, init: str) -> None:
-        """See labcore.model.initialize; patches are those of about 500 training images, evenly spaced."""
+        """See labcore.model.initialize; patches are those of 500 to 999 training images, evenly spaced, or of all."""
         some = self.split.train[:: max(1, len(self.split.train) // 500)]
         initialize(model, init, torch.from_numpy(self.data.train_images[some]))
 

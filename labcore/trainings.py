@@ -1,4 +1,4 @@
-"""The training study: many short trainings under recipes that differ in one thing, and what lowers QAT's training accuracy."""
+"""The training study: many short trainings under recipes that differ in a thing or two, and what lowers QAT's training accuracy."""
 
 import shutil
 from collections.abc import Callable

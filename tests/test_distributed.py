@@ -21,7 +21,7 @@ from labcore.distributed import (
     process_group,
     sum_over_processes,
 )
-from labcore.launch import main
+from labcore.launch import BUILD, main
 from labcore.parallel import _one_per_gpu, train_stage
 from labcore.qconfig import CustomQConfig
 from labcore.quantize import prepare_qat
@@ -214,6 +214,7 @@ def test_a_stage_is_trained_in_as_many_processes_as_the_profile_says(run, monkey
 
 def test_training_starts_from_the_first_weights_of_its_recipe(run):
     fresh, again, plain = run.fresh_model().conv1.weight, run.fresh_model().conv1.weight, run.model().conv1.weight
+    assert BUILD["fp32"] is Run.fresh_model  # torchrun trains what the notebook would
     half = len(fresh) // 2
     assert torch.equal(fresh, again) and torch.equal(fresh[:half], -fresh[half:])
     assert not torch.equal(plain[:half], -plain[half:])
