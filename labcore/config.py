@@ -44,8 +44,8 @@ def _fraction(name: str, value: float) -> None:
 class Augment:
     """Training transforms, in the order in which they are applied. Zero switches one off.
 
-    The names and meanings are torchvision's; `padding_mode` is RandomCrop's, "constant" (black) or "reflect". `cutout` is the side in pixels of a square set to the mean colour
-    (DeVries and Taylor, 2017); `erasing_*` is torchvision's RandomErasing (Zhong et al., 2017). `policy` is "trivial"
+    The names and meanings are torchvision's; `padding_mode` is RandomCrop's, "constant" (black) or "reflect". `cutout` is
+    the side in pixels of a square set to the mean colour (DeVries and Taylor, 2017); `erasing_*` is torchvision's RandomErasing (Zhong et al., 2017). `policy` is "trivial"
     (TrivialAugmentWide, Müller and Hutter, 2021), "rand" (RandAugment, Cubuk et al., 2020) or "none".
     """
 
@@ -68,8 +68,12 @@ class Augment:
 
     def __post_init__(self):
         _check("augment.crop_padding", self.crop_padding, 0 <= self.crop_padding <= 32, "in 0 … 32 pixels")
-        modes = ", ".join(PADDING_MODES)
-        _check("augment.padding_mode", self.padding_mode, self.padding_mode in PADDING_MODES, f"one of {modes}")
+        _check(
+            "augment.padding_mode",
+            self.padding_mode,
+            self.padding_mode in PADDING_MODES,
+            f"one of {', '.join(PADDING_MODES)}",
+        )
         _check("augment.flip_prob", self.flip_prob, 0 <= self.flip_prob <= 1, "a probability in [0, 1]")
         _check("augment.policy", self.policy, self.policy in POLICIES, f"one of {', '.join(POLICIES)}")
         _check(
@@ -107,9 +111,7 @@ class Recipe:
 
     `init` names the first weights (see labcore.model.initialize). `bias_lr` multiplies the learning rate of BatchNorm's biases, and
     divides their weight decay, so that the two together stay (Page, 2018, "How to train your ResNet"; Jordan, 2024, "94% on
-    CIFAR-10 in 3.29 seconds on a single GPU", section 3.4).
-
-    `epoch_images` shortens an epoch to that many training images, drawn anew every time; 0 takes all of them.
+    CIFAR-10 in 3.29 seconds on a single GPU", section 3.4). `epoch_images` shortens an epoch to that many training images, drawn anew every time; 0 takes all of them.
     `schedule` is "cosine" (linear warm-up over `warmup` of the steps, then half a cosine to `lr_min`) or "warm_restarts"
     (SGDR, Loshchilov and Hutter, 2017: cycles of `restart_epochs`, each `restart_mult` times the one before, from
     `lr` down to `lr_min`). `freeze_at` is the share of the epochs after which QAT stops observing and stops updating

@@ -46,14 +46,13 @@ def build_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optim
     }
     logs = [p for p in model.parameters() if scales.get(id(p), "").startswith("log2_")]
     linear = [p for p in model.parameters() if id(p) in scales and not scales[id(p)].startswith("log2_")]
-    biases = [
-        module.bias for module in model.modules() if isinstance(module, _BatchNorm) and recipe.bias_lr != 1
-    ]
+    biases = [module.bias for module in model.modules() if isinstance(module, _BatchNorm)]
     apart = {*scales, *map(id, biases)}
-    groups: list[dict] = [{"params": [p for p in model.parameters() if id(p) not in apart]}]
-    if biases:
-        rate, decay = recipe.lr * recipe.bias_lr, recipe.weight_decay / recipe.bias_lr
-        groups.append({"params": biases, "lr": rate, "weight_decay": decay})
+    rate, decay = recipe.lr * recipe.bias_lr, recipe.weight_decay / recipe.bias_lr
+    groups: list[dict] = [
+        {"params": [p for p in model.parameters() if id(p) not in apart]},
+        {"params": biases, "lr": rate, "weight_decay": decay},
+    ]
     if linear:
         groups.append({"params": linear, "weight_decay": 0.0})
     optimizers: list[torch.optim.Optimizer] = [

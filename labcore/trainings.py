@@ -189,6 +189,7 @@ def recipes_of(base: Recipe) -> dict[str, dict[str, Recipe]]:
         return replace(base, augment=replace(base.augment, **values))
 
     same, batch = {"as it is": base}, base.batch_size
+    reflected = with_augment(crop_padding=base.augment.crop_padding // 2, padding_mode="reflect")
     restarts = replace(base, schedule="warm_restarts", warmup=0.0, restart_mult=2)
     return {
         "schedule": {
@@ -209,9 +210,7 @@ def recipes_of(base: Recipe) -> dict[str, dict[str, Recipe]]:
             "none": with_augment(crop_padding=0, flip_prob=0.0),
             "no crop": with_augment(crop_padding=0),
             "no flip": with_augment(flip_prob=0.0),
-            "crop of half the padding, reflected": with_augment(
-                crop_padding=base.augment.crop_padding // 2, padding_mode="reflect"
-            ),
+            "crop of half the padding, reflected": reflected,
             "and cutout": with_augment(cutout=8),
             "and TrivialAugment": with_augment(policy="trivial"),
             "and RandAugment": with_augment(policy="rand"),
@@ -229,14 +228,7 @@ def recipes_of(base: Recipe) -> dict[str, dict[str, Recipe]]:
             "identity": replace(base, init="identity"),
             "identity, and a whitened stem": replace(base, init="whitened"),
             "BatchNorm's biases at 16 times the rate": replace(base, bias_lr=16.0),
-            "all three, and the reflected crop": replace(
-                base,
-                init="whitened",
-                bias_lr=16.0,
-                augment=replace(
-                    base.augment, crop_padding=base.augment.crop_padding // 2, padding_mode="reflect"
-                ),
-            ),
+            "all three, and the reflected crop": replace(reflected, init="whitened", bias_lr=16.0),
         },
         "resizing": same
         | {

@@ -9,8 +9,8 @@ from functools import cache
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torchvision.transforms import functional as TF
 
 from labcore import LabError
 from labcore.config import Augment, Recipe
@@ -80,18 +80,11 @@ def crop_flip(images: Tensor, config: Augment, rng: np.random.Generator) -> Tens
     rows = top + torch.arange(height, device=images.device)  # (B, H)
     columns = left + torch.arange(width, device=images.device)  # (B, W)
     columns = torch.where(flipped, columns.flip(1), columns)
-    if config.padding_mode == "reflect":
-        if pad >= min(height, width):
-            raise LabError(
-                f"augment.crop_padding must be below {min(height, width)} pixels to reflect these images, found {pad}; lower it."
-            )
-        rows, columns = (
-            (side - 1) - ((side - 1) - (places - pad).abs()).abs()
-            for side, places in ((height, rows), (width, columns))
+    if config.padding_mode == "reflect" and pad >= min(height, width):
+        raise LabError(
+            f"augment.crop_padding must be below {min(height, width)} pixels to reflect these images, found {pad}; lower it."
         )
-        padded = images
-    else:
-        padded = F.pad(images, (pad, pad, pad, pad))
+    padded = TF.pad(images, [pad], padding_mode=config.padding_mode)
     batch = torch.arange(count, device=images.device).view(count, 1, 1)
     return padded[batch, :, rows[:, :, None], columns[:, None, :]].permute(
         0, 3, 1, 2
