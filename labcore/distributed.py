@@ -95,6 +95,13 @@ def from_first(make: Callable[[], object]):
     return box[0]
 
 
+def first_on_machine(make: Callable[[], object]) -> None:
+    """Call `make` in the first process of each machine while the others wait: what downloads and writes files, it does once."""
+    if int(os.environ["LOCAL_RANK"]) == 0:
+        make()
+    dist.barrier()
+
+
 def same_buffers(model: nn.Module) -> None:
     """BatchNorm statistics and observed ranges of the first process, in all."""
     if current_world().size > 1:

@@ -1,11 +1,11 @@
 """Training from the command line, on one machine or several: what torchrun starts.
 
-The same command on every machine, here two with eight GPUs each:
+The same command on every machine, here two with eight GPUs each; `--node-rank` is 0 on HOST, 1 on the other:
 
-    torchrun --nnodes=2 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 \\
+    torchrun --nnodes=2 --node-rank=0 --master-addr=HOST --master-port=29500 --nproc-per-node=8 \\
         -m labcore.launch --profile full --stage fp32
 
-The machine of process 0 keeps the checkpoints; `make report PROFILE=full` there finds the finished training and goes on.
+The machine of node 0 keeps the checkpoints; `make report PROFILE=full` there finds the finished training and goes on.
 """
 
 import argparse

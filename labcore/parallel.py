@@ -9,7 +9,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from labcore.config import Profile, Recipe
 from labcore.data import ImageData, Split
-from labcore.distributed import launch, process_group
+from labcore.distributed import first_on_machine, launch, process_group
 from labcore.run import Run
 from labcore.train import Result, finished, fit
 
@@ -54,4 +54,5 @@ def train_worker(
     """What each process does; its error, if any, is written down for the process that started it."""
     with process_group():
         run = Run(profile, source, seed)
+        first_on_machine(lambda: run.split)  # the images are downloaded, read and cached, the split is written
         fit(build(run), *_arguments(run, stage), profile.eval_batch_size, stage.upper())

@@ -22,6 +22,14 @@ from labcore.optim import Average, build_optimizers, learning_rate
 from labcore.transforms import augment, mix
 
 
+class Diverged(LabError):
+    """The loss or the weights are no longer finite; says where, and what is kept of the epochs before."""
+
+    def __init__(self, what: str, epoch: int):
+        kept = f" The checkpoint of epoch {epoch} is kept." if epoch else ""
+        super().__init__(f"{what}; lower lr or set clip_norm.{kept}")
+
+
 def device() -> torch.device:
     """The GPU where there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -178,9 +186,10 @@ def run_epoch(
     bad = torch.nonzero(~torch.isfinite(losses)).flatten().tolist()
     if bad:
         step = epoch * steps + bad[0]
-        raise LabError(
+        raise Diverged(
             f"the training loss is no longer finite in epoch {epoch + 1} at step {bad[0] + 1} of {steps}, learning rate "
-            f"{learning_rate(recipe, step, steps):.4g}; lower lr or set clip_norm. The checkpoint of the epoch before is kept."
+            f"{learning_rate(recipe, step, steps):.4g}",
+            epoch,
         )
     seen = steps * recipe.batch_size
     return losses.sum().item() / seen, correct.item() / seen

@@ -26,7 +26,7 @@ from labcore.data import ImageData, Split
 from labcore.distributed import current_world, from_first, same_buffers, sum_over_processes
 from labcore.optim import learning_rate
 from labcore.progress import progress
-from labcore.steps import Loop, autocast, device, freeze, is_fake_quantized, new_loop, run_epoch
+from labcore.steps import Diverged, Loop, autocast, device, freeze, is_fake_quantized, new_loop, run_epoch
 from labcore.transforms import normalize
 
 
@@ -130,8 +130,8 @@ def fit(
         batch_size: images at a time while scoring.
 
     Raises:
-        LabError: the loss is no longer finite (the last good checkpoint stays), too few images for one batch, a batch that
-            the processes cannot share, or too little memory for one image.
+        Diverged: the loss is no longer finite; the last good checkpoint stays.
+        LabError: too few images for one batch, a batch that the processes cannot share, or too little memory for one image.
     """
     place = device()
     description_of_run = about(recipe, data, split, seed, model)
@@ -201,12 +201,9 @@ def _check_the_same(description: dict) -> None:
 
 
 def _check_finite(model: nn.Module, loss: float, epoch: int) -> None:
-    """LabError where the last update of an epoch spoilt the weights, so that they are never saved."""
+    """Diverged where the last update of an epoch spoilt the weights, so that they are never saved."""
     if not (math.isfinite(loss) and all(torch.isfinite(value).all() for value in model.parameters())):
-        raise LabError(
-            f"the weights are no longer finite after epoch {epoch + 1}; lower lr or set clip_norm. The checkpoint of the epoch "
-            "before is kept."
-        )
+        raise Diverged(f"the weights are no longer finite after epoch {epoch + 1}", epoch)
 
 
 def _write_history(folder: Path, rows: list[dict]) -> None:

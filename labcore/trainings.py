@@ -1,5 +1,6 @@
 """The training study: many short trainings under recipes that differ in a thing or two, and what lowers QAT's training accuracy."""
 
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,6 +19,7 @@ from labcore.progress import progress
 from labcore.qconfig import CustomQConfig
 from labcore.quantize import prepare_qat
 from labcore.run import Run
+from labcore.steps import Diverged
 from labcore.study import Cell, Study
 from labcore.train import Result, about, fit
 from labcore.transforms import augment, mix, normalize
@@ -66,7 +68,7 @@ class Trainings(Study):
         return model
 
     def trained(self, recipe: Recipe, seed: int) -> Cell:
-        """A cell: training from scratch. The last epoch counts, not the best one."""
+        """A cell: training from scratch. The last epoch counts, not the best one; one that diverges is as good as guessing."""
         return self._fit(recipe, seed, lambda: self.network(seed, recipe.init), "short")
 
     def continued(self, kind: str, seed: int) -> Cell:
@@ -98,9 +100,14 @@ class Trainings(Study):
         folder = self.run.path(self.stage, f"fits/{sha256_json(key)[:24]}")
 
         def compute() -> dict:
-            result = fit(
-                model, recipe, self.data, self.split, seed, folder, description=f"{kind}, seed {seed}"
-            )
+            try:
+                result = fit(
+                    model, recipe, self.data, self.split, seed, folder, description=f"{kind}, seed {seed}"
+                )
+            except Diverged as error:
+                print(f"note: {kind}, seed {seed}: {error}")
+                classes = len(self.data.classes)
+                return {"acc": 1 / classes, "loss": math.log(classes)}
             if judge:
                 return judge(result)
             last = result.history.iloc[-1]

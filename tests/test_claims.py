@@ -31,6 +31,15 @@ def recipes(**differences: float) -> list[dict]:
     ]
 
 
+def schedules(stopped: float, ended: float) -> list[dict]:
+    """The study's table of schedules: restarts against one cosine."""
+    return [
+        *recipes(one_cosine=0.0),
+        {"recipe": "restarts, stopped in mid-cycle", "diff_pp": stopped, "diff_pp_std": 0.2, "seeds": 2},
+        {"recipe": "restarts, ending with a cycle", "diff_pp": ended, "diff_pp_std": 0.2, "seeds": 3},
+    ]
+
+
 FOUND = {
     "fp32": {
         "test": {"acc": 0.9, "acc_low": 0.89, "acc_high": 0.91},
@@ -81,18 +90,21 @@ FOUND = {
     },
     "training": {
         "tables": {
-            "schedule": [
-                *recipes(one_cosine=0.0),
-                {"recipe": "restarts, stopped in mid-cycle", "diff_pp": -3.0, "diff_pp_std": 0.2, "seeds": 2},
-                {"recipe": "restarts, ending with a cycle", "diff_pp": -0.4, "diff_pp_std": 0.2, "seeds": 3},
-            ],
+            "schedule": schedules(-3.0, -0.4),
             "batch": [
                 {"recipe": f"batch 256, rate times {factor}", "diff_pp": -1.0, "diff_pp_std": 0.2, "seeds": 3}
                 for factor in (2, 3)
             ],
         },
         "batch_size": 128,
-        "hidden_by_images_pp": 20.0,
+        "hidden": {
+            view: {"with": acc, "without": acc + 0.001}
+            for view, acc in (
+                ("as they are", 0.9),
+                ("augmented as in the reference", 0.75),
+                ("… and its mixup", 0.7),
+            )
+        },
         "hidden_by_rounding_pp": 0.1,
         "trained_on": {
             "qat": {"acc": 0.87, "diff_pp": 0.0, "diff_pp_std": 0.1},
@@ -193,9 +205,13 @@ def test_a_claim_without_its_study_says_so(claim, study):
         ("R10", {}, {}, CONFIRMED),
         ("R10", {"observers.fusing_speed": speed(0.9)}, {}, CONDITION),
         ("R12", {}, {}, REFUTED),
+        ("R12", {"training.tables.schedule": schedules(-3.0, 0.4)}, {}, CONDITION),
+        ("R12", {"training.tables.schedule": schedules(0.3, 0.4)}, {}, CONFIRMED),
         ("R13", {}, {}, REFUTED),
         ("R14", {}, {}, CONDITION),
         ("R14", {"training.hidden_by_rounding_pp": 2.0}, {}, CONFIRMED),
+        # What the reference's other transforms hide is not mixup's doing.
+        ("R14", {"training.hidden.… and its mixup.with": 0.745}, {}, REFUTED),
         ("R16", {}, {}, CONFIRMED),
         ("R16", {}, {"prefix.refused_as_it_is": False}, REFUTED),
         ("R17", {}, {}, REFUTED),

@@ -4,6 +4,9 @@ import dataclasses
 import os
 import shutil
 import signal
+import socket
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -11,12 +14,14 @@ import torch
 from small import network
 
 from labcore import LabError, steps
-from labcore.checkpoint import load_tensors, state_hash
+from labcore.artifacts import ROOT
+from labcore.checkpoint import load_tensors, save_tensors, state_hash
 from labcore.config import PROFILES, Augment, Recipe, override
 from labcore.distributed import (
     PartOfBatch,
     World,
     current_world,
+    first_on_machine,
     launch,
     process_group,
     sum_over_processes,
@@ -63,6 +68,37 @@ def fail_alone(folder) -> None:
         if current_world().rank == 1:
             raise LabError("the second process has something to say.")
         sum_over_processes(torch.zeros(1))
+
+
+def train_counted(folder, data, split, recipe) -> None:
+    """The same as train_part; process 0 notes how many updates it made."""
+    update, calls = steps.update, []
+    steps.update = lambda *args: calls.append(1) or update(*args)
+    train_part(folder, data, split, recipe)
+    (folder / "updates.txt").write_text(str(len(calls)))
+
+
+def first_gradients(folder, data, recipe) -> None:
+    """The gradients of one batch that two processes share, as the optimizer gets them."""
+    with process_group():
+        save_tensors(folder / f"{current_world().rank}.pt", gradients(data, recipe))
+
+
+def gradients(data, recipe) -> dict[str, torch.Tensor]:
+    """The gradients of the first batch in this process, after one update."""
+    model = network()
+    loop = steps.new_loop(model, recipe, 16)
+    own = loop.world.share(16)
+    images, labels = (torch.from_numpy(part[:16])[own] for part in (data.train_images, data.train_labels))
+    steps.update(loop, images, labels, PartOfBatch(np.random.default_rng(0), 16, loop.world))
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def load_once(folder) -> None:
+    """Every process asks for the same images; each notes whether it was the one that fetched them."""
+    with process_group():
+        first_on_machine(lambda: (folder / f"fetched-by-{current_world().rank}").touch())
+        (folder / f"seen-by-{current_world().rank}").write_text(str(len(list(folder.glob("fetched*")))))
 
 
 def train_other_data(folder, data, split) -> None:
@@ -145,13 +181,87 @@ def test_two_processes_train_as_one_does_with_half_batches(tmp_path, tiny_data, 
     assert len(again.history) == len(alone.history) == 3
 
 
-def test_a_killed_process_stops_all_and_fewer_processes_go_on(tmp_path, tiny_data, tiny_split):
+def test_two_processes_have_the_gradients_of_one_on_the_same_batch(tmp_path, tiny_data):
+    recipe = dataclasses.replace(RECIPE, clip_norm=0.0)
+    launch(2, first_gradients, tmp_path, tiny_data, recipe)
+    alone, *shared = gradients(tiny_data, recipe), *(load_tensors(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    for name, expected in alone.items():
+        assert expected.abs().max() > 0, name
+        for found in shared:
+            torch.testing.assert_close(found[name], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_what_is_downloaded_is_fetched_by_one_process_of_a_machine(tmp_path):
+    launch(2, load_once, tmp_path)
+    assert [path.name for path in tmp_path.glob("fetched*")] == ["fetched-by-0"]
+    assert [(tmp_path / f"seen-by-{rank}").read_text() for rank in (0, 1)] == ["1", "1"]
+
+
+def test_a_killed_process_stops_all_and_fewer_processes_go_on(tmp_path, tiny_data, tiny_split, monkeypatch):
     args = tiny_data, tiny_split, RECIPE
     with pytest.raises(LabError, match=r"process 1 of 2 ended with exit code -9.*goes on"):
-        launch(2, train_and_die, tmp_path, *args)
-    assert len(load_tensors(newest(tmp_path))["rows"]) == 1
-    result = fit(network(), RECIPE, tiny_data, tiny_split, 0, tmp_path, batch_size=32)
-    assert len(result.history) == 3 and result.history["train_loss"].is_monotonic_decreasing
+        launch(2, train_and_die, tmp_path / "killed", *args)
+    assert len(load_tensors(newest(tmp_path / "killed"))["rows"]) == 1
+    whole = fit(network(), RECIPE, tiny_data, tiny_split, 0, tmp_path / "whole", batch_size=32)
+    update, calls = steps.update, []
+    monkeypatch.setattr(steps, "update", lambda *args: calls.append(1) or update(*args))
+    result = fit(network(), RECIPE, tiny_data, tiny_split, 0, tmp_path / "killed", batch_size=32)
+    assert len(result.history) == 3 and len(calls) == 2 * 4, "the first epoch is not trained again"
+    close(result.model, whole.model)
+
+
+def test_more_processes_go_on_where_one_was_stopped(tmp_path, tiny_data, tiny_split, monkeypatch):
+    args = tiny_data, tiny_split, RECIPE
+    whole = fit(network(), RECIPE, tiny_data, tiny_split, 0, tmp_path / "whole", batch_size=32)
+    update, calls = steps.update, []
+
+    def dying(*args):
+        calls.append(1)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return update(*args)
+
+    monkeypatch.setattr(steps, "update", dying)
+    with pytest.raises(KeyboardInterrupt):
+        fit(network(), RECIPE, tiny_data, tiny_split, 0, tmp_path / "killed", batch_size=32)
+    launch(2, train_counted, tmp_path / "killed", *args)
+    assert (tmp_path / "killed/updates.txt").read_text() == str(2 * 4), "the first epoch is not trained again"
+    monkeypatch.setattr(steps, "update", lambda *args: pytest.fail("trained again"))
+    close(fit(network(), RECIPE, tiny_data, tiny_split, 0, tmp_path / "killed", batch_size=32).model, whole.model)
+
+
+def close(first: torch.nn.Module, second: torch.nn.Module) -> None:
+    """The same parameters but for rounding; statistics are those of process 0's images."""
+    for (name, found), expected in zip(first.named_parameters(), second.parameters(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_torchrun_on_two_machines_trains_what_make_report_finds_finished_on_the_first(tmp_path, run):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    settings = "fp32.epochs=1 fp32.epoch_images=128 width=4"
+    nodes = []
+    for rank in range(2):  # a copy of the project stands for a machine's disk
+        shutil.copytree(ROOT / "labcore", tmp_path / f"{rank}/labcore", ignore=shutil.ignore_patterns("__pycache__"))
+        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node-rank={rank}"]
+        command += ["--master-addr=localhost", f"--master-port={port}", "--nproc-per-node=1"]
+        command += ["-m", "labcore.launch", "--profile", "smoke", "--stage", "fp32", "--set", settings]
+        nodes.append(
+            subprocess.Popen(
+                command,
+                cwd=tmp_path / str(rank),
+                env={**os.environ, "PYTHONPATH": str(tmp_path / str(rank))},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    said = [node.communicate(timeout=240)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said
+    folders = [tmp_path / f"{rank}/runs/smoke/fp32" for rank in range(2)]
+    assert finished(run.fresh_model(), run.profile.fp32, run.data, run.split, 0, folders[0])
+    assert not list(folders[1].glob("*")), "one writer"
 
 
 def test_qat_and_averages_end_the_same_in_every_process_and_score_alone_as_they_did_together(

@@ -195,6 +195,7 @@ def studied(built, tmp_path_factory) -> Project:
 def test_without_studies_the_report_says_how_to_run_them(built):
     report = (built.root / "report/smoke/report.md").read_text(encoding="utf-8")
     assert report.count("make studies PROFILE=smoke") == 6
+    assert "ResNet-50, has not been trained here" in report
     status = built.status()
     for study in ("observers", "mixed", "training", "engines", "robustness"):
         assert status[study] == "stale: never finished (make studies)"

@@ -4,8 +4,13 @@ import contextlib
 import copy
 import errno
 import io
+import math
+import multiprocessing
 import os
 import pickle
+import random
+import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,11 +20,11 @@ import pytest
 import torch
 from torchvision.transforms.v2.functional import resize
 
-from labcore import LabError, checkpoint, steps, train
-from labcore.config import Augment, Recipe
+from labcore import LabError, checkpoint, evaluate, steps, train
+from labcore.config import PROFILES, Augment, Recipe
 from labcore.model import build_model
 from labcore.qconfig import CustomQConfig
-from labcore.quantize import prepare_qat
+from labcore.quantize import convert, prepare_qat
 
 RECIPE = Recipe(epochs=3, batch_size=16, lr=0.05, augment=Augment(crop_padding=2))
 
@@ -97,6 +102,45 @@ def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(
         fit(tmp_path / "killed", tiny_data, tiny_split, recipe, model=model())
     monkeypatch.setattr(steps, "update", update)
     resumed = fit(tmp_path / "killed", tiny_data, tiny_split, recipe, model=model())
+    assert equal(whole.state, resumed.state)
+    columns = [name for name in whole.history if name != "train_seconds"]
+    pd.testing.assert_frame_equal(whole.history[columns], resumed.history[columns])
+
+
+LONG = replace(RECIPE, epochs=16, ema_decay=0.9, mixup_alpha=0.2, mixup_prob=0.5)
+
+
+def train_long(folder, data, split) -> None:
+    """What a process does until it is killed."""
+    fit(folder, data, split, LONG)
+
+
+def epochs_done(folder: Path) -> int:
+    with contextlib.suppress(FileNotFoundError, pd.errors.EmptyDataError):
+        return len(pd.read_csv(folder / "history.csv"))
+    return 0
+
+
+def test_kills_at_random_moments_change_no_weight(tmp_path, tiny_data, tiny_split, monkeypatch):
+    draw, folder = random.Random(0), tmp_path / "killed"
+    for epochs in sorted(draw.sample(range(1, 12), 3)):
+        process = multiprocessing.get_context("spawn").Process(
+            target=train_long, args=(folder, tiny_data, tiny_split)
+        )
+        process.start()
+        while epochs_done(folder) < epochs and process.is_alive():
+            time.sleep(0.001)
+        time.sleep(draw.uniform(0, 0.1))  # in a step, while scoring or while writing
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+    about = train.about(LONG, tiny_data, tiny_split, 0, network())
+    done = len(checkpoint.load_checkpoint(folder, about)["rows"])
+    update, calls = steps.update, []
+    monkeypatch.setattr(steps, "update", lambda *args: calls.append(1) or update(*args))
+    resumed = fit(folder, tiny_data, tiny_split, LONG)
+    assert 1 <= done < LONG.epochs and len(calls) == 4 * (LONG.epochs - done)
+    whole = fit(tmp_path / "whole", tiny_data, tiny_split, LONG)
     assert equal(whole.state, resumed.state)
     columns = [name for name in whole.history if name != "train_seconds"]
     pd.testing.assert_frame_equal(whole.history[columns], resumed.history[columns])
@@ -236,9 +280,47 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_checkpoint(
         return update(*args)[0] * (float("nan") if len(calls) == 3 else 1), torch.tensor(0)
 
     monkeypatch.setattr(steps, "update", broken)
-    with pytest.raises(LabError, match=r"finite in epoch 1 at step 3 of 4, learning rate 0\.\d+"):
+    with pytest.raises(steps.Diverged, match=r"finite in epoch 1 at step 3 of 4, learning rate 0\.\d+; .* clip_norm\.$"):
         fit(tmp_path, tiny_data, tiny_split, seed=5)
     assert checkpoints(tmp_path)[0].read_bytes() == before
+
+
+def test_of_a_training_that_diverges_the_last_good_epoch_is_kept(
+    tmp_path, tiny_data, tiny_split, monkeypatch
+):
+    update, calls = steps.update, []
+
+    def broken(*args):
+        calls.append(1)
+        loss, hits = update(*args)
+        return loss * (float("nan") if len(calls) == 4 + 2 else 1), hits
+
+    monkeypatch.setattr(steps, "update", broken)
+    with pytest.raises(steps.Diverged, match=r"in epoch 2 at step 2 of 4, .* The checkpoint of epoch 1 is kept\."):
+        fit(tmp_path, tiny_data, tiny_split)
+    monkeypatch.setattr(steps, "update", update)
+    again = fit(tmp_path, tiny_data, tiny_split)
+    assert len(again.history) == 3 and equal(again.state, fit(tmp_path / "b", tiny_data, tiny_split).state)
+
+
+def test_the_recipe_of_profile_full_trains_a_narrow_resnet50_and_its_qat(tmp_path, tiny_data, tiny_split):
+    profile = PROFILES["full"]
+    torch.manual_seed(0)
+    start = build_model(profile.arch, 4, width=4)
+    short = replace(profile.fp32, epochs=2, batch_size=16)
+    fp32 = fit(tmp_path / "fp32", tiny_data, tiny_split, short, model=start)
+    assert fp32.history["train_loss"].map(math.isfinite).all() and not equal(fp32.state, start.state_dict())
+    qat = fit(
+        tmp_path / "qat",
+        tiny_data,
+        tiny_split,
+        replace(profile.qat, epochs=1, batch_size=16),
+        model=prepare_qat(fp32.model, CustomQConfig.POWER2.qat),
+    )
+    images, labels = (torch.from_numpy(part) for part in (tiny_data.test_images, tiny_data.test_labels))
+    simulated = train.score(qat.model, images, labels, 16)
+    kernels = evaluate.summarize(evaluate.predict(convert(qat.model), tiny_data.test_images), tiny_data.test_labels)
+    assert kernels["acc"] == pytest.approx(simulated[1], abs=2 / len(labels))
 
 
 def test_a_batch_larger_than_the_data_is_refused(tmp_path, tiny_data, tiny_split):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -10,7 +11,8 @@ import torch
 from small import network
 
 from labcore import trainings
-from labcore.config import PROFILES, Recipe
+from labcore.artifacts import ROOT
+from labcore.config import PROFILES, Recipe, get_profile
 from labcore.optim import learning_rate
 from labcore.qconfig import CustomQConfig
 from labcore.quantize import calibrate, prepare_qat
@@ -18,6 +20,7 @@ from labcore.run import Run
 from labcore.study import Cell
 from labcore.trainings import EPOCHS, Trainings, recipes_of
 
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 BASE = Recipe(epochs=EPOCHS, epoch_images=512, batch_size=128, lr=0.15)
 
 
@@ -62,6 +65,31 @@ def test_six_epochs_hold_the_references_curve_in_small():
     assert learning_rate(ending, EPOCHS * steps - 1, steps) == pytest.approx(
         ending.lr_min, abs=1e-4 * ending.lr
     )
+
+
+def test_a_fifth_of_the_references_epochs_holds_its_curve_too():
+    whole, share = PROFILES["reference"].fp32, 5
+    values = {"fp32.epochs": whole.epochs // share, "fp32.restart_epochs": whole.restart_epochs // share}
+    assert " ".join(f"{name}={value}" for name, value in values.items()) in README
+    short = get_profile("reference", **values).fp32
+    for step in range(0, whole.epochs * 100, 997):
+        assert learning_rate(short, step // share, 100) == pytest.approx(learning_rate(whole, step, 100), rel=0.02)
+
+
+def test_a_training_that_diverges_counts_as_guessing(run_of_smoke, capsys):
+    study = Trainings.__new__(Trainings)
+    study.run, study.stage, study.data, study.split = run_of_smoke, "training", run_of_smoke.data, run_of_smoke.split
+    study.prepare(run_of_smoke, len(study.split.train))
+    row = study.trained(dataclasses.replace(study.recipe, epochs=1, epoch_images=128, lr=100.0), 0).compute()
+    assert row == {"acc": 0.1, "loss": pytest.approx(np.log(10))}
+    assert "no longer finite in epoch 1" in capsys.readouterr().out
+
+
+@pytest.fixture
+def run_of_smoke():
+    run = Run(dataclasses.replace(PROFILES["smoke"], name="test-diverging"), None, 0)
+    yield run
+    shutil.rmtree(run.folder, ignore_errors=True)
 
 
 def test_the_linear_rule_and_the_references_rate_are_both_there():
