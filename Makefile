@@ -41,7 +41,7 @@ verify: $(VENV)/.installed
 	@$(VENV)/bin/python -m labcore.verify --profile "$$LAB_PROFILE"
 
 test: $(VENV)/.installed
-	@$(VENV)/bin/python -m pytest
+	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
 lab: $(VENV)/.installed
 	@$(VENV)/bin/jupyter lab --ip=127.0.0.1 --port=$(PORT) --allow-root notebooks

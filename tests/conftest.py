@@ -9,6 +9,11 @@ from labcore.qconfig import CustomQConfig
 from labcore.quantize import calibrate, convert, prepare_ptq
 
 
+def pytest_collection_modifyitems(items):
+    """The longest file first: two processes share the files, and it would otherwise be alone at the end."""
+    items.sort(key=lambda item: item.path.name != "test_pipeline.py")
+
+
 @pytest.fixture
 def tiny_data() -> ImageData:
     """96 training and 32 test images, 16×16, in four classes that differ in brightness."""

@@ -17,6 +17,7 @@ from labcore.optim import learning_rate
 from labcore.qconfig import CustomQConfig
 from labcore.quantize import calibrate, prepare_qat
 from labcore.run import Run
+from labcore.steps import Diverged
 from labcore.study import Cell
 from labcore.trainings import EPOCHS, Trainings, recipes_of
 
@@ -76,13 +77,17 @@ def test_a_fifth_of_the_references_epochs_holds_its_curve_too():
         assert learning_rate(short, step // share, 100) == pytest.approx(learning_rate(whole, step, 100), rel=0.02)
 
 
-def test_a_training_that_diverges_counts_as_guessing(run_of_smoke, capsys):
+def test_a_training_that_diverges_counts_as_guessing(run_of_smoke, capsys, monkeypatch):
+    def diverging(*args, **options):
+        raise Diverged("the training loss is no longer finite", 0)
+
+    monkeypatch.setattr(trainings, "fit", diverging)
     study = Trainings.__new__(Trainings)
     study.run, study.stage, study.data, study.split = run_of_smoke, "training", run_of_smoke.data, run_of_smoke.split
     study.prepare(run_of_smoke, len(study.split.train))
-    row = study.trained(dataclasses.replace(study.recipe, epochs=1, epoch_images=128, lr=100.0), 0).compute()
-    assert row == {"acc": 0.1, "loss": pytest.approx(np.log(10))}
-    assert "no longer finite in epoch 1" in capsys.readouterr().out
+    row = study.cells({"x": study.trained(study.recipe, 0)}, "").loc["x"]
+    assert row.to_dict() == {"acc": 0.1, "loss": pytest.approx(np.log(10))}
+    assert "seed 0: the training loss is no longer finite; lower lr" in capsys.readouterr().out
 
 
 @pytest.fixture
