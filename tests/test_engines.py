@@ -17,7 +17,7 @@ from labcore.engine_files import _float_onnx, multiply_adds, weights_per_channel
 from labcore.engines import ENGINES, FLOAT, FP32, MATRIX, POWER2, Bench, EngineError, Worker
 from labcore.export import convert_export, prepare_export
 from labcore.onnx_export import build_onnx, load_onnx, predict_onnx, save_onnx
-from labcore.qconfig import REFERENCE
+from labcore.qconfig import REFERENCE, has_vnni
 from labcore.transforms import normalize
 
 
@@ -92,7 +92,8 @@ class TestWorkers:
         with torch.no_grad():
             floats = network()(batch).numpy()
         integers = predict_onnx(load_onnx(files / "int8.onnx"), [batch])
-        close = 0.05 * np.abs(integers).max()  # OpenVINO keeps some sums in float where ONNX Runtime rounds
+        # OpenVINO keeps some sums in float where ONNX Runtime rounds; without VNNI its kernels may also saturate.
+        close = (0.05 if has_vnni() else 0.25) * np.abs(integers).max()
         for title, found in logits.items():
             if "fp32" in title:
                 assert np.allclose(found, floats, atol=1e-4)
