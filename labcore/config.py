@@ -246,14 +246,12 @@ _cpu_long = replace(
     _cpu,
     name="cpu-long",
     width=40,
-    fp32=Recipe(
+    fp32=replace(
+        _cpu.fp32,
         epochs=17,
-        batch_size=128,
-        lr=0.15,
         init="whitened",
         bias_lr=16.0,
         weight_decay=6e-4,
-        small_share=0.7,
         augment=Augment(crop_padding=2, padding_mode="reflect"),
     ),
 )

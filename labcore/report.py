@@ -248,8 +248,8 @@ def context(name: str) -> dict:
     }
 
 
-def _study_tables(stages: dict[str, dict]) -> dict[str, str]:
-    """The tables of the studies that ran."""
+def _study_tables(stages: dict[str, dict]) -> dict:
+    """The tables of the studies that ran, and what is read off several of their rows."""
     shown = ["acc", "acc_drop_pp", "acc_drop_pp_low", "acc_drop_pp_high", "loss"]
     titles = {
         "acc": "accuracy",
@@ -302,6 +302,17 @@ def _study_tables(stages: dict[str, dict]) -> dict[str, str]:
             ["network"],
             [*shown, "p_value"],
         )
+        uniform = [row for row in front if row["family"] == "uniform"]
+        beaten = {
+            row["name"]: [
+                other["name"]
+                for other in uniform
+                if other["size_mb"] <= row["size_mb"] and other["acc"] >= row["acc"]
+            ]
+            for row in front
+            if row["family"] == "mixed"
+        }
+        tables["beaten_allocations"] = [f"{name} by {by[0]}" for name, by in beaten.items() if by]
         tables["allocation_table"] = markdown_table(pd.DataFrame(study["allocations"]).astype(str), "layer")
     if study := stages.get("training"):
         columns = ["seeds", "acc", "acc_std", "diff_pp", "diff_pp_std"]
@@ -316,6 +327,7 @@ def _study_tables(stages: dict[str, dict]) -> dict[str, str]:
     if study := stages.get("engines"):
         tables |= _engines(study)
     if study := stages.get("robustness"):
+        interval = "{mean:+.2f} ({low:+.2f} … {high:+.2f})"
         tables["robustness_table"] = markdown_table(
             pd.DataFrame(
                 {
@@ -324,7 +336,7 @@ def _study_tables(stages: dict[str, dict]) -> dict[str, str]:
                         "accuracy, corrupted": f"{cost['acc']:.2%}",
                     }
                     | {
-                        title: "{mean:+.2f} ({low:+.2f} … {high:+.2f})".format(**cost[key])
+                        title: interval.format(**cost[key])
                         for key, title in (
                             ("clean_drop_pp", "drop, clean"),
                             ("corrupted_drop_pp", "drop, corrupted"),
@@ -335,11 +347,19 @@ def _study_tables(stages: dict[str, dict]) -> dict[str, str]:
                 }
             ).T
         )
+        groups = {
+            group: {NAMES[name]: interval.format(**cost["extra_drop_pp"]) for name, cost in costs.items()}
+            for group, costs in study["group_cost"].items()
+        }
+        tables["robustness_groups_table"] = markdown_table(pd.DataFrame(groups).T, "group")
     return tables
 
 
 def _engines(study: dict) -> dict:
-    """The tables of the engines study; `engine_speed_tables` has one per number of threads and batch, by title."""
+    """The tables of the engines study; `engine_speed_tables` has one per number of threads and batch, by title.
+
+    `engine_ties` names, by batch, the engines whose quartiles overlap those of the fastest INT8 engine, on all threads.
+    """
     speeds = {}
     for threads, rows in study["speeds"].items():
         for batch in study["batches"]:
@@ -378,7 +398,19 @@ def _engines(study: dict) -> dict:
     ratios["factor"] = [_with_quartiles(row, "speedup", 3) for row in study["pairs"]]
     factors = ratios.pivot(index="engine", columns="column", values="factor")
     factors = factors.loc[list(dict.fromkeys(ratios["engine"])), list(dict.fromkeys(ratios["column"]))]
+    threads = str(study["threads"])
+    ties = {
+        batch: [
+            row["engine"]
+            for row in study["speeds"][threads]
+            if row["batch"] == int(batch)
+            and row["engine"] != best["engine"]
+            and row["latency_ms_low"] <= best["latency_ms_high"]
+        ]
+        for batch, best in study["best"][threads].items()
+    }
     return {
+        "engine_ties": ties,
         "engine_speed_tables": {
             title: markdown_table(table, "engine", (24, 8, 16, 10, 17, 17, 8)) for title, table in speeds.items()
         },

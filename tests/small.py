@@ -5,6 +5,7 @@ import copy
 import torch
 from torch import nn
 
+from labcore import steps
 from labcore.model import build_model
 from labcore.transforms import normalize
 
@@ -33,6 +34,13 @@ def used(model: nn.Module) -> nn.Module:
 @torch.no_grad()
 def logits(model: nn.Module, data) -> torch.Tensor:
     return model(normalize(torch.from_numpy(data.test_images)))
+
+
+def counted_updates(monkeypatch) -> list:
+    """A list that grows by one with every update that trains."""
+    update, calls = steps.update, []
+    monkeypatch.setattr(steps, "update", lambda *args: calls.append(1) or update(*args))
+    return calls
 
 
 def snapshot(model: nn.Module) -> dict:

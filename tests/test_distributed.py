@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from small import network
+from small import counted_updates, network
 
 from labcore import LabError, steps
 from labcore.artifacts import ROOT
@@ -72,22 +72,21 @@ def fail_alone(folder) -> None:
 
 def train_counted(folder, data, split, recipe) -> None:
     """The same as train_part; process 0 notes how many updates it made."""
-    update, calls = steps.update, []
-    steps.update = lambda *args: calls.append(1) or update(*args)
+    calls = counted_updates(pytest.MonkeyPatch())
     train_part(folder, data, split, recipe)
     (folder / "updates.txt").write_text(str(len(calls)))
 
 
-def first_gradients(folder, data, recipe) -> None:
+def first_gradients(folder, data) -> None:
     """The gradients of one batch that two processes share, as the optimizer gets them."""
     with process_group():
-        save_tensors(folder / f"{current_world().rank}.pt", gradients(data, recipe))
+        save_tensors(folder / f"{current_world().rank}.pt", gradients(data))
 
 
-def gradients(data, recipe) -> dict[str, torch.Tensor]:
+def gradients(data) -> dict[str, torch.Tensor]:
     """The gradients of the first batch in this process, after one update."""
     model = network()
-    loop = steps.new_loop(model, recipe, 16)
+    loop = steps.new_loop(model, RECIPE, 16)
     own = loop.world.share(16)
     images, labels = (torch.from_numpy(part[:16])[own] for part in (data.train_images, data.train_labels))
     steps.update(loop, images, labels, PartOfBatch(np.random.default_rng(0), 16, loop.world))
@@ -182,9 +181,8 @@ def test_two_processes_train_as_one_does_with_half_batches(tmp_path, tiny_data, 
 
 
 def test_two_processes_have_the_gradients_of_one_on_the_same_batch(tmp_path, tiny_data):
-    recipe = dataclasses.replace(RECIPE, clip_norm=0.0)
-    launch(2, first_gradients, tmp_path, tiny_data, recipe)
-    alone, *shared = gradients(tiny_data, recipe), *(load_tensors(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    launch(2, first_gradients, tmp_path, tiny_data)
+    alone, *shared = gradients(tiny_data), *(load_tensors(tmp_path / f"{rank}.pt") for rank in (0, 1))
     for name, expected in alone.items():
         assert expected.abs().max() > 0, name
         for found in shared:
@@ -203,8 +201,7 @@ def test_a_killed_process_stops_all_and_fewer_processes_go_on(tmp_path, tiny_dat
         launch(2, train_and_die, tmp_path / "killed", *args)
     assert len(load_tensors(newest(tmp_path / "killed"))["rows"]) == 1
     fit(network(), RECIPE, tiny_data, tiny_split, 0, tmp_path / "whole", batch_size=32)
-    update, calls = steps.update, []
-    monkeypatch.setattr(steps, "update", lambda *args: calls.append(1) or update(*args))
+    calls = counted_updates(monkeypatch)
     result = fit(network(), RECIPE, tiny_data, tiny_split, 0, tmp_path / "killed", batch_size=32)
     assert len(result.history) == 3 and len(calls) == 2 * 4, "the first epoch is not trained again"
     close(tmp_path / "killed", tmp_path / "whole")

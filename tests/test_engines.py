@@ -92,13 +92,15 @@ class TestWorkers:
         with torch.no_grad():
             floats = network()(batch).numpy()
         integers = predict_onnx(load_onnx(files / "int8.onnx"), [batch])
-        # OpenVINO keeps some sums in float where ONNX Runtime rounds; without VNNI its kernels may also saturate.
-        close = (0.05 if has_vnni() else 0.25) * np.abs(integers).max()
+        close = 0.05 * np.abs(integers).max()  # OpenVINO keeps some sums in float where ONNX Runtime rounds
+        rounded = np.abs(integers - floats).max()  # the steps of 7-bit activations are larger than that
         for title, found in logits.items():
             if "fp32" in title:
                 assert np.allclose(found, floats, atol=1e-4)
-            else:
+            elif "onnx" in title or has_vnni():
                 assert np.abs(found - integers).max() <= (0 if "onnx" in title else close), title
+            else:
+                assert np.abs(found - floats).max() <= 1.1 * rounded, title
         networks = [title for title in specs if title != "roof"]
         assert list(table.index) == networks and (table["n_seen"] == 32).all()
         assert (table["peak_mb"] > table["libraries_mb"]).all() and (table["libraries_mb"] > 10).all()

@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from small import counted_updates
 from torchvision.transforms.v2.functional import resize
 
 from labcore import LabError, checkpoint, evaluate, steps, train
@@ -46,6 +47,13 @@ def checkpoints(folder: Path) -> list[Path]:
 
 def equal(first: dict, second: dict) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def assert_same(first: train.Result, second: train.Result) -> None:
+    """The same weights and the same history, but for the time it took."""
+    assert equal(first.state, second.state)
+    columns = [name for name in first.history if name != "train_seconds"]
+    pd.testing.assert_frame_equal(first.history[columns], second.history[columns])
 
 
 def test_the_same_seed_gives_the_same_weights_to_the_bit(tmp_path, tiny_data, tiny_split):
@@ -102,9 +110,7 @@ def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(
         fit(tmp_path / "killed", tiny_data, tiny_split, recipe, model=model())
     monkeypatch.setattr(steps, "update", update)
     resumed = fit(tmp_path / "killed", tiny_data, tiny_split, recipe, model=model())
-    assert equal(whole.state, resumed.state)
-    columns = [name for name in whole.history if name != "train_seconds"]
-    pd.testing.assert_frame_equal(whole.history[columns], resumed.history[columns])
+    assert_same(whole, resumed)
 
 
 LONG = replace(RECIPE, epochs=16, ema_decay=0.9, mixup_alpha=0.2, mixup_prob=0.5)
@@ -136,14 +142,11 @@ def test_kills_at_random_moments_change_no_weight(tmp_path, tiny_data, tiny_spli
         assert process.exitcode == -signal.SIGKILL
     about = train.about(LONG, tiny_data, tiny_split, 0, network())
     done = len(checkpoint.load_checkpoint(folder, about)["rows"])
-    update, calls = steps.update, []
-    monkeypatch.setattr(steps, "update", lambda *args: calls.append(1) or update(*args))
+    calls = counted_updates(monkeypatch)
     resumed = fit(folder, tiny_data, tiny_split, LONG)
     assert 1 <= done < LONG.epochs and len(calls) == 4 * (LONG.epochs - done)
     whole = fit(tmp_path / "whole", tiny_data, tiny_split, LONG)
-    assert equal(whole.state, resumed.state)
-    columns = [name for name in whole.history if name != "train_seconds"]
-    pd.testing.assert_frame_equal(whole.history[columns], resumed.history[columns])
+    assert_same(whole, resumed)
 
 
 def test_a_finished_run_is_loaded_and_not_repeated(tmp_path, tiny_data, tiny_split, monkeypatch):
@@ -170,8 +173,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     files = checkpoints(tmp_path)
     for path in files[:damaged]:
         path.write_bytes(path.read_bytes()[:1000])
-    update, calls = steps.update, []
-    monkeypatch.setattr(steps, "update", lambda *args: calls.append(1) or update(*args))
+    calls = counted_updates(monkeypatch)
     assert equal(first.state, fit(tmp_path, tiny_data, tiny_split).state)
     assert len(calls) == 4 * (3 - epochs_done)
     said = capsys.readouterr().out
@@ -401,8 +403,7 @@ def test_a_pickle_that_would_execute_code_is_refused(tmp_path, save):
 
 
 def test_the_epoch_can_be_shortened(tmp_path, tiny_data, tiny_split, monkeypatch):
-    update, calls = steps.update, []
-    monkeypatch.setattr(steps, "update", lambda *args: calls.append(1) or update(*args))
+    calls = counted_updates(monkeypatch)
     fit(
         tmp_path,
         tiny_data,
