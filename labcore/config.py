@@ -213,10 +213,29 @@ class Profile:
         _check("validation_fraction", self.validation_fraction, self.validation_fraction > 0, "above 0")
 
 
+# QAT takes the crops of FP32 training: BatchNorm would learn the statistics of others within a hundred steps.
+_reflected = Augment(crop_padding=2, padding_mode="reflect")
+
 _cpu = Profile(
     name="cpu",
-    fp32=Recipe(epochs=15, batch_size=128, lr=0.15, small_share=0.7),
-    qat=Recipe(epochs=2, epoch_images=10_240, batch_size=128, lr=0.001, warmup=0.1, freeze_at=0.67),
+    fp32=Recipe(
+        epochs=17,
+        batch_size=128,
+        lr=0.15,
+        init="whitened",
+        bias_lr=16.0,
+        small_share=0.7,
+        augment=_reflected,
+    ),
+    qat=Recipe(
+        epochs=2,
+        epoch_images=10_240,
+        batch_size=128,
+        lr=0.001,
+        warmup=0.1,
+        freeze_at=0.67,
+        augment=_reflected,
+    ),
 )
 
 _smoke = replace(
@@ -230,10 +249,10 @@ _smoke = replace(
         lr=0.2,
         init="whitened",
         bias_lr=16.0,
-        augment=Augment(crop_padding=2, padding_mode="reflect", flip_prob=0.0),
+        augment=replace(_reflected, flip_prob=0.0),
     ),
     qat=Recipe(
-        epochs=1, batch_size=64, lr=0.02, freeze_at=0.67, augment=Augment(crop_padding=2, flip_prob=0.0)
+        epochs=1, batch_size=64, lr=0.02, freeze_at=0.67, augment=replace(_reflected, flip_prob=0.0)
     ),
     calibration_images=128,
     latency_rounds=5,
@@ -241,20 +260,8 @@ _smoke = replace(
     study_seeds=2,
 )
 
-# A wider network for longer, up to two hours on two slow cores, and a quicker start (benchmarks/README.md).
-_cpu_long = replace(
-    _cpu,
-    name="cpu-long",
-    width=40,
-    fp32=replace(
-        _cpu.fp32,
-        epochs=17,
-        init="whitened",
-        bias_lr=16.0,
-        weight_decay=6e-4,
-        augment=Augment(crop_padding=2, padding_mode="reflect"),
-    ),
-)
+# A wider network, up to two hours on two slow cores (benchmarks/README.md).
+_cpu_long = replace(_cpu, name="cpu-long", width=40, fp32=replace(_cpu.fp32, weight_decay=6e-4))
 
 _full = replace(
     _cpu,
