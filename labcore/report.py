@@ -34,6 +34,7 @@ VERDICT = {
     "float_same": "PTQ, float scales, otherwise the same",
     "torch_default": "PTQ, torch's default",
     "best_ptq": "PTQ, best power of two",
+    "float_best": "PTQ, float scales, otherwise as the best",
     "best_qat": "QAT, best power of two",
     "w4a8_adaround": "PTQ, 4-bit weights, AdaRound",
     "w4a8_learned": "QAT, 4-bit weights, learned exponents",

@@ -19,7 +19,7 @@ import pandas as pd
 from labcore import LabError
 from labcore.artifacts import ROOT, UNREADABLE, read_json, sha256_file
 from labcore.checkpoint import first_line
-from labcore.claims import ledger
+from labcore.claims import PEERS, ledger
 from labcore.config import NOTEBOOKS, PROFILES, nearest
 from labcore.evaluate import (
     bootstrap_drop,
@@ -187,11 +187,9 @@ class Results:
         checks = self.stages["claims"]["checks"]
         rounding = {}
         if found["observers"]:
-            before, labels = self.logits("observers", "float_same")
-            rounding = {
-                name: compare_paired(before, self.logits("observers", name)[0], labels)
-                for name in ("no_clamp", "best_ptq")
-            }
+            for name, peer in PEERS.items():
+                before, labels = self.logits("observers", peer)
+                rounding[name] = compare_paired(before, self.logits("observers", name)[0], labels)
         yield from differences("claims.checks.rounding", checks["rounding"], rounding)
         again = ledger(found, checks | {"rounding": rounding}, read_json(REFERENCE))
         yield from differences("claims.rows", self.stages["claims"]["rows"], again)

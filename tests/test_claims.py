@@ -81,6 +81,7 @@ FOUND = {
         "fusing_speed": speed(1.1),
         "zero_point_gain_db": {"conv1": 5.0},
         "negative_inputs": 0.5,
+        "verdict": {"best_ptq": pair(-0.01)},
     },
     "mixed": {
         "architectures": [
@@ -128,7 +129,7 @@ CHECKS = {
     },
     "n_int8_additions": 2,
     "prefix": {"refused_as_it_is": True, "loads_stripped": True},
-    "rounding": {"no_clamp": pair(0.3), "best_ptq": pair(0.0)},
+    "rounding": {"no_clamp": pair(0.4), "best_ptq": pair(-0.2), "reference": pair(0.1)},
 }
 
 
@@ -195,10 +196,14 @@ def test_a_claim_without_its_study_says_so(claim, study):
         ("R5", {"engines": {"pairs": engine_pairs(a=(1.2, 1.1), b=(1.0, 1.0))}}, {}, CONDITION),
         ("R5", {"engines": {"pairs": engine_pairs(a=(1.2, 1.0), b=(1.0, 0.9))}}, {}, REFUTED),
         ("R6", {}, {}, CONDITION),
-        ("R6", {}, {"rounding.no_clamp": pair(0.05)}, CONFIRMED),
-        ("R6", {}, {"rounding.best_ptq": pair(0.2)}, REFUTED),
-        ("R7", {}, {}, REFUTED),
-        ("R7", {"observers.n_tensors_below": 4}, {}, CONFIRMED),
+        ("R6", {}, {"rounding.no_clamp": pair(-0.2)}, CONFIRMED),
+        ("R6", {}, {"rounding.best_ptq": pair(0.4)}, REFUTED),
+        # An interval that holds both answers gives none.
+        ("R6", {}, {"rounding.best_ptq": pair(0.0)}, REFUTED),
+        ("R6", {}, {"rounding.no_clamp": pair(0.0)}, OPEN),
+        ("R7", {}, {}, CONDITION),
+        ("R7", {}, {"rounding.reference": pair(0.3)}, REFUTED),
+        ("R7", {"observers.n_tensors_below": 4}, {"rounding.reference": pair(0.3)}, CONFIRMED),
         ("R7", {"observers": None, "ptq.n_weights_clamped": 1}, {"rounding": {}}, CONFIRMED),
         ("R8", {}, {}, REFUTED),
         ("R9", {}, {}, REFUTED),

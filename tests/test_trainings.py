@@ -22,7 +22,7 @@ from labcore.study import Cell
 from labcore.trainings import EPOCHS, Trainings, recipes_of
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BASE = Recipe(epochs=EPOCHS, epoch_images=512, batch_size=128, lr=0.15)
+BASE = Recipe(epochs=EPOCHS, epoch_images=512, batch_size=128, lr=0.15, small_share=2 / 3)
 
 
 def flat(recipe) -> dict:
