@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from project import Project
 from small import network
 
 from labcore.data import ImageData, Split
@@ -10,8 +11,8 @@ from labcore.quantize import calibrate, convert, prepare_ptq
 
 
 def pytest_collection_modifyitems(items):
-    """The longest file first: two processes share the files, and it would otherwise be alone at the end."""
-    items.sort(key=lambda item: item.path.name != "test_pipeline.py")
+    """The two longest files first: two processes share the files, and one would otherwise be alone at the end."""
+    items.sort(key=lambda item: not item.path.name.startswith("test_pipeline"))
 
 
 @pytest.fixture
@@ -36,3 +37,12 @@ def int8(tiny_data, tiny_split, request):
     """A calibrated and converted network; POWER2 where the test names no other configuration."""
     config = getattr(request, "param", CustomQConfig.POWER2)
     return convert(calibrate(prepare_ptq(network(), config.value), tiny_data, tiny_split))
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> Project:
+    """A project whose report has been made; no test changes it."""
+    project = Project(tmp_path_factory.mktemp("lab"))
+    result = project.run()
+    assert result.returncode == 0, result.stdout + result.stderr
+    return project

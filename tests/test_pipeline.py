@@ -1,121 +1,24 @@
-"""The whole lab on profile smoke, in a copy of the project: what it writes, what makes it stale, what happens when it is killed."""
+"""The report on profile smoke, in a copy of the project: what it writes, what makes it stale, what happens when it is killed."""
 
-import hashlib
 import json
 import os
-import platform
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import nbformat
 import pytest
+from project import NOTEBOOKS, ROOT, STAGES, STUDIES, Project
 
 from labcore import LabError, pipeline
-from labcore.engines import ENGINES
 from labcore.execute import execute
-
-ROOT = Path(__file__).resolve().parent.parent
-NOTEBOOKS = ["01_fp32_train", "02_ptq", "03_qat", "04_compare", "08_claims"]
-STUDIES = ["05_observers", "06_mixed_precision", "07_training_study", "09_engines", "10_robustness"]
-STAGES = ["fp32", "ptq", "qat", "compare", "claims"]
-
-
-class Project:
-    """A copy of the sources, with the command line run in it."""
-
-    def __init__(self, root: Path):
-        self.root = root
-        for folder in ("labcore", "notebooks"):
-            shutil.copytree(
-                ROOT / folder,
-                root / folder,
-                ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"),
-            )
-        (root / "report").mkdir()
-        for template in (ROOT / "report").glob("template*"):
-            shutil.copy(template, root / "report")
-        shutil.copy(ROOT / "README.md", root)
-
-    def start(self, *arguments: str, module: str = "pipeline") -> subprocess.Popen:
-        environment = {**os.environ, "PYTHONPATH": str(self.root)}
-        command = [sys.executable, "-m", f"labcore.{module}", *arguments]
-        return subprocess.Popen(
-            command,
-            cwd=self.root,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-
-    def run(self, command: str = "report", *arguments: str) -> subprocess.CompletedProcess:
-        process = self.start(command, "--profile", "smoke", *arguments)
-        out, err = process.communicate(timeout=900)
-        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
-
-    def verify(self) -> tuple[int, str]:
-        process = self.start("--profile", "smoke", module="verify")
-        _, err = process.communicate(timeout=300)
-        return process.returncode, err
-
-    def status(self, *arguments: str) -> dict[str, str]:
-        result = self.run("status", *arguments)
-        assert result.returncode == 0, result.stderr
-        return dict(re.split(r"\s+", line, maxsplit=1) for line in result.stdout.splitlines())
-
-    def report_status(self) -> dict[str, str]:
-        """Of the report and the stages it needs; the studies never ran in most tests."""
-        return {name: reason for name, reason in self.status().items() if name in [*STAGES, "report"]}
-
-    def hashes(self, *folders: str) -> dict[str, str]:
-        files = [
-            path
-            for folder in folders
-            for path in sorted((self.root / folder).rglob("*"))
-            if path.is_file() and ".stamp" not in path.name
-        ]
-        return {
-            str(path.relative_to(self.root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files
-        }
-
-    def edit(self, name: str, change) -> None:
-        path = self.root / name
-        path.write_text(change(path.read_text(encoding="utf-8")), encoding="utf-8")
-
-    def edit_notebook(self, name: str, kind: str, change) -> None:
-        path = self.root / "notebooks" / f"{name}.ipynb"
-        notebook = nbformat.read(path, as_version=4)
-        cell = next(
-            cell
-            for cell in notebook.cells
-            if cell.cell_type == kind and "parameters" not in cell.metadata.get("tags", [])
-        )
-        cell.source = change(cell.source)
-        nbformat.write(notebook, path)
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory) -> Project:
-    project = Project(tmp_path_factory.mktemp("lab"))
-    result = project.run()
-    assert result.returncode == 0, result.stdout + result.stderr
-    return project
 
 
 @pytest.fixture
 def project(built, tmp_path) -> Project:
     """The built project, for one test to change."""
-    root = tmp_path / "lab"
-    shutil.copytree(built.root, root)
-    copy = Project.__new__(Project)
-    copy.root = root
-    return copy
+    return Project.copy(built, tmp_path / "lab")
 
 
 def test_the_pipeline_writes_report_figures_notebooks_and_weights(built):
@@ -178,20 +81,6 @@ def test_the_network_learned_and_quantization_kept_it(built):
     assert min(accuracy.values()) > accuracy["fp32"] - 0.05
 
 
-@pytest.fixture(scope="module")
-def studied(built, tmp_path_factory) -> Project:
-    root = tmp_path_factory.mktemp("studies") / "lab"
-    shutil.copytree(built.root, root)
-    copy = Project.__new__(Project)
-    copy.root = root
-    result = copy.run("studies")
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout.startswith("01_fp32_train: up to date\n02_ptq: up to date"), (
-        "only the studies are run"
-    )
-    return copy
-
-
 def test_without_studies_the_report_says_how_to_run_them(built):
     report = (built.root / "report/smoke/report.md").read_text(encoding="utf-8")
     assert report.count("make studies PROFILE=smoke") == 6
@@ -200,74 +89,6 @@ def test_without_studies_the_report_says_how_to_run_them(built):
     for study in ("observers", "mixed", "training", "engines", "robustness"):
         assert status[study] == "stale: never finished (make studies)"
     assert status["report"] == "up to date"
-
-
-@pytest.mark.parametrize("name", STUDIES)
-def test_every_cell_of_a_study_was_run(studied, name):
-    notebook = nbformat.read(studied.root / f"report/smoke/notebooks/{name}.ipynb", as_version=4)
-    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
-
-
-def test_the_report_has_a_section_for_each_study_with_its_numbers(studied):
-    report = (studied.root / "report/smoke/report.md").read_text(encoding="utf-8")
-    assert not re.search(r"[^\n]\n##+ ", report), "a heading has an empty line before it"
-    assert "make studies" not in report and not re.search(r"undefined|\bnan\b|\{\{|\{%", report)
-    verdict = json.loads((studied.root / "runs/smoke/observers/metrics.json").read_text())["verdict"]
-    for row in verdict.values():
-        assert f"| {row['acc']:.2%} |" in report
-    front = json.loads((studied.root / "runs/smoke/mixed/metrics.json").read_text())
-    assert f"{100 * front['size_ratio']:.0f} % of the 8-bit file" in report
-    training = json.loads((studied.root / "runs/smoke/training/metrics.json").read_text())
-    for rows in training["tables"].values():
-        assert all(f"| {row['recipe']} | {row['seeds']} | {row['acc']:.2%} |" in report for row in rows)
-
-
-def test_every_engine_answers_and_has_its_row(studied):
-    report = (studied.root / "report/smoke/report.md").read_text(encoding="utf-8")
-    study = json.loads((studied.root / "runs/smoke/engines/metrics.json").read_text())
-    answers = {row["engine"]: row for row in study["answers"]}
-    if platform.machine() in ("x86_64", "AMD64") and shutil.which("g++"):
-        assert study["skipped"] == {} and len(answers) == len(ENGINES)
-    for title, row in answers.items():
-        assert f"| {title} | {row['acc']:.2%} |" in report
-        if title.startswith("PyTorch") and title.endswith("power of two"):
-            assert row["agree"] > 0.99, f"{title} runs the eager network's integers"
-    for rows in study["speeds"].values():
-        assert {row["engine"] for row in rows} == set(answers)
-        assert all(f"| {row['engine']} | {row['latency_ms']:.2f} |" in report for row in rows)
-
-
-def test_numbers_of_studies_are_verified_too(studied):
-    assert studied.verify() == (0, "")
-    path = studied.root / "report/smoke/results/engines/metrics.json"
-    text = path.read_text(encoding="utf-8")
-    for pattern, message in (
-        (r'(?<="agree": 0\.9)\d', "engines.answers."),
-        (r'(?<="speedup": )\d', "engines."),
-        (r'(?<="n_tied": )\d', "engines.answers."),
-    ):
-        digit = re.search(pattern, text)
-        other = str((int(digit.group()) + 1) % 10)
-        path.write_text(text[: digit.start()] + other + text[digit.end() :], encoding="utf-8")
-        status, errors = studied.verify()
-        path.write_text(text, encoding="utf-8")
-        assert status == 1 and f"error: {message}" in errors
-    assert studied.verify() == (0, "")
-
-
-def test_a_study_that_runs_again_takes_its_cells_from_their_files(studied):
-    cells = sorted((studied.root / "runs/smoke/training/cells").glob("*.json"))
-    times = {path: path.stat().st_mtime_ns for path in cells}
-    assert len(cells) > 40
-    cells[0].unlink()
-    (studied.root / "runs/smoke/training.stamp.json").unlink()
-    before = json.loads((studied.root / "runs/smoke/training/metrics.json").read_text())
-    assert studied.run("studies").returncode == 0
-    assert cells[0].exists(), "the missing cell was computed again"
-    assert all(path.stat().st_mtime_ns == times[path] for path in cells[1:]), "no other was"
-    after = json.loads((studied.root / "runs/smoke/training/metrics.json").read_text())
-    assert after == before
 
 
 def test_a_second_report_does_nothing(built):

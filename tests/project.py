@@ -1,0 +1,99 @@
+"""A copy of the project, in which tests run the whole lab on profile smoke."""
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = ["01_fp32_train", "02_ptq", "03_qat", "04_compare", "08_claims"]
+STUDIES = ["05_observers", "06_mixed_precision", "07_training_study", "09_engines", "10_robustness"]
+STAGES = ["fp32", "ptq", "qat", "compare", "claims"]
+
+
+class Project:
+    """A copy of the sources, with the command line run in it."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        for folder in ("labcore", "notebooks"):
+            shutil.copytree(
+                ROOT / folder,
+                root / folder,
+                ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"),
+            )
+        (root / "report").mkdir()
+        for template in (ROOT / "report").glob("template*"):
+            shutil.copy(template, root / "report")
+        shutil.copy(ROOT / "README.md", root)
+
+    @classmethod
+    def copy(cls, other: "Project", root: Path) -> "Project":
+        """Another project as it stands, with all that was run there, for one test to change."""
+        shutil.copytree(other.root, root)
+        project = cls.__new__(cls)
+        project.root = root
+        return project
+
+    def start(self, *arguments: str, module: str = "pipeline") -> subprocess.Popen:
+        environment = {**os.environ, "PYTHONPATH": str(self.root)}
+        command = [sys.executable, "-m", f"labcore.{module}", *arguments]
+        return subprocess.Popen(
+            command,
+            cwd=self.root,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def run(self, command: str = "report", *arguments: str) -> subprocess.CompletedProcess:
+        process = self.start(command, "--profile", "smoke", *arguments)
+        out, err = process.communicate(timeout=900)
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+    def verify(self) -> tuple[int, str]:
+        process = self.start("--profile", "smoke", module="verify")
+        _, err = process.communicate(timeout=300)
+        return process.returncode, err
+
+    def status(self, *arguments: str) -> dict[str, str]:
+        result = self.run("status", *arguments)
+        assert result.returncode == 0, result.stderr
+        return dict(re.split(r"\s+", line, maxsplit=1) for line in result.stdout.splitlines())
+
+    def report_status(self) -> dict[str, str]:
+        """Of the report and the stages it needs; the studies never ran in most tests."""
+        return {name: reason for name, reason in self.status().items() if name in [*STAGES, "report"]}
+
+    def hashes(self, *folders: str) -> dict[str, str]:
+        files = [
+            path
+            for folder in folders
+            for path in sorted((self.root / folder).rglob("*"))
+            if path.is_file() and ".stamp" not in path.name
+        ]
+        return {
+            str(path.relative_to(self.root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files
+        }
+
+    def edit(self, name: str, change) -> None:
+        path = self.root / name
+        path.write_text(change(path.read_text(encoding="utf-8")), encoding="utf-8")
+
+    def edit_notebook(self, name: str, kind: str, change) -> None:
+        path = self.root / "notebooks" / f"{name}.ipynb"
+        notebook = nbformat.read(path, as_version=4)
+        cell = next(
+            cell
+            for cell in notebook.cells
+            if cell.cell_type == kind and "parameters" not in cell.metadata.get("tags", [])
+        )
+        cell.source = change(cell.source)
+        nbformat.write(notebook, path)
