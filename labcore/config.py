@@ -261,7 +261,13 @@ _smoke = replace(
 )
 
 # A wider network, up to two hours on two slow cores (benchmarks/README.md).
-_cpu_long = replace(_cpu, name="cpu-long", width=40, fp32=replace(_cpu.fp32, weight_decay=6e-4))
+_cpu_long = replace(
+    _cpu,
+    name="cpu-long",
+    width=40,
+    fp32=replace(_cpu.fp32, weight_decay=6e-4),
+    qat=replace(_cpu.qat, augment=Augment()),
+)
 
 _full = replace(
     _cpu,
