@@ -224,10 +224,10 @@ def _r8(found: dict, checks: dict, reference: dict) -> Claim:
 
 def _r9(found: dict, checks: dict, reference: dict) -> Claim:
     ptq, study = found["compare"]["paired"]["ptq"], found["observers"]
-    best = f", the best scheme {_drop(study['verdict']['best_ptq'])}" if study else ""
+    best = f", with the best scheme {_drop(study['verdict']['best_ptq'])}" if study else ""
     value = (
-        f"The converted network holds {checks['n_int8_additions']} int8 additions and no float one. With them the reference's "
-        f"scheme costs {_drop(ptq)}{best}."
+        f"The converted network holds {checks['n_int8_additions']} int8 additions and no float one; PTQ costs {_drop(ptq)} with "
+        f"them{best}."
     )
     verdict = REFUTED if checks["n_int8_additions"] else OPEN
     claim = "The residual addition must stay in floating point."
