@@ -85,10 +85,8 @@ def crop_flip(images: Tensor, config: Augment, rng: np.random.Generator) -> Tens
             f"augment.crop_padding must be below {min(height, width)} pixels to reflect these images, found {pad}; lower it."
         )
     padded = TF.pad(images, [pad], padding_mode=config.padding_mode)
-    batch = torch.arange(count, device=images.device).view(count, 1, 1)
-    return padded[batch, :, rows[:, :, None], columns[:, None, :]].permute(
-        0, 3, 1, 2
-    )  # (B, H, W, 3) seen as (B, 3, H, W)
+    pixels = (rows[:, :, None] * padded.shape[3] + columns[:, None, :]).flatten(1)  # (B, H W)
+    return padded.flatten(2).gather(2, pixels[:, None].expand(-1, images.shape[1], -1)).view(images.shape)
 
 
 def _blend(x: Tensor, other: Tensor | float, factor: Tensor) -> Tensor:
@@ -124,6 +122,7 @@ def color_jitter(x: Tensor, config: Augment, rng: np.random.Generator) -> Tensor
         "saturation": lambda part, factor: _blend(part, grey(part), factor),
         "hue": adjust_hue,
     }
+    x = x.clone(memory_format=torch.contiguous_format)
     count = len(x)
     order = rng.random((count, 4)).argsort(axis=1)  # (B, 4)
     strengths = [
@@ -136,7 +135,7 @@ def color_jitter(x: Tensor, config: Augment, rng: np.random.Generator) -> Tensor
             chosen = np.flatnonzero(order[:, turn] == number)
             index = on(x, chosen, torch.int64)
             factor = on(x, strengths[number][chosen]).view(-1, 1, 1, 1)
-            x = x.index_copy(0, index, adjust(x[index], factor))
+            x.index_copy_(0, index, adjust(x[index], factor))
     return x
 
 
