@@ -11,6 +11,7 @@ from labcore.run import Run
 CONFIRMED, REFUTED, CONDITION, OPEN = "confirmed", "refuted", "holds under a condition", "no evidence here"
 SMALL_PP = 0.1  # what the reference calls little accuracy
 # Schemes of notebook 05 and their peers, all else the same: a scale that is rounded or not, an exponent that is clamped or not.
+# A float scale spans the whole range; where an exponent is chosen by its error, it may also clip.
 PEERS = {"no_clamp": "float_same", "best_ptq": "float_best", "reference": "no_clamp"}
 
 
@@ -77,6 +78,9 @@ def _small(row: dict) -> bool | None:
     if row["acc_drop_pp_low"] < SMALL_PP <= row["acc_drop_pp_high"]:
         return None
     return row["acc_drop_pp_high"] < SMALL_PP
+
+
+_WORDS = {True: "under 0.1", False: "not under 0.1", None: "too few images to tell"}
 
 
 def _speed(row: dict) -> str:
@@ -172,11 +176,10 @@ def _r6(found: dict, checks: dict, reference: dict) -> Claim:
     if not found["observers"]:
         return _missing("R6", claim, "observers")
     nearest, least = checks["rounding"]["no_clamp"], checks["rounding"]["best_ptq"]
-    words = {True: "under 0.1", False: "not under 0.1", None: "too few images to tell"}
     verdict = {True: CONFIRMED, None: OPEN, False: CONDITION if _small(least) else REFUTED}[_small(nearest)]
     value = (
         f"Each against the same scheme with float scales: the nearest exponent, the reference's way, costs {_drop(nearest)}, "
-        f"{words[_small(nearest)]}; the least-error exponent, per channel, {_drop(least)}, {words[_small(least)]}."
+        f"{_WORDS[_small(nearest)]}; the least-error exponent, per channel, {_drop(least)}, {_WORDS[_small(least)]}."
     )
     return Claim("R6", claim, verdict, value, "observers", "verdict", "05_rules")
 
@@ -196,13 +199,12 @@ def _r7(found: dict, checks: dict, reference: dict) -> Claim:
             "02_exponents",
         )
     clamp = checks["rounding"]["reference"]
-    costly = clamp["acc_drop_pp_low"] > 0
     most = study["n_tensors_below"] > study["n_tensors"] / 2
-    verdict = CONFIRMED if not most else REFUTED if costly else CONDITION
+    verdict = {True: CONDITION, False: REFUTED, None: OPEN}[_small(clamp)] if most else CONFIRMED
     value = (
         f"{study['n_tensors_below']} of {study['n_tensors']} weight tensors and {study['share_channels_below']:.0%} of "
-        f"{study['n_channels']} channels want an exponent below -8; activations do not. With one scale per tensor the clamp "
-        f"{'costs' if costly else 'shows no loss:'} {_drop(clamp)}."
+        f"{study['n_channels']} channels want an exponent below -8; the clamp changed {ptq['n_activations_clamped']} of {ptq['n_activations']} "
+        f"activations. With one scale per tensor the clamp costs {_drop(clamp)}, {_WORDS[_small(clamp)]}."
     )
     return Claim("R7", claim, verdict, value, "observers", "n_tensors_below", "05_error")
 
@@ -224,10 +226,10 @@ def _r8(found: dict, checks: dict, reference: dict) -> Claim:
 
 def _r9(found: dict, checks: dict, reference: dict) -> Claim:
     ptq, study = found["compare"]["paired"]["ptq"], found["observers"]
-    best = f", with the best scheme {_drop(study['verdict']['best_ptq'])}" if study else ""
+    best = f" The best scheme of study 05 costs {_drop(study['verdict']['best_ptq'])}." if study else ""
     value = (
         f"The converted network holds {checks['n_int8_additions']} int8 additions and no float one; PTQ costs {_drop(ptq)} with "
-        f"them{best}."
+        f"them.{best}"
     )
     verdict = REFUTED if checks["n_int8_additions"] else OPEN
     claim = "The residual addition must stay in floating point."

@@ -280,7 +280,7 @@ def _study_tables(stages: dict[str, dict]) -> dict:
                 key for key in study[name][0] if isinstance(study[name][0][key], str) or key.endswith("bits")
             ]
             tables[f"{name}_table"] = table(study[name], keys, shown)
-        verdict = [{"network": VERDICT[name]} | row for name, row in study["verdict"].items()]
+        verdict = [{"network": title} | study["verdict"][name] for name, title in VERDICT.items()]
         tables["verdict_table"] = table(verdict, ["network"], [*shown, "p_value"])
         tables["kernels_table"] = table(study["kernels"], ["activation bits", "sums"], [*shown, "logit_mse"])
         tables["overflow_table"] = table(

@@ -32,9 +32,9 @@ FIRST_SEEDS = 2
 class Trainings(Study):
     """Short trainings on a run's images: its network at half the width, six epochs of a quarter of the images.
 
-    The recipe that all others are held against has small images in four of its epochs, which makes it quicker, a warm-up, one
-    cosine to zero, crops and flips, and nothing else that the study asks for; batch size, learning rate, weight decay and label
-    smoothing are the profile's. Six epochs hold the
+    The recipe that all others are held against has a warm-up, one cosine to zero, crops and flips, and small images in its
+    first four epochs, which makes it quicker. It has nothing else that the study asks for; batch size, learning rate, weight decay
+    and label smoothing are the profile's. Six epochs hold the
     reference's learning-rate curve in small: its 300 epochs end at three quarters of the third of the cycles of 50, 100 and
     200 epochs, as six do of 1, 2 and 4.
     """

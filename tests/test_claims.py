@@ -198,11 +198,12 @@ def test_a_claim_without_its_study_says_so(claim, study):
         ("R6", {}, {}, CONDITION),
         ("R6", {}, {"rounding.no_clamp": pair(-0.2)}, CONFIRMED),
         ("R6", {}, {"rounding.best_ptq": pair(0.4)}, REFUTED),
-        # An interval that holds both answers gives none.
         ("R6", {}, {"rounding.best_ptq": pair(0.0)}, REFUTED),
+        # An interval that holds both answers gives none.
         ("R6", {}, {"rounding.no_clamp": pair(0.0)}, OPEN),
-        ("R7", {}, {}, CONDITION),
-        ("R7", {}, {"rounding.reference": pair(0.3)}, REFUTED),
+        ("R7", {}, {}, OPEN),
+        ("R7", {}, {"rounding.reference": pair(-0.2)}, CONDITION),
+        ("R7", {}, {"rounding.reference": pair(0.4)}, REFUTED),
         ("R7", {"observers.n_tensors_below": 4}, {"rounding.reference": pair(0.3)}, CONFIRMED),
         ("R7", {"observers": None, "ptq.n_weights_clamped": 1}, {"rounding": {}}, CONFIRMED),
         ("R8", {}, {}, REFUTED),

@@ -31,8 +31,9 @@ def test_a_tolerance_is_relative():
     assert list(differences("ms", 1002.0, 1000.0, 1e-3))
 
 
-def test_the_committed_report_follows_from_its_results():
-    assert verify.verify("cpu") == []
+@pytest.mark.parametrize("profile", ["cpu", "cpu-long"])
+def test_the_committed_report_follows_from_its_results(profile):
+    assert verify.verify(profile) == []
 
 
 @pytest.mark.parametrize(
