@@ -243,12 +243,12 @@ _smoke = replace(
     name="smoke",
     data="digits",
     width=8,
-    fp32=Recipe(
+    fp32=replace(
+        _cpu.fp32,
         epochs=3,
         batch_size=64,
         lr=0.2,
-        init="whitened",
-        bias_lr=16.0,
+        small_share=0.0,
         augment=replace(_reflected, flip_prob=0.0),
     ),
     qat=Recipe(

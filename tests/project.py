@@ -1,6 +1,7 @@
 """A copy of the project, in which tests run the whole lab on profile smoke."""
 
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -62,6 +63,9 @@ class Project:
         process = self.start("--profile", "smoke", module="verify")
         _, err = process.communicate(timeout=300)
         return process.returncode, err
+
+    def metrics(self, stage: str) -> dict:
+        return json.loads((self.root / f"runs/smoke/{stage}/metrics.json").read_text(encoding="utf-8"))
 
     def status(self, *arguments: str) -> dict[str, str]:
         result = self.run("status", *arguments)

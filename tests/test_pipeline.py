@@ -64,7 +64,7 @@ def test_the_report_has_all_parts_and_its_numbers_are_those_of_the_artifacts(bui
     for part in range(1, 7):
         assert f"## Part {part}:" in report
     for stage in ("fp32", "ptq", "qat"):
-        metrics = json.loads((built.root / f"runs/smoke/{stage}/metrics.json").read_text())
+        metrics = built.metrics(stage)
         assert f"{metrics['test']['acc']:.2%}" in report
     assert "Digits (scikit-learn)" in report
     pictures = re.findall(r"\]\((\.\./[^)]+\.png)\)", report)
@@ -73,10 +73,7 @@ def test_the_report_has_all_parts_and_its_numbers_are_those_of_the_artifacts(bui
 
 
 def test_the_network_learned_and_quantization_kept_it(built):
-    accuracy = {
-        stage: json.loads((built.root / f"runs/smoke/{stage}/metrics.json").read_text())["test"]["acc"]
-        for stage in ("fp32", "ptq", "qat")
-    }
+    accuracy = {stage: built.metrics(stage)["test"]["acc"] for stage in ("fp32", "ptq", "qat")}
     assert accuracy["fp32"] > 0.9
     assert min(accuracy.values()) > accuracy["fp32"] - 0.05
 

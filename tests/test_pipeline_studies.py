@@ -1,6 +1,5 @@
 """All studies on profile smoke, in a copy of the project: their notebooks, their part of the report, their cells' files."""
 
-import json
 import platform
 import re
 import shutil
@@ -32,19 +31,19 @@ def test_the_report_has_a_section_for_each_study_with_its_numbers(studied):
     report = (studied.root / "report/smoke/report.md").read_text(encoding="utf-8")
     assert not re.search(r"[^\n]\n##+ ", report), "a heading has an empty line before it"
     assert "make studies" not in report and not re.search(r"undefined|\bnan\b|\{\{|\{%", report)
-    verdict = json.loads((studied.root / "runs/smoke/observers/metrics.json").read_text())["verdict"]
+    verdict = studied.metrics("observers")["verdict"]
     for row in verdict.values():
         assert f"| {row['acc']:.2%} |" in report
-    front = json.loads((studied.root / "runs/smoke/mixed/metrics.json").read_text())
+    front = studied.metrics("mixed")
     assert f"{100 * front['size_ratio']:.0f} % of the 8-bit file" in report
-    training = json.loads((studied.root / "runs/smoke/training/metrics.json").read_text())
+    training = studied.metrics("training")
     for rows in training["tables"].values():
         assert all(f"| {row['recipe']} | {row['seeds']} | {row['acc']:.2%} |" in report for row in rows)
 
 
 def test_every_engine_answers_and_has_its_row(studied):
     report = (studied.root / "report/smoke/report.md").read_text(encoding="utf-8")
-    study = json.loads((studied.root / "runs/smoke/engines/metrics.json").read_text())
+    study = studied.metrics("engines")
     answers = {row["engine"]: row for row in study["answers"]}
     if platform.machine() in ("x86_64", "AMD64") and shutil.which("g++"):
         assert study["skipped"] == {} and len(answers) == len(ENGINES)
@@ -81,9 +80,9 @@ def test_a_study_that_runs_again_takes_its_cells_from_their_files(studied):
     assert len(cells) > 40
     cells[0].unlink()
     (studied.root / "runs/smoke/training.stamp.json").unlink()
-    before = json.loads((studied.root / "runs/smoke/training/metrics.json").read_text())
+    before = studied.metrics("training")
     assert studied.run("studies").returncode == 0
     assert cells[0].exists(), "the missing cell was computed again"
     assert all(path.stat().st_mtime_ns == times[path] for path in cells[1:]), "no other was"
-    after = json.loads((studied.root / "runs/smoke/training/metrics.json").read_text())
+    after = studied.metrics("training")
     assert after == before
