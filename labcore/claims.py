@@ -4,8 +4,11 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from statistics import median
 
+import numpy as np
+
 from labcore.artifacts import read_json
 from labcore.config import NOTEBOOKS, STUDIES
+from labcore.evaluate import compare_paired
 from labcore.run import Run
 
 CONFIRMED, REFUTED, CONDITION, OPEN = "confirmed", "refuted", "holds under a condition", "no evidence here"
@@ -52,6 +55,19 @@ def evidence(run: Run) -> dict[str, dict | None]:
         valid = stage not in STUDIES or network(stage) == network("compare") is not None
         found[stage] = run.metrics(stage) if valid else None
     return found
+
+
+def rounding_costs(logits: Callable[[str], tuple[np.ndarray, np.ndarray]]) -> dict[str, dict]:
+    """What rounding the scale costs, and clamping the exponent: each scheme of PEERS against its peer, paired by image.
+
+    Args:
+        logits: from a scheme's name in notebook 05's verdict to its logits (N, classes) and labels (N,) on test images.
+    """
+    costs = {}
+    for name, peer in PEERS.items():
+        before, labels = logits(peer)
+        costs[name] = compare_paired(before, logits(name)[0], labels)
+    return costs
 
 
 def ledger(found: dict[str, dict | None], checks: dict, reference: dict) -> list[dict]:
@@ -181,7 +197,7 @@ def _r6(found: dict, checks: dict, reference: dict) -> Claim:
         f"Each against the same scheme with float scales: the nearest exponent, the reference's way, costs {_drop(nearest)}, "
         f"{_WORDS[_small(nearest)]}; the least-error exponent, per channel, {_drop(least)}, {_WORDS[_small(least)]}."
     )
-    return Claim("R6", claim, verdict, value, "observers", "verdict", "05_rules")
+    return Claim("R6", claim, verdict, value, "claims", "checks.rounding", "05_rules")
 
 
 def _r7(found: dict, checks: dict, reference: dict) -> Claim:

@@ -11,6 +11,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ import pandas as pd
 from labcore import LabError
 from labcore.artifacts import ROOT, UNREADABLE, read_json, sha256_file
 from labcore.checkpoint import first_line
-from labcore.claims import PEERS, ledger
+from labcore.claims import ledger, rounding_costs
 from labcore.config import NOTEBOOKS, PROFILES, nearest
 from labcore.evaluate import (
     bootstrap_drop,
@@ -185,11 +186,7 @@ class Results:
         """The ledger, from the other stages' metrics."""
         found = {stage: self.stages.get(stage) for stage in NOTEBOOKS if stage != "claims"}
         checks = self.stages["claims"]["checks"]
-        rounding = {}
-        if found["observers"]:
-            for name, peer in PEERS.items():
-                before, labels = self.logits("observers", peer)
-                rounding[name] = compare_paired(before, self.logits("observers", name)[0], labels)
+        rounding = rounding_costs(partial(self.logits, "observers")) if found["observers"] else {}
         yield from differences("claims.checks.rounding", checks["rounding"], rounding)
         again = ledger(found, checks | {"rounding": rounding}, read_json(REFERENCE))
         yield from differences("claims.rows", self.stages["claims"]["rows"], again)

@@ -4,9 +4,10 @@ import copy
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from labcore.claims import CONDITION, CONFIRMED, OPEN, REFUTED, ledger
+from labcore.claims import CONDITION, CONFIRMED, OPEN, REFUTED, ledger, rounding_costs
 
 REFERENCE = json.loads((Path(__file__).parent.parent / "report/template_reference.json").read_text())
 
@@ -234,6 +235,20 @@ def test_a_claim_without_its_study_says_so(claim, study):
 )
 def test_a_verdict_follows_from_its_number(claim, changes, checks, verdict):
     assert rows(changes, checks)[claim]["verdict"] == verdict
+
+
+def test_rounding_costs_what_a_scheme_loses_against_its_peer():
+    labels = np.zeros(100, dtype=np.int64)
+
+    def logits(right: int) -> np.ndarray:
+        values = np.tile([0.0, 1.0], (100, 1))
+        values[:right] = 1.0, 0.0
+        return values
+
+    right = {"float_same": 90, "no_clamp": 85, "reference": 80, "float_best": 90, "best_ptq": 91}
+    costs = rounding_costs(lambda name: (logits(right[name]), labels))
+    drops = {name: round(cost["acc_drop_pp"], 9) for name, cost in costs.items()}
+    assert drops == {"no_clamp": 5.0, "best_ptq": -1.0, "reference": 5.0}, "not against FP32"
 
 
 def test_speed_and_time_are_computed_from_the_parts():
