@@ -266,7 +266,6 @@ _cpu_long = replace(
     name="cpu-long",
     width=40,
     fp32=replace(_cpu.fp32, weight_decay=6e-4),
-    qat=replace(_cpu.qat, augment=Augment()),  # black borders, as its committed report was made
 )
 
 _full = replace(

@@ -211,6 +211,7 @@ def update(
         partner = labels[partner]
     if loop.side:
         x = F.interpolate(x, size=loop.side, mode="bilinear", antialias=True)
+    micro = loop.micro
     while True:
         for optimizer in loop.optimizers:
             optimizer.zero_grad(set_to_none=True)
@@ -218,6 +219,11 @@ def update(
             loss, hits = _gradients(loop, x, labels, partner, share)
             break
         _halve(loop)  # after the error and what it held are gone
+    if loop.micro < micro:
+        print(
+            f"note: out of GPU memory; going on with {loop.micro} images at a time and the same batch of "
+            f"{recipe.batch_size}. BatchNorm averages over the smaller parts."
+        )
     if recipe.clip_norm:
         nn.utils.clip_grad_norm_(loop.model.parameters(), recipe.clip_norm)
     for optimizer in loop.optimizers:
@@ -263,7 +269,3 @@ def _halve(loop: Loop) -> None:
         raise LabError(f"out of GPU memory with {loop.micro} images at a time; set micro_batch below that.")
     loop.micro = math.ceil(loop.micro / 2)
     torch.cuda.empty_cache()
-    print(
-        f"note: out of GPU memory; going on with {loop.micro} images at a time and the same batch of "
-        f"{loop.recipe.batch_size}. BatchNorm averages over the smaller parts."
-    )
