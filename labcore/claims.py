@@ -281,7 +281,9 @@ def _r11(found: dict, checks: dict, reference: dict) -> Claim:
         batch = 2 * study["batch_size"]
         value += (
             f" In small, at batch {batch}: twice the rate {_trained(study, 'batch', f'batch {batch}, rate times 2')}, three times "
-            f"{_trained(study, 'batch', f'batch {batch}, rate times 3')} against the smaller batch."
+            f"{_trained(study, 'batch', f'batch {batch}, rate times 3')} against the smaller batch. With three times the rate the "
+            f"smaller batch itself changes by {_trained(study, 'batch', f'batch {batch // 2}, rate times 3')}: what a rate does in so "
+            "short a training need not come from the batch."
         )
     return Claim(
         "R11",

@@ -94,8 +94,8 @@ FOUND = {
         "tables": {
             "schedule": schedules(-3.0, -0.4),
             "batch": [
-                {"recipe": f"batch 256, rate times {factor}", "diff_pp": -1.0, "diff_pp_std": 0.2, "seeds": 3}
-                for factor in (2, 3)
+                {"recipe": f"batch {batch}, rate times {factor}", "diff_pp": change, "diff_pp_std": 0.2, "seeds": 3}
+                for batch, factor, change in ((128, 3, 2.5), (256, 2, -1.0), (256, 3, -1.0))
             ],
         },
         "batch_size": 128,
@@ -249,6 +249,10 @@ def test_rounding_costs_what_a_scheme_loses_against_its_peer():
     costs = rounding_costs(lambda name: (logits(right[name]), labels))
     drops = {name: round(cost["acc_drop_pp"], 9) for name, cost in costs.items()}
     assert drops == {"no_clamp": 5.0, "best_ptq": -1.0, "reference": 5.0}, "not against FP32"
+
+
+def test_a_rate_is_judged_at_both_batches():
+    assert "with three times the rate the smaller batch itself changes by +2.50" in rows()["R11"]["value"].lower()
 
 
 def test_speed_and_time_are_computed_from_the_parts():
