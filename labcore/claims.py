@@ -1,10 +1,12 @@
 """The ledger: each claim of the reference, what was measured about it, and the verdict. A pure function of saved results."""
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from statistics import median
 
 import numpy as np
+from scipy import stats
 
 from labcore.artifacts import read_json
 from labcore.config import NOTEBOOKS, STUDIES
@@ -273,6 +275,27 @@ def _trained(study: dict, question: str, recipe: str) -> str:
     return f"{row['diff_pp']:+.2f} points{spread}"
 
 
+_TOO_FEW_SEEDS = " That is too few seeds to tell."
+
+
+def _seed_interval(row: dict) -> tuple[float, float]:
+    """95 % interval of a mean difference over seeds, in points, by Student's t; any value where one seed stands alone."""
+    if row["seeds"] < 2:
+        return -math.inf, math.inf
+    half = stats.t.ppf(0.975, row["seeds"] - 1) * row["diff_pp_std"] / math.sqrt(row["seeds"])
+    return row["diff_pp"] - half, row["diff_pp"] + half
+
+
+def _helps(row: dict) -> bool | None:
+    """Whether a recipe is better than the one it is held against; None where the interval over seeds holds both answers."""
+    low, high = _seed_interval(row)
+    return True if low > 0 else False if high <= 0 else None
+
+
+def _over_seeds(row: dict) -> str:
+    return f"{row['diff_pp']:+.2f} points ({_signed(*_seed_interval(row))}, {row['seeds']} seeds)"
+
+
 def _r11(found: dict, checks: dict, reference: dict) -> Claim:
     claim = "Linear scaling takes the learning rate from 0.1 to 0.3 for batches of 256 instead of 128."
     study, linear = found["training"], 0.1 * 256 / 128
@@ -305,16 +328,15 @@ def _r12(found: dict, checks: dict, reference: dict) -> Claim:
     if not study:
         return _missing("R12", claim, "training", known)
     rows = {row["recipe"]: row for row in study["tables"]["schedule"]}
-    held = [
-        rows[name]["diff_pp"] > (rows[name]["diff_pp_std"] or 0)
-        for name in ("restarts, stopped in mid-cycle", "restarts, ending with a cycle")
-    ]
+    restarts = [rows[f"restarts, {name}"] for name in ("stopped in mid-cycle", "ending with a cycle")]
+    helps = [_helps(row) for row in restarts]
     value = (
-        f"{known} Against one cosine, restarts stopped in mid-cycle give "
-        f"{_trained(study, 'schedule', 'restarts, stopped in mid-cycle')}, restarts that end with a cycle "
-        f"{_trained(study, 'schedule', 'restarts, ending with a cycle')}."
+        f"{known} Against one cosine, restarts stopped in mid-cycle give {_over_seeds(restarts[0])}, restarts that end with a "
+        f"cycle {_over_seeds(restarts[1])}."
     )
-    verdict = CONFIRMED if all(held) else CONDITION if any(held) else REFUTED
+    if None in helps:
+        value += _TOO_FEW_SEEDS
+    verdict = CONFIRMED if all(helps) else CONDITION if any(helps) else OPEN if None in helps else REFUTED
     return Claim("R12", claim, verdict, value, "training", "tables.schedule", "07_recipes")
 
 
@@ -339,8 +361,8 @@ def _r14(found: dict, checks: dict, reference: dict) -> Claim:
     augmented, rounded = seen["augmented as in the reference"], study["hidden_by_rounding_pp"]
     mixed = augmented - seen["… and its mixup"]
     value = (
-        f"The reference's augmentation hides {seen['as they are'] - augmented:.2f} points, its mixup {mixed:.2f} more, "
-        f"fake quantization {rounded:.2f}."
+        f"The reference's augmentation hides {seen['as they are'] - augmented:.2f} points, its mixup on top {mixed:+.2f}, "
+        f"fake quantization {rounded:+.2f}."
     )
     verdict = CONFIRMED if min(mixed, rounded) > 1 else CONDITION if max(mixed, rounded) > 1 else REFUTED
     return Claim("R14", claim, verdict, value, "training", "hidden")
@@ -371,11 +393,12 @@ def _r17(found: dict, checks: dict, reference: dict) -> Claim:
     if not study:
         return _missing("R17", claim, "training", "One seed cannot tell.")
     row = study["trained_on"]["qat"]
+    helps = _helps(row | {"seeds": study["n_seeds"]})
     value = (
-        f"Against FP32 trained on for as long: {row['diff_pp']:+.2f} points (spread {row['diff_pp_std']:.2f}, "
-        f"{study['n_seeds']} seeds)."
+        f"Against FP32 trained on for as long: {_over_seeds(row | {'seeds': study['n_seeds']})}."
+        f"{_TOO_FEW_SEEDS if helps is None else ''}"
     )
-    verdict = CONFIRMED if row["diff_pp"] > row["diff_pp_std"] else REFUTED
+    verdict = {True: CONFIRMED, None: OPEN, False: REFUTED}[helps]
     return Claim("R17", claim, verdict, value, "training", "trained_on")
 
 
