@@ -301,11 +301,12 @@ def _r11(found: dict, checks: dict, reference: dict) -> Claim:
     study, linear = found["training"], 0.1 * 256 / 128
     value = f"The rule gives {linear:.1f}."
     if study:
-        batch = 2 * study["batch_size"]
+        smaller = study["batch_size"]
+        batch = 2 * smaller
         value += (
             f" In small, at batch {batch}: twice the rate {_trained(study, 'batch', f'batch {batch}, rate times 2')}, three times "
             f"{_trained(study, 'batch', f'batch {batch}, rate times 3')} against the smaller batch. With three times the rate the "
-            f"smaller batch itself changes by {_trained(study, 'batch', f'batch {batch // 2}, rate times 3')}: what a rate does in so "
+            f"smaller batch itself changes by {_trained(study, 'batch', f'batch {smaller}, rate times 3')}: what a rate does in so "
             "short a training need not come from the batch."
         )
     return Claim(
@@ -392,10 +393,10 @@ def _r17(found: dict, checks: dict, reference: dict) -> Claim:
     claim, study = "The noise of QAT regularises.", found["training"]
     if not study:
         return _missing("R17", claim, "training", "One seed cannot tell.")
-    row = study["trained_on"]["qat"]
-    helps = _helps(row | {"seeds": study["n_seeds"]})
+    row = study["trained_on"]["qat"] | {"seeds": study["n_seeds"]}
+    helps = _helps(row)
     value = (
-        f"Against FP32 trained on for as long: {_over_seeds(row | {'seeds': study['n_seeds']})}."
+        f"Against FP32 trained on for as long: {_over_seeds(row)}."
         f"{_TOO_FEW_SEEDS if helps is None else ''}"
     )
     verdict = {True: CONFIRMED, None: OPEN, False: REFUTED}[helps]
