@@ -61,6 +61,42 @@ def layers(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
+class RoundedAverage(nn.Module):
+    """Average pooling (B, C, H, W) -> (B, C, 1, 1) that rounds as its int8 kernel does: to the grid of its input.
+
+    torch puts no fake quantization behind a pooling layer. For a maximum that is right, since it lies on the grid already. A mean
+    does not, and with the coarse grid of a sum before it, training and simulation would count on digits that int8 has not.
+
+    Args:
+        pool: the pooling itself, which `convert` puts back.
+        grid: the fake quantization of its input. It observes nothing here; a learned scale gets no gradient from here.
+    """
+
+    def __init__(self, pool: nn.AdaptiveAvgPool2d, grid: FakeQuantizeBase):
+        super().__init__()
+        self.pool = pool
+        self._grid = (grid,)  # in a tuple: it belongs to another module, and is to be saved there alone
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The mean of every channel, rounded where the grid's fake quantization is on."""
+        x, (grid,) = self.pool(x), self._grid
+        if grid.fake_quant_enabled[0] == 0:
+            return x
+        known = isinstance(grid, tq.FakeQuantize)
+        scale, zero_point = (grid.scale, grid.zero_point) if known else grid.calculate_qparams()
+        return torch.fake_quantize_per_tensor_affine(
+            x, scale.detach(), zero_point.to(torch.int32), grid.quant_min, grid.quant_max
+        )
+
+
+def _round_average(prepared: QuantizableResNet) -> QuantizableResNet:
+    if isinstance(prepared.avgpool, nn.AdaptiveAvgPool2d):
+        grid = prepared.layer4[-1].add_relu.activation_post_process
+        if isinstance(grid, FakeQuantizeBase):
+            prepared.avgpool = RoundedAverage(prepared.avgpool, grid)
+    return prepared
+
+
 def _set_qconfig(prepared: nn.Module, qconfig: QConfig, overrides: dict[str, QConfig] | None) -> None:
     prepared.qconfig = qconfig
     modules = dict(prepared.named_modules())
@@ -80,7 +116,7 @@ def prepare_ptq(
     """
     prepared = fuse(model) if fused else copy.deepcopy(model).cpu().eval()
     _set_qconfig(prepared, qconfig, overrides)
-    return _quiet(tq.prepare, prepared, inplace=True)
+    return _round_average(_quiet(tq.prepare, prepared, inplace=True))
 
 
 def prepare_qat(
@@ -95,7 +131,7 @@ def prepare_qat(
     """
     prepared = fuse(model, is_qat=True) if keep_batchnorm else fuse(model).train()
     _set_qconfig(prepared, qconfig, overrides)
-    return _quiet(tq.prepare_qat, prepared, inplace=True)
+    return _round_average(_quiet(tq.prepare_qat, prepared, inplace=True))
 
 
 def calibration_batches(data: ImageData, split: Split, batch_size: int = 128) -> list[Tensor]:
@@ -219,7 +255,10 @@ def _refuse_not_finite(name: str, module: nn.Module, inputs: tuple[Tensor, ...])
 
 def convert(prepared: nn.Module) -> nn.Module:
     """An int8 copy on the CPU, in eval mode; weights are rounded, activations get fixed scales."""
-    return _quiet(tq.convert, copy.deepcopy(prepared).cpu().eval(), inplace=True)
+    model = copy.deepcopy(prepared).cpu().eval()
+    if isinstance(getattr(model, "avgpool", None), RoundedAverage):
+        model.avgpool = model.avgpool.pool
+    return _quiet(tq.convert, model, inplace=True)
 
 
 class _Known(tq.ObserverBase):

@@ -18,6 +18,7 @@ from labcore.model import build_model
 from labcore.qconfig import REFERENCE, CustomQConfig, Scheme, has_vnni, make_qconfig
 from labcore.qparams import inspect_qparams, qparams
 from labcore.quantize import (
+    RoundedAverage,
     calibrate,
     calibration_batches,
     convert,
@@ -520,6 +521,44 @@ def test_every_training_mode_calibrates_and_then_trains(mode, tiny_data, tiny_sp
     learned = {"qat": "conv1.weight", "learned": "log2_scale", "lsq": ".scale"}[mode]
     assert any(name.endswith(learned) for name in moved) and len(moved) > 10
     assert torch.isfinite(logits(convert(prepared), tiny_data)).all()
+
+
+@pytest.mark.parametrize("mode", ["qat", "learned", "lsq", "simulated"])
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+def test_an_average_is_rounded_in_simulation_as_its_int8_kernel_rounds_it(arch, mode, tiny_data, tiny_split):
+    scheme, prepare = REFERENCE, prepare_ptq if mode == "simulated" else prepare_qat
+    prepared = calibrate(prepare(network(arch), make_qconfig(scheme, scheme, mode)), tiny_data, tiny_split)
+    simulated = simulate(prepared) if mode == "simulated" else prepared.eval()
+    names = set(simulated.state_dict())
+    assert not any("avgpool" in name for name in names), "the grid is saved once, where it belongs"
+    int8, passed = convert(prepared), {}
+    assert type(int8.avgpool) is nn.AdaptiveAvgPool2d
+    assert isinstance(prepared.avgpool, RoundedAverage), "convert works on a copy"
+
+    def keep(_, inputs, output):
+        passed["int8"] = inputs[0].dequantize(), output.dequantize()
+
+    int8.avgpool.register_forward_hook(keep)
+    logits(int8, tiny_data)
+    given, expected = passed["int8"]
+    # Scales of "lsq" are no powers of two, so that code times scale has a last digit to differ in.
+    torch.testing.assert_close(simulated.avgpool(given), expected, rtol=1e-6 if mode == "lsq" else 0, atol=0)
+    assert not torch.equal(given.mean((2, 3), keepdim=True), expected), "here rounding changes something"
+    simulated.apply(torch.ao.quantization.disable_fake_quant)
+    torch.testing.assert_close(simulated.avgpool(given), given.mean((2, 3), keepdim=True))
+
+
+def test_a_rounded_average_follows_the_grid_of_its_own_copy(tiny_data, tiny_split):
+    """A copy that rounded to the grid of its original would pass every test but this one."""
+    qconfig = make_qconfig(REFERENCE, REFERENCE, "simulated")
+    original = calibrate(prepare_ptq(network("resnet18"), qconfig), tiny_data, tiny_split)
+    copied = simulate(original)
+    x = torch.rand(3, 32, 4, 4, generator=torch.Generator().manual_seed(0))
+    before = original.avgpool(x)
+    for scale in (0.5, 0.125):
+        copied.layer4[-1].add_relu.activation_post_process.scale.fill_(scale)
+        assert torch.equal(copied.avgpool(x), (x.mean((2, 3), keepdim=True) / scale).round() * scale)
+    assert torch.equal(original.avgpool(x), before)
 
 
 @pytest.mark.parametrize("per_channel", [False, True])
