@@ -89,8 +89,8 @@ class RoundedAverage(nn.Module):
         )
 
 
-def _round_average(prepared: QuantizableResNet) -> QuantizableResNet:
-    if isinstance(prepared.avgpool, nn.AdaptiveAvgPool2d):
+def _round_average(prepared: nn.Module) -> nn.Module:
+    if isinstance(prepared, QuantizableResNet) and isinstance(prepared.avgpool, nn.AdaptiveAvgPool2d):
         grid = prepared.layer4[-1].add_relu.activation_post_process
         if isinstance(grid, FakeQuantizeBase):
             prepared.avgpool = RoundedAverage(prepared.avgpool, grid)
