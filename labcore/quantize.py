@@ -82,14 +82,16 @@ class RoundedAverage(nn.Module):
         x, (grid,) = self.pool(x), self._grid
         if grid.fake_quant_enabled[0] == 0:
             return x
-        known = isinstance(grid, tq.FakeQuantize)
-        scale, zero_point = (grid.scale, grid.zero_point) if known else grid.calculate_qparams()
+        # tq.FakeQuantize keeps what it has just rounded with; its calculate_qparams would search for the scale once more.
+        kept = isinstance(grid, tq.FakeQuantize)
+        scale, zero_point = (grid.scale, grid.zero_point) if kept else grid.calculate_qparams()
         return torch.fake_quantize_per_tensor_affine(
             x, scale.detach(), zero_point.to(torch.int32), grid.quant_min, grid.quant_max
         )
 
 
 def _round_average(prepared: nn.Module) -> nn.Module:
+    """Let an average pool round in simulation, in place; `convert` takes this back."""
     if isinstance(prepared, QuantizableResNet) and isinstance(prepared.avgpool, nn.AdaptiveAvgPool2d):
         grid = prepared.layer4[-1].add_relu.activation_post_process
         if isinstance(grid, FakeQuantizeBase):
