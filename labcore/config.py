@@ -274,7 +274,7 @@ _full = replace(
     arch="resnet50",
     width=64,
     fp32=Recipe(
-        epochs=150,
+        epochs=60,
         batch_size=512,
         lr=0.4,
         weight_decay=5e-4,
@@ -286,8 +286,6 @@ _full = replace(
     ),
     qat=Recipe(epochs=6, batch_size=512, lr=0.002, weight_decay=5e-4, warmup=0.1, freeze_at=0.67),
     eval_batch_size=500,
-    latency_rounds=50,
-    latency_runs=20,
 )
 
 # The reference's own hyperparameters, to the letter (its 300 epochs end in the middle of the third cycle).
