@@ -390,7 +390,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nstopped; run again to go on from the last finished epoch.", file=sys.stderr)
+        print("\nstopped; run again to go on from the last checkpoint.", file=sys.stderr)
         return 130
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -25,8 +25,8 @@ from labcore.transforms import augment, mix
 class Diverged(LabError):
     """The loss or the weights are no longer finite; says where, and what is kept of the epochs before."""
 
-    def __init__(self, what: str, epoch: int):
-        kept = f" The checkpoint of epoch {epoch} is kept." if epoch else ""
+    def __init__(self, what: str, saved: int):
+        kept = f" The checkpoint of epoch {saved} is kept." if saved else ""
         super().__init__(f"{what}; lower lr or set clip_norm.{kept}")
 
 
@@ -93,6 +93,7 @@ class Loop:
     average: Average | None
     forward: Callable[[Tensor], Tensor]  # perhaps compiled, perhaps in DistributedDataParallel
     frozen: bool = False
+    saved: int = 0  # epochs that the newest checkpoint holds; 0 without one
     side: int = 0  # images are resized to so many pixels; 0 leaves them as they are
 
     @property
@@ -189,7 +190,7 @@ def run_epoch(
         raise Diverged(
             f"the training loss is no longer finite in epoch {epoch + 1} at step {bad[0] + 1} of {steps}, learning rate "
             f"{learning_rate(recipe, step, steps):.4g}",
-            epoch,
+            loop.saved,
         )
     seen = steps * recipe.batch_size
     return losses.sum().item() / seen, correct.item() / seen

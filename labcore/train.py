@@ -122,8 +122,10 @@ def fit(
 ) -> Result:
     """Train a copy of `model`, or go on where a killed run of the same kind stopped.
 
-    Writes a checkpoint and `history.csv` into `folder` after every epoch. A finished run is loaded, not repeated. In a
-    process group, every process calls this with the same arguments; the first one reads and writes the files.
+    Writes a checkpoint and `history.csv` into `folder` after every epoch. A checkpoint that takes more than a quarter of a
+    second waits until training took ten times as long since the last one: a large network on a GPU has short epochs, and
+    would spend much of them on writing. A finished run is loaded, not repeated. In a process group, every process calls this
+    with the same arguments; the first one reads and writes the files.
 
     Args:
         model: an FP32 network, or one prepared for QAT (then ranges and BatchNorm freeze at recipe.freeze_at).
@@ -146,6 +148,7 @@ def fit(
     clean = train[torch.linspace(0, len(train) - 1, min(len(train), len(validation))).long()]
     loop = new_loop(model, recipe, len(train))
     start, rows, best = _resume(loop, from_first(partial(load_checkpoint, folder, description_of_run)))
+    saved_at, saving = time.perf_counter(), 0.0
     shown = progress(recipe.epochs * loop.steps, description, unit="batch", disable=not loop.world.is_first)
     with shown as bar:
         bar.update(start * loop.steps)
@@ -158,7 +161,7 @@ def fit(
                 same_buffers(loop.average.model)
             val_loss, val_acc = score(loop.scored, images[validation], labels[validation], batch_size)
             clean_loss, clean_acc = score(loop.scored, images[clean], labels[clean], batch_size)
-            _check_finite(loop.model, val_loss, epoch)
+            _check_finite(loop, val_loss, epoch)
             rows.append(
                 {
                     "epoch": epoch + 1,
@@ -177,7 +180,12 @@ def fit(
             bar.set_postfix_str(f"epoch {epoch + 1}/{recipe.epochs} val {val_acc:.2%}")
             if loop.world.is_first:
                 _write_history(folder, rows)
-                _save(folder, description_of_run, loop, rows, best)
+            last, began = epoch + 1 == recipe.epochs, time.perf_counter()
+            if from_first(lambda: last or saving < 0.25 or began - saved_at >= 10 * saving):
+                if loop.world.is_first:
+                    _save(folder, description_of_run, loop, rows, best)
+                loop.saved, saved_at = epoch + 1, time.perf_counter()
+                saving = saved_at - began
     if loop.world.is_first:
         _write_history(folder, rows)  # where training was loaded, another run's may lie there
     model.load_state_dict(best["model"])
@@ -200,10 +208,10 @@ def _check_the_same(description: dict) -> None:
         )
 
 
-def _check_finite(model: nn.Module, loss: float, epoch: int) -> None:
+def _check_finite(loop: Loop, loss: float, epoch: int) -> None:
     """Diverged where the last update of an epoch spoilt the weights, so that they are never saved."""
-    if not (math.isfinite(loss) and all(torch.isfinite(value).all() for value in model.parameters())):
-        raise Diverged(f"the weights are no longer finite after epoch {epoch + 1}", epoch)
+    if not (math.isfinite(loss) and all(torch.isfinite(value).all() for value in loop.model.parameters())):
+        raise Diverged(f"the weights are no longer finite after epoch {epoch + 1}", loop.saved)
 
 
 def _write_history(folder: Path, rows: list[dict]) -> None:
@@ -234,4 +242,5 @@ def _resume(loop: Loop, state: dict | None) -> tuple[int, list[dict], dict | Non
         loop.average.model.load_state_dict(state["average"])
     for optimizer, saved in zip(loop.optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(saved)
+    loop.saved = len(state["rows"])
     return len(state["rows"]), state["rows"], state["best"]

@@ -305,6 +305,31 @@ def test_of_a_training_that_diverges_the_last_good_epoch_is_kept(
     assert len(again.history) == 3 and equal(again.state, fit(tmp_path / "b", tiny_data, tiny_split).state)
 
 
+def test_a_checkpoint_that_is_slow_to_write_is_written_less_often(tmp_path, tiny_data, tiny_split, monkeypatch):
+    saved, written, update, calls = [], checkpoint.save_checkpoint, steps.update, []
+
+    def slow(folder, state):
+        saved.append(len(state["rows"]))
+        time.sleep(0.4)
+        written(folder, state)
+
+    def broken(*args):
+        calls.append(1)
+        loss, hits = update(*args)
+        return loss * (float("nan") if len(calls) == 2 * 4 + 1 else 1), hits
+
+    monkeypatch.setattr(train, "save_checkpoint", slow)
+    monkeypatch.setattr(steps, "update", broken)
+    with pytest.raises(steps.Diverged, match=r"in epoch 3 at step 1 of 4, .* The checkpoint of epoch 1 is kept\."):
+        fit(tmp_path, tiny_data, tiny_split)
+    assert saved == [1]
+    monkeypatch.setattr(steps, "update", update)
+    again = fit(tmp_path, tiny_data, tiny_split)
+    assert saved == [1, 2, 3], "the last is always written"
+    monkeypatch.setattr(train, "save_checkpoint", written)
+    assert_same(again, fit(tmp_path / "b", tiny_data, tiny_split))
+
+
 def test_the_recipe_of_profile_full_trains_a_narrow_resnet50_and_its_qat(tmp_path, tiny_data, tiny_split):
     profile = PROFILES["full"]
     torch.manual_seed(0)
