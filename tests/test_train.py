@@ -525,7 +525,8 @@ def gradients(tiny_data, micro: int, **values) -> tuple[list[torch.Tensor], floa
 
 @pytest.mark.parametrize("micro", [1, 5, 6])
 @pytest.mark.parametrize("values", [{}, {"cutmix_alpha": 1.0, "cutmix_prob": 0.7}], ids=["plain", "cutmix"])
-def test_gradients_of_small_parts_add_up_to_those_of_the_batch(tiny_data, micro, values):
+def test_gradients_of_small_parts_add_up_to_those_of_the_batch(tiny_data, micro, values, monkeypatch):
+    monkeypatch.setattr(steps, "multiplies_bfloat16", lambda: False)  # its products are rounded in another order
     (whole, loss), (parts, same) = gradients(tiny_data, 0, **values), gradients(tiny_data, micro, **values)
     assert same == pytest.approx(loss, rel=1e-5)
     for expected, found in zip(whole, parts, strict=True):
