@@ -9,14 +9,18 @@ import itertools
 import math
 import re
 import shutil
+from operator import itemgetter
 from pathlib import Path
 
 import jinja2
+import numpy as np
 import pandas as pd
+from scipy.stats import spearmanr
 
 from labcore import LabError
 from labcore.artifacts import ROOT, atomic_path, read_json, sha256_file, write_json, write_text
 from labcore.config import NOTEBOOKS, PROFILES, STUDIES, get_profile, parse_overrides
+from labcore.evaluate import calibration, load_logits, paired_by_class
 from labcore.tables import formatted
 
 TEMPLATE = ROOT / "report" / "template.md"
@@ -222,6 +226,7 @@ def context(name: str) -> dict:
         **dict.fromkeys(STUDIES),
         **stages,
         **_study_tables(stages),
+        **_from_logits(folder, list(stages["compare"]["per_class"])),
         "profile": profile,
         "data": provenance["fp32"]["data"],
         "threads": provenance["compare"]["threads"],
@@ -235,6 +240,11 @@ def context(name: str) -> dict:
         "bootstrap_table": markdown_table(_resampled(stages["compare"]), "pair"),
         "latency_table": markdown_table(_latency(latency), "network"),
         "ablation_table": markdown_table(_ablation(stages["ptq"]["ablation"]), "scheme"),
+        "ablation_worse": [
+            f"*{escaped(row['scheme'])}* ({row['acc_drop_pp_low']:+.2f} to {row['acc_drop_pp_high']:+.2f})"
+            for row in stages["ptq"]["ablation"]
+            if row["acc_drop_pp_low"] > 0 or row["acc_drop_pp_high"] < 0
+        ],
         "history_table": markdown_table(_history(folder / "fp32" / "history.csv"), "epoch"),
         "recipe_table": markdown_table(recipes, "hyperparameter"),
         "augment_table": markdown_table(augments, "transform"),
@@ -247,6 +257,24 @@ def context(name: str) -> dict:
             _ledger(stages["claims"]["rows"], profile.name), "id", (5, 23, 13, 40, 19)
         ),
     }
+
+
+def _from_logits(folder: Path, classes: list[str]) -> dict:
+    """What the saved logits say of each class, and how sure each network is on the average."""
+    logits = {name: load_logits(folder / name / "logits.npz")[0] for name in NAMES}
+    labels = load_logits(folder / "fp32" / "logits.npz")[1]
+    by_class = {name: paired_by_class(logits["fp32"], logits[name], labels, classes) for name in ("ptq", "qat")}
+    n_tests = sum(map(len, by_class.values()))
+    changed = [
+        f"*{escaped(label)}* with {NAMES[name]} ({row['only_before']:.0f} lost, {row['only_after']:.0f} won)"
+        for name, table in by_class.items()
+        for label, row in table[table["p_value"] < 0.05 / n_tests].iterrows()
+    ]
+    bins = {name: calibration(logits[name], labels)[1] for name in NAMES}
+    confidence = {
+        name: float(np.average(table["confidence"], weights=table["count"])) for name, table in bins.items()
+    }
+    return {"classes_changed": changed, "class_tests": n_tests, "confidence": confidence}
 
 
 def _study_tables(stages: dict[str, dict]) -> dict:
@@ -292,6 +320,9 @@ def _study_tables(stages: dict[str, dict]) -> dict:
             ["codes", "activation bits"],
             ["wrong sums", "largest error"],
         )
+        tables["overflow_seen"] = any(
+            row["wrong sums"] > 0 for row in study["overflow"] if row["case"] == "trained layer"
+        )
     if study := stages.get("mixed"):
         front = sorted(study["front"], key=lambda row: row["size_mb"])
         tables["front_table"] = table(front, ["family", "name"], ["size_mb", *shown])
@@ -303,17 +334,22 @@ def _study_tables(stages: dict[str, dict]) -> dict:
             ["network"],
             [*shown, "p_value"],
         )
-        uniform = [row for row in front if row["family"] == "uniform"]
         beaten = {
             row["name"]: [
-                other["name"]
-                for other in uniform
-                if other["size_mb"] <= row["size_mb"] and other["acc"] >= row["acc"]
+                other
+                for other in front
+                if other is not row and other["size_mb"] <= row["size_mb"] and other["acc"] >= row["acc"]
             ]
             for row in front
             if row["family"] == "mixed"
         }
-        tables["beaten_allocations"] = [f"{name} by {by[0]}" for name, by in beaten.items() if by]
+        tables["beaten_allocations"] = [
+            f"{name} by {max(by, key=itemgetter('acc'))['name']}" for name, by in beaten.items() if by
+        ]
+        rises = {layer: row["one layer"] for layer, row in study["layers"].items()}
+        tables["size_correlation"] = spearmanr(
+            [study["sizes"][layer] for layer in rises], list(rises.values())
+        ).statistic
         tables["allocation_table"] = markdown_table(pd.DataFrame(study["allocations"]).astype(str), "layer")
     if study := stages.get("training"):
         columns = ["seeds", "acc", "acc_std", "diff_pp", "diff_pp_std"]

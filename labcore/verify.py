@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ import numpy as np
 import pandas as pd
 
 from labcore import LabError
-from labcore.artifacts import ROOT, UNREADABLE, read_json, sha256_file
+from labcore.artifacts import ROOT, UNREADABLE, read_json, sha256_file, write_json
 from labcore.checkpoint import first_line
 from labcore.claims import ledger, rounding_costs
 from labcore.config import NOTEBOOKS, PROFILES, nearest
@@ -182,14 +183,24 @@ class Results:
         }
         yield from differences("robustness", metrics, again)
 
+    def ledger(self) -> dict:
+        """What 08_claims saves, from the other stages' metrics and what that notebook measured itself."""
+        found = {stage: self.stages.get(stage) for stage in NOTEBOOKS if stage != "claims"}
+        rounding = rounding_costs(partial(self.logits, "observers")) if found["observers"] else {}
+        checks = self.stages["claims"]["checks"] | {"rounding": rounding}
+        rows = ledger(found, checks, read_json(REFERENCE))
+        return {"rows": rows, "checks": checks, "counts": dict(Counter(row["verdict"] for row in rows))}
+
     def claims(self) -> Iterator[str]:
         """The ledger, from the other stages' metrics."""
-        found = {stage: self.stages.get(stage) for stage in NOTEBOOKS if stage != "claims"}
-        checks = self.stages["claims"]["checks"]
-        rounding = rounding_costs(partial(self.logits, "observers")) if found["observers"] else {}
-        yield from differences("claims.checks.rounding", checks["rounding"], rounding)
-        again = ledger(found, checks | {"rounding": rounding}, read_json(REFERENCE))
-        yield from differences("claims.rows", self.stages["claims"]["rows"], again)
+        yield from differences("claims", self.stages["claims"], self.ledger())
+
+    def write_ledger(self) -> None:
+        """The ledger again, where the rules of labcore.claims have changed since the run."""
+        path = self.folder / "claims" / "metrics.json"
+        write_json(path, self.stages["claims"] | self.ledger())
+        self.facts["files"]["claims/metrics.json"] = sha256_file(path)
+        write_json(self.folder / "run.json", self.facts)
 
     def pages(self) -> Iterator[str]:
         """The report's pages, written again and compared byte by byte."""
@@ -272,11 +283,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--write",
         action="store_true",
-        help="write the pages again, as after a change of the report's template",
+        help="write the ledger and the pages again, as after a change of its rules or of the report's template",
     )
     options = parser.parse_args(arguments)
     try:
         if options.write:
+            Results(options.profile).write_ledger()
             build(options.profile)
         found = verify(options.profile)
     except LabError as error:
