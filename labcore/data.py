@@ -51,6 +51,11 @@ class Split:
     calibration: np.ndarray
 
     @property
+    def train_sample(self) -> np.ndarray:
+        """Evenly spaced training images, as many as there are validation images: those that are scored like them."""
+        return self.train[np.linspace(0, len(self.train) - 1, min(len(self.train), len(self.validation))).astype(int)]
+
+    @property
     def sha256(self) -> str:
         digest = hashlib.sha256()
         for part in (self.train, self.validation, self.calibration):

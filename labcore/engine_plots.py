@@ -34,7 +34,7 @@ def engine_bars(tables: dict[str, pd.DataFrame], bounds: dict[str, dict[str, flo
         errors = np.stack([rows["images_per_s"] - ends[0], ends[1] - rows["images_per_s"]]).clip(min=0)
         axis.barh(places, rows["images_per_s"], color=colors, zorder=3)
         axis.errorbar(
-            rows["images_per_s"], places, xerr=errors, fmt="none", ecolor="0.2", capsize=2, zorder=4, linewidth=1
+            rows["images_per_s"], places, xerr=errors, fmt="none", ecolor="0.55", capsize=2, zorder=4, linewidth=1
         )
         for name, bound in bounds[title].items():
             color, line = {"FP32": (LOOKS[FP32][0], "--"), "INT8": (LOOKS[POWER2][0], ":")}[name]
@@ -107,7 +107,7 @@ def engine_front(table: pd.DataFrame) -> Figure:
     axis.set(xlabel="latency of one image (ms)", ylabel="test accuracy")
     axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
     key = "\n".join(
-        f"{number}  {parts(row.engine)[0]}" for number, row in enumerate(numbered.itertuples(), start=1)
+        f"{number}  {parts(row.engine)[0]}, {parts(row.engine)[1]}" for number, row in enumerate(numbered.itertuples(), start=1)
     )
     axis.text(1.02, 1.0, key, transform=axis.transAxes, fontsize=7, va="top", linespacing=1.35)
     legend = figure.legend(loc="outside upper center", ncols=4, fontsize=8)

@@ -102,14 +102,14 @@ def curves(history: pd.DataFrame, best_epoch: int) -> Figure:
     return figure
 
 
-def lr_curve(epochs: np.ndarray, rates: dict[str, np.ndarray]) -> Figure:
-    """Learning rate against the epoch for one or more schedules."""
+def lr_curve(places: np.ndarray, rates: dict[str, np.ndarray], xlabel: str = "epoch") -> Figure:
+    """Learning rate against the epoch, or against what `xlabel` says, for one or more schedules."""
     figure, axes = _figure(height=2.8)
     for (name, rate), color, line in zip(
         rates.items(), (_VAL, "#d1603d", "0.5"), ("-", "--", ":"), strict=False
     ):
-        axes[0, 0].plot(epochs, rate, line, color=color, label=name)
-    axes[0, 0].set(xlabel="epoch", ylabel="learning rate", title="Learning rate")
+        axes[0, 0].plot(places, rate, line, color=color, label=name)
+    axes[0, 0].set(xlabel=xlabel, ylabel="learning rate", title="Learning rate")
     axes[0, 0].legend(fontsize=8)
     return figure
 
@@ -226,7 +226,7 @@ def accuracy_bars(table: pd.DataFrame) -> Figure:
         )
     axis.set_xticks(positions, [NAMES.get(name, name) for name in table.index])
     axis.set_xlim(-0.5, len(table) - 0.3)
-    axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
+    axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=2))
     axis.set(ylabel="test accuracy", title="Accuracy with its 95 % interval")
     return figure
 
@@ -289,7 +289,7 @@ def tradeoff(table: pd.DataFrame) -> Figure:
             textcoords="offset points",
             fontsize=8,
         )
-    axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
+    axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=2))
     axis.margins(y=0.2)
     axis.set(xlabel="latency, one image (ms)", ylabel="test accuracy", title="Trade-off: area is file size")
     axis.set_xlim(0, 1.35 * table["latency_ms"].max())
@@ -324,6 +324,7 @@ def confusion(counts: pd.DataFrame, title: str) -> Figure:
             fontsize=7,
             color="0.35",
         )
+    axes[0, 0].grid(False)
     axes[0, 0].set(xlabel="predicted", ylabel="true", title=title)
     return figure
 
@@ -417,13 +418,9 @@ def bits_curves(panels: dict[str, pd.DataFrame], reference: float) -> Figure:
     """Accuracy against bits, one panel per kind of tensor; columns of a table are schemes, its index bits."""
     figure, axes = _figure(len(panels), height=3.2, sharey=True)
     for axis, (title, table) in zip(axes.flat, panels.items(), strict=True):
-        for name, color, marker, line in zip(
-            table.columns,
-            ("#1b2a49", "#d1603d", "#3a7ca5", "#e9b44c"),
-            "osD^",
-            ("-", "-", "--", "--"),
-            strict=False,
-        ):
+        for name in table.columns:
+            color, marker = ("#d1603d", "o") if name.startswith("power of two") else ("#1b2a49", "s")
+            line = "--" if name.endswith("per tensor") else "-"
             axis.plot(
                 table.index,
                 table[name].astype(float),

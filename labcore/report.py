@@ -51,6 +51,7 @@ TRAINED_ON = {
 MIXED = {
     "mixed": "mixed bits, AdaRound",
     "nearest": "mixed bits, rounded to nearest",
+    "uniform4": "4 bits throughout, AdaRound",
     "uniform8": "8 bits throughout",
 }
 LATENCY_NAMES = {

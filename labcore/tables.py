@@ -43,6 +43,8 @@ FORMATS = {
     "seconds": "{:.1f}",
     "fp32_acc": "{:.2%}",
     "size_mb": "{:.2f}",
+    "libraries_mb": "{:,.0f}",
+    "peak_mb": "{:,.0f}",
     "share_clipped": "{:.2g}",
     "snr_db": "{:.1f}",
     "logit_mse": "{:.4f}",

@@ -145,7 +145,7 @@ def fit(
     )
     train, validation = torch.from_numpy(split.train).to(place), torch.from_numpy(split.validation).to(place)
     # Training images scored like validation images: the gap between the two curves is overfitting, not augmentation.
-    clean = train[torch.linspace(0, len(train) - 1, min(len(train), len(validation))).long()]
+    clean = torch.from_numpy(split.train_sample).to(place)
     loop = new_loop(model, recipe, len(train))
     start, rows, best = _resume(loop, from_first(partial(load_checkpoint, folder, description_of_run)))
     saved_at, saving = time.perf_counter(), 0.0

@@ -157,7 +157,7 @@ class Trainings(Study):
         """
         own, recipe = self.run.profile.qat.augment, PROFILES["reference"].qat
         place = next(fake_quantized.parameters()).device
-        index = self.split.train[:: max(1, len(self.split.train) // len(self.split.validation))]
+        index = self.split.train_sample
         images, labels = (
             torch.from_numpy(part[index]).to(place)
             for part in (self.data.train_images, self.data.train_labels)
