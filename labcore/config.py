@@ -264,8 +264,8 @@ _smoke = replace(
 _cpu_long = replace(
     _cpu,
     name="cpu-long",
-    width=48,
-    fp32=replace(_cpu.fp32, epochs=24, weight_decay=6e-4, augment=replace(_reflected, cutout=8)),
+    width=64,
+    fp32=replace(_cpu.fp32, epochs=28, weight_decay=6e-4, augment=replace(_reflected, cutout=8)),
     qat=replace(_cpu.qat, augment=replace(_reflected, cutout=8)),
 )
 
