@@ -6,6 +6,7 @@ import io
 import os
 import pickle
 import warnings
+import zipfile
 from pathlib import Path
 
 import torch
@@ -36,7 +37,8 @@ def save_tensors(path: Path, value, keep_old_as: str | None = None) -> None:
 def load_tensors(path: Path, mmap: bool = False):
     """Read what save_tensors wrote, on the CPU, without executing anything; with `mmap`, tensors only when they are used.
 
-    Raises LabError for a missing or truncated file, and for a pickle that holds more than tensors, numbers and text.
+    Raises LabError for a missing, truncated or changed file, and for a pickle that holds more than tensors, numbers and text.
+    A changed byte is found by the checksums that torch wrote, which are not looked at with `mmap`.
     """
     if not Path(path).exists():
         raise LabError(
@@ -47,6 +49,10 @@ def load_tensors(path: Path, mmap: bool = False):
             warnings.filterwarnings(
                 "ignore", message="Detected pickle protocol"
             )  # a foreign pickle is refused just below
+            if not mmap and zipfile.is_zipfile(path):
+                with zipfile.ZipFile(path) as parts:
+                    if changed := parts.testzip():
+                        raise zipfile.BadZipFile(f"the checksum of {changed} does not fit")
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         raise LabError(
@@ -54,7 +60,7 @@ def load_tensors(path: Path, mmap: bool = False):
         ) from error
     except Exception as error:  # torch's reader raises almost anything on foreign bytes
         raise LabError(
-            f"{path} is truncated or not a checkpoint ({first_line(error)}); delete it and run the stage again."
+            f"{path} is damaged or not a checkpoint ({first_line(error)}); delete it and run the stage again."
         ) from error
 
 
@@ -86,12 +92,14 @@ def save_checkpoint(folder: Path, state: dict) -> None:
     The last two are kept, and those of the one other training that was saved last; a killed write loses nothing.
     """
     newest, previous = own = checkpoint_paths(folder, state["about"])
+    for part in folder.glob(".checkpoint-*.part"):  # what a killed write left
+        part.unlink(missing_ok=True)
     whole = (
         newest.exists() and _about(newest) is not None
     )  # a damaged file must not take the place of a good one
     save_tensors(newest, state, keep_old_as=previous.name if whole else None)
-    for path in _of_others(folder, own)[1:]:
-        for old in (path, path.with_name(f"{path.stem}.previous.pt")):
+    for pair in _of_others(folder, own)[1:]:
+        for old in pair:
             old.unlink(missing_ok=True)
 
 
@@ -106,23 +114,31 @@ def load_checkpoint(folder: Path, about: dict) -> dict | None:
         if path.exists():
             try:
                 state = load_tensors(path)
-                if not differences(state["about"], about):
+                found = differences(state["about"], about)
+                if not found:
                     return state
-                raise LabError("its content belongs to another training")
+                raise LabError(f"its content belongs to another training: {'; '.join(found[:3])}")
             except (LabError, KeyError, TypeError, AttributeError) as error:
                 print(f"note: {path.name} cannot be used ({first_line(error)}); an older one is looked for.")
-    for path in _of_others(folder, own)[:1]:
-        found = differences(_about(path) or {}, about)
-        print(
-            f"note: {path.name} is not continued, since it is of another training ({'; '.join(found[:3])})."
-        )
+    for path in [path for pair in _of_others(folder, own)[:1] for path in pair]:
+        if other := _about(path):
+            found = differences(other, about)
+            print(
+                f"note: {path.name} is not continued, since it is of another training ({'; '.join(found[:3])})."
+            )
+            break
     return None
 
 
-def _of_others(folder: Path, own: tuple[Path, Path]) -> list[Path]:
-    """The newest checkpoint of every other training in the folder, the last saved first."""
-    found = {path for path in folder.glob("checkpoint-*.pt") if ".previous" not in path.name} - set(own)
-    return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
+def _of_others(folder: Path, own: tuple[Path, Path]) -> list[tuple[Path, Path]]:
+    """Newest checkpoint and the one before, one of which may be missing, of every other training; the last saved first."""
+    saved = {}
+    for path in folder.glob("checkpoint-*.pt"):
+        newest = path.with_name(path.name.replace(".previous", ""))
+        pair = newest, newest.with_name(f"{newest.stem}.previous.pt")
+        if pair != own:
+            saved[pair] = max(saved.get(pair, 0), path.stat().st_mtime_ns)
+    return sorted(saved, key=saved.get, reverse=True)
 
 
 def _about(path: Path) -> dict | None:

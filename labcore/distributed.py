@@ -109,6 +109,12 @@ def same_buffers(model: nn.Module) -> None:
             dist.broadcast(buffer, src=0)
 
 
+def _cores() -> int:
+    """Cores that this process may use: a container or taskset may allow fewer than the machine has."""
+    allowed = getattr(os, "sched_getaffinity", None)  # Linux only
+    return len(allowed(0)) if allowed else os.cpu_count() or 1
+
+
 @contextlib.contextmanager
 def process_group():
     """Join the group that torchrun or `launch` describes in the environment, on a GPU of its own where there is one.
@@ -125,7 +131,7 @@ def process_group():
         torch.cuda.set_device(local)
         options = {"backend": "nccl", "device_id": torch.device("cuda", local)}
     else:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // beside))
+        torch.set_num_threads(max(1, _cores() // beside))
         options = {"backend": "gloo"}
     dist.init_process_group(timeout=datetime.timedelta(minutes=10), **options)
     yield
@@ -157,7 +163,7 @@ def launch(processes: int, call: Callable, *args) -> None:
         said = failure.message if isinstance(failure.message, str) else str(failure.message.get("message"))
         first = (said.strip().splitlines() or ["no message"])[0]
         kind, _, text = first.partition(": ")
-        if kind == "LabError":
+        if kind in {"LabError", *(special.__name__ for special in LabError.__subclasses__())}:
             raise LabError(text) from None
         raise LabError(
             f"training process {rank} of {processes} ended with exit code {failure.exitcode} ({first}); "

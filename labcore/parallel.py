@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
 
+from labcore import LabError
 from labcore.config import Profile, Recipe
 from labcore.data import ImageData, Split
 from labcore.distributed import first_on_machine, launch, process_group
@@ -28,6 +29,11 @@ def train_stage(run: Run, stage: str, build: Callable[[Run], nn.Module]) -> Resu
     processes = run.profile.processes or _one_per_gpu(args[0].batch_size)
     if processes > 1 and not finished(model, *args):
         launch(processes, train_worker, run.profile, run.source, run.seed, stage, build)
+        if not finished(model, *args):  # or one process would quietly train it all again
+            raise LabError(
+                f"{processes} processes trained {stage}, but {args[-1]} holds no finished checkpoint of this training; "
+                "run again, and look for a note about it above."
+            )
     return fit(model, *args, run.profile.eval_batch_size, stage.upper())
 
 

@@ -128,6 +128,11 @@ def new_loop(model: nn.Module, recipe: Recipe, train_images: int) -> Loop:
             f"batch_size must be at most the {available} training images of an epoch, found {recipe.batch_size}; lower it."
         )
     part = world.share(recipe.batch_size)
+    if world.size > 1 and (recipe.mixup_prob or recipe.cutmix_prob) and (part.stop - part.start) % 2:
+        raise LabError(
+            f"batch_size must give each of {world.size} processes an even number of images, which are mixed in pairs, "
+            f"found {recipe.batch_size}; change batch_size or the number of processes."
+        )
     average = None
     if recipe.ema_decay:
         if is_fake_quantized(model):
@@ -166,11 +171,9 @@ def run_epoch(
     loop.model.train()
     small = epoch < recipe.small_share * recipe.epochs
     loop.side = max(1, round(recipe.small_size * images.shape[-1])) if small else 0
-    if epoch * steps > freeze_step:
-        loop.freeze()
     for batch in range(steps):
         step = epoch * steps + batch
-        if step == freeze_step:
+        if step >= freeze_step:
             loop.freeze()
         rate = learning_rate(recipe, step, steps)
         for optimizer in loop.optimizers:
@@ -202,7 +205,7 @@ def update(
     """One update from this process's part of a batch. Returns its summed loss and its number of hits, on the device.
 
     With mixing, a hit is the larger share's label. Where a GPU has too little memory, the batch goes through it in smaller
-    parts from then on.
+    parts from then on; BatchNorm statistics, and the ranges of QAT, have then seen some images of this batch twice.
     """
     recipe = loop.recipe
     x = augment(images, recipe.augment, rng)  # (B, 3, H, W)

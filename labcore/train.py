@@ -26,7 +26,17 @@ from labcore.data import ImageData, Split
 from labcore.distributed import current_world, from_first, same_buffers, sum_over_processes
 from labcore.optim import learning_rate
 from labcore.progress import progress
-from labcore.steps import Diverged, Loop, autocast, device, freeze, is_fake_quantized, new_loop, run_epoch
+from labcore.steps import (
+    Diverged,
+    Loop,
+    autocast,
+    device,
+    freeze,
+    is_fake_quantized,
+    multiplies_bfloat16,
+    new_loop,
+    run_epoch,
+)
 from labcore.transforms import normalize
 
 
@@ -85,7 +95,9 @@ def score(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int) -> 
 
 
 def about(recipe: Recipe, data: ImageData, split: Split, seed: int, model: nn.Module) -> dict[str, object]:
-    """What decides the weights: recipe, images, split, seed, first weights, code, torch, kind of device; as JSON values."""
+    """What decides the weights: recipe, images, split, seed, first weights, code, torch, kind of device and of the numbers it
+    multiplies; as JSON values.
+    """
     modules = ("train", "steps", "optim", "distributed", "transforms", "policy", "pixels", "model")
     if is_fake_quantized(model):
         modules += ("observer", "qconfig", "quantize")
@@ -99,6 +111,7 @@ def about(recipe: Recipe, data: ImageData, split: Split, seed: int, model: nn.Mo
         "code": modules_hash(*modules)[:16],
         "torch": versions()["torch"],
         "device": device().type,
+        "numbers": "bfloat16" if multiplies_bfloat16() else "float32",
     }
 
 
@@ -122,9 +135,9 @@ def fit(
 ) -> Result:
     """Train a copy of `model`, or go on where a killed run of the same kind stopped.
 
-    Writes a checkpoint and `history.csv` into `folder` after every epoch. A checkpoint that takes more than a quarter of a
-    second waits until training took ten times as long since the last one: a large network on a GPU has short epochs, and
-    would spend much of them on writing. A finished run is loaded, not repeated. In a process group, every process calls this
+    Writes `history.csv` and a checkpoint into `folder` at the end of an epoch, of every epoch where writing takes less than a
+    quarter of a second. A slower checkpoint waits until training took ten times as long since the last one: a large network
+    on a GPU has short epochs, and would spend much of them on writing. A finished run is loaded, not repeated. In a process group, every process calls this
     with the same arguments; the first one reads and writes the files.
 
     Args:
@@ -178,16 +191,14 @@ def fit(
             if best is None or val_acc > rows[best["epoch"] - 1]["val_acc"]:
                 best = {"epoch": epoch + 1, "model": _on_host(loop.scored)}
             bar.set_postfix_str(f"epoch {epoch + 1}/{recipe.epochs} val {val_acc:.2%}")
-            if loop.world.is_first:
-                _write_history(folder, rows)
+            # from_first: where the first process cannot write, all say so instead of waiting for it
+            from_first(partial(_write_history, folder, rows))
             last, began = epoch + 1 == recipe.epochs, time.perf_counter()
             if from_first(lambda: last or saving < 0.25 or began - saved_at >= 10 * saving):
-                if loop.world.is_first:
-                    _save(folder, description_of_run, loop, rows, best)
+                from_first(partial(_save, folder, description_of_run, loop, rows, best))
                 loop.saved, saved_at = epoch + 1, time.perf_counter()
                 saving = saved_at - began
-    if loop.world.is_first:
-        _write_history(folder, rows)  # where training was loaded, another run's may lie there
+    from_first(partial(_write_history, folder, rows))  # where training was loaded, another run's may lie there
     model.load_state_dict(best["model"])
     if is_fake_quantized(model):
         freeze(model)  # what follows only scores it
@@ -211,7 +222,10 @@ def _check_the_same(description: dict) -> None:
 def _check_finite(loop: Loop, loss: float, epoch: int) -> None:
     """Diverged where the last update of an epoch spoilt the weights, so that they are never saved."""
     if not (math.isfinite(loss) and all(torch.isfinite(value).all() for value in loop.model.parameters())):
-        raise Diverged(f"the weights are no longer finite after epoch {epoch + 1}", loop.saved)
+        rate = learning_rate(loop.recipe, (epoch + 1) * loop.steps - 1, loop.steps)
+        raise Diverged(
+            f"the weights are no longer finite after epoch {epoch + 1}, learning rate {rate:.4g}", loop.saved
+        )
 
 
 def _write_history(folder: Path, rows: list[dict]) -> None:

@@ -1,5 +1,6 @@
 """The same images give the same arrays from anywhere, and whatever cannot be read is refused in one line."""
 
+import errno
 import http.client
 import io
 import os
@@ -656,6 +657,20 @@ def test_without_a_network_digits_take_the_place_of_cifar_and_say_so(capsys):
     assert "digits instead" in data.notice
     assert "\n" not in data.notice
     assert f"warning: {data.notice}" in capsys.readouterr().err
+
+
+def test_a_full_disk_and_a_damaged_index_are_errors_and_no_reason_for_other_images(monkeypatch, data_dir):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", full)
+    for source in (None, "cifar10"):
+        with pytest.raises(LabError, match="no space left to download CIFAR-10"):
+            load_data(source, 8)
+    (data_dir / "cache").mkdir(parents=True)
+    (data_dir / "cache/index.json").write_text("[]")
+    with pytest.raises(LabError, match=r"index\.json is damaged"):
+        load_data(None, 8)
 
 
 LABELS = np.random.default_rng(0).permutation(np.repeat([0, 1, 2], [500, 300, 97]))

@@ -107,6 +107,37 @@ def train_other_data(folder, data, split) -> None:
         fit(network(), RECIPE, dataclasses.replace(data, sha256=str(rank) * 64), split, 0, folder)
 
 
+def train_nan(folder, data, split) -> None:
+    """The last update of the second epoch spoils the weights of both processes."""
+    update, calls = steps.update, []
+
+    def spoiling(loop, *args):
+        found = update(loop, *args)
+        calls.append(1)
+        if len(calls) == 2 * 4:
+            with torch.no_grad():
+                next(loop.model.parameters()).fill_(float("nan"))
+        return found
+
+    steps.update = spoiling
+    train_part(folder, data, split, RECIPE)
+
+
+def fail_to_write(folder, data, split) -> None:
+    """The disk of process 0 is full; every process notes what it was told."""
+    from labcore import train
+
+    def full(*args):
+        raise LabError("no space left to write it: free some disk space.")
+
+    train.save_checkpoint = full
+    with process_group():
+        try:
+            fit(network(), RECIPE, data, split, 0, folder, batch_size=32)
+        except LabError as error:
+            (folder / f"told-{current_world().rank}.txt").write_text(str(error))
+
+
 def train_and_die(folder, data, split, recipe) -> None:
     """The same, but process 1 is killed in its second epoch."""
     update, calls = steps.update, []
@@ -282,6 +313,34 @@ def test_qat_and_averages_end_the_same_in_every_process_and_score_alone_as_they_
 def test_what_is_wrong_in_one_process_only_is_said_while_the_others_wait(tmp_path):
     with pytest.raises(LabError, match="^the second process has something to say"):
         launch(2, fail_alone, tmp_path)
+
+
+def test_weights_that_are_no_numbers_are_said_with_what_to_do(tmp_path, tiny_data, tiny_split):
+    expected = r"^the weights are no longer finite after epoch 2, .*; lower lr or set clip_norm\. The checkpoint of epoch 1 is kept\.$"
+    with pytest.raises(LabError, match=expected):
+        launch(2, train_nan, tmp_path, tiny_data, tiny_split)
+
+
+def test_where_the_first_process_cannot_write_the_others_do_not_wait(tmp_path, tiny_data, tiny_split):
+    launch(2, fail_to_write, tmp_path, tiny_data, tiny_split)
+    told = [(tmp_path / f"told-{rank}.txt").read_text() for rank in (0, 1)]
+    assert told[0] == told[1] == "no space left to write it: free some disk space."
+
+
+def test_images_that_are_mixed_in_pairs_are_not_torn_apart(tiny_data, monkeypatch):
+    recipe = dataclasses.replace(RECIPE, batch_size=18, micro_batch=0, mixup_alpha=0.2, mixup_prob=0.5)
+    monkeypatch.setattr(steps, "current_world", lambda: World(0, 2))
+    monkeypatch.setattr(steps, "_forward", lambda *args: None)
+    with pytest.raises(LabError, match="even number of images, which are mixed in pairs, found 18"):
+        steps.new_loop(network(), recipe, 64)
+    assert steps.new_loop(network(), dataclasses.replace(recipe, mixup_prob=0.0), 64).micro == 9
+
+
+def test_training_that_left_no_finished_checkpoint_is_not_quietly_repeated(run, monkeypatch):
+    monkeypatch.setattr("labcore.parallel.launch", lambda *args: None)
+    monkeypatch.setattr("labcore.parallel.fit", lambda *args: pytest.fail("trained again"))
+    with pytest.raises(LabError, match="2 processes trained fp32, but .* no finished checkpoint"):
+        train_stage(run, "fp32", Run.fresh_model)
 
 
 def test_processes_with_other_images_are_refused_with_both_values(tmp_path, tiny_data, tiny_split):

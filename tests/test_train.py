@@ -24,8 +24,8 @@ from torchvision.transforms.v2.functional import resize
 from labcore import LabError, checkpoint, evaluate, steps, train
 from labcore.config import PROFILES, Augment, Recipe
 from labcore.model import build_model
-from labcore.qconfig import CustomQConfig
-from labcore.quantize import convert, prepare_qat
+from labcore.qconfig import REFERENCE, CustomQConfig, make_qconfig
+from labcore.quantize import calibrate, convert, prepare_qat
 
 RECIPE = Recipe(epochs=3, batch_size=16, lr=0.05, augment=Augment(crop_padding=2))
 
@@ -76,10 +76,10 @@ def test_training_learns(tmp_path, tiny_data, tiny_split):
     assert history["train_loss"].iloc[-1] < history["train_loss"].iloc[0]
 
 
-@pytest.mark.parametrize("quantized", [False, True], ids=["fp32", "qat"])
+@pytest.mark.parametrize("kind", ["fp32", "qat", "learned"])
 @pytest.mark.parametrize("killed_in_epoch", [1, 2])
 def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(
-    tmp_path, tiny_data, tiny_split, monkeypatch, quantized, killed_in_epoch
+    tmp_path, tiny_data, tiny_split, monkeypatch, kind, killed_in_epoch
 ):
     recipe = Recipe(
         epochs=3,
@@ -89,12 +89,17 @@ def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(
         mixup_alpha=0.2,
         mixup_prob=0.5,
         clip_norm=1.0,
-        ema_decay=0.0 if quantized else 0.9,
+        ema_decay=0.9 if kind == "fp32" else 0.0,
         augment=RECIPE.augment,
     )
 
     def model():
-        return prepare_qat(network(), CustomQConfig.POWER2.qat) if quantized else network()
+        if kind == "fp32":
+            return network()
+        if kind == "qat":
+            return prepare_qat(network(), CustomQConfig.POWER2.qat)
+        learned = prepare_qat(network(), make_qconfig(REFERENCE, REFERENCE, "learned"))
+        return calibrate(learned, tiny_data, tiny_split)
 
     whole = fit(tmp_path / "whole", tiny_data, tiny_split, recipe, model=model())
     update, calls = steps.update, []
@@ -111,6 +116,11 @@ def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(
     monkeypatch.setattr(steps, "update", update)
     resumed = fit(tmp_path / "killed", tiny_data, tiny_split, recipe, model=model())
     assert_same(whole, resumed)
+    learned = [name for name in resumed.state if "log2_scale" in name]
+    assert bool(learned) == (kind == "learned")
+    if learned:
+        first = model().state_dict()
+        assert any(not torch.equal(first[name], resumed.state[name]) for name in learned), "exponents were trained"
 
 
 LONG = replace(RECIPE, epochs=16, ema_decay=0.9, mixup_alpha=0.2, mixup_prob=0.5)
@@ -134,7 +144,8 @@ def test_kills_at_random_moments_change_no_weight(tmp_path, tiny_data, tiny_spli
             target=train_long, args=(folder, tiny_data, tiny_split)
         )
         process.start()
-        while epochs_done(folder) < epochs and process.is_alive():
+        began = time.monotonic()
+        while epochs_done(folder) < epochs and process.is_alive() and time.monotonic() - began < 240:
             time.sleep(0.001)
         time.sleep(draw.uniform(0, 0.1))  # in a step, while scoring or while writing
         process.kill()
@@ -179,6 +190,52 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     said = capsys.readouterr().out
     assert all(f"{path.name} cannot be used" in said for path in files[:damaged])
     assert all(checkpoint.load_tensors(path) for path in files), "both are good again"
+
+
+def test_one_changed_byte_is_found_and_the_checkpoint_before_is_used(
+    tmp_path, tiny_data, tiny_split, capsys, monkeypatch
+):
+    first = fit(tmp_path, tiny_data, tiny_split)
+    newest = checkpoints(tmp_path)[0]
+    weights = bytes(checkpoint.load_tensors(newest)["best"]["model"]["fc.weight"].untyped_storage())
+    content = bytearray(newest.read_bytes())
+    content[content.index(weights) + len(weights) // 2] ^= 1  # torch itself would load it
+    newest.write_bytes(content)
+    assert torch.load(newest, weights_only=True)
+    calls = counted_updates(monkeypatch)
+    assert equal(first.state, fit(tmp_path, tiny_data, tiny_split).state) and len(calls) == 4
+    said = capsys.readouterr().out
+    assert f"{newest.name} cannot be used" in said and "the checksum of" in said
+
+
+def test_a_checkpoint_under_the_name_of_another_training_is_told_apart(tmp_path, tiny_data, tiny_split, capsys):
+    fit(tmp_path / "a", tiny_data, tiny_split)
+    other = replace(tiny_data, sha256="f" * 64)
+    whole = fit(tmp_path / "b", other, tiny_split)
+    checkpoints(tmp_path / "a")[0].replace(checkpoints(tmp_path / "b")[0])
+    checkpoints(tmp_path / "b")[1].unlink()
+    assert_same(whole, fit(tmp_path / "b", other, tiny_split))
+    assert f"data is {tiny_data.sha256[:16]} there and {'f' * 16} here" in capsys.readouterr().out
+
+
+def test_bfloat16_and_float32_do_not_continue_each_other(tmp_path, tiny_data, tiny_split, monkeypatch, capsys):
+    here, other = ("bfloat16", "float32") if steps.multiplies_bfloat16() else ("float32", "bfloat16")
+    fit(tmp_path, tiny_data, tiny_split, replace(RECIPE, epochs=1))
+    monkeypatch.setattr(train, "multiplies_bfloat16", lambda: other == "bfloat16")
+    calls = counted_updates(monkeypatch)
+    fit(tmp_path, tiny_data, tiny_split, replace(RECIPE, epochs=1))
+    assert len(calls) == 4 and f"numbers is {here} there and {other} here" in capsys.readouterr().out
+
+
+def test_what_killed_writes_left_is_removed(tmp_path, tiny_data, tiny_split):
+    fit(tmp_path, tiny_data, tiny_split)
+    newest, previous = checkpoints(tmp_path)
+    newest.unlink()  # killed between the two renames, and never run again
+    (tmp_path / ".checkpoint-0123abcd.pt.99.part").write_bytes(b"half")
+    fit(tmp_path, tiny_data, tiny_split, replace(RECIPE, epochs=2), seed=1)
+    assert previous.exists(), "the training saved last before this one is kept"
+    fit(tmp_path, tiny_data, tiny_split, replace(RECIPE, epochs=2), seed=2)
+    assert not previous.exists() and not list(tmp_path.glob("*.part"))
 
 
 def test_a_kill_between_the_two_renames_loses_nothing(tmp_path, tiny_data, tiny_split, monkeypatch):
@@ -251,7 +308,7 @@ def test_weights_that_the_last_update_spoilt_are_never_saved(tmp_path, tiny_data
         return found
 
     monkeypatch.setattr(steps, "update", spoiling)
-    with pytest.raises(LabError, match="no longer finite after epoch 2"):
+    with pytest.raises(LabError, match=r"no longer finite after epoch 2, learning rate 0\.\d+; lower lr"):
         fit(tmp_path, tiny_data, tiny_split)
     state = checkpoint.load_tensors(checkpoints_of_one_epoch(tmp_path))
     assert len(state["rows"]) == 1 and all(torch.isfinite(value).all() for value in state["model"].values())
@@ -422,7 +479,7 @@ class Evil:
 )
 def test_a_pickle_that_would_execute_code_is_refused(tmp_path, save):
     save({"a": Evil(tmp_path / "executed")}, tmp_path / "weights.pt")
-    with pytest.raises(LabError, match="refused|truncated"):
+    with pytest.raises(LabError, match="refused|damaged"):
         checkpoint.load_tensors(tmp_path / "weights.pt")
     assert not (tmp_path / "executed").exists()
 
