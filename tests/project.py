@@ -59,8 +59,8 @@ class Project:
         out, err = process.communicate(timeout=900)
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
-    def verify(self) -> tuple[int, str]:
-        process = self.start("--profile", "smoke", module="verify")
+    def verify(self, *arguments: str) -> tuple[int, str]:
+        process = self.start("--profile", "smoke", *arguments, module="verify")
         _, err = process.communicate(timeout=300)
         return process.returncode, err
 

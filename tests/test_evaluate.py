@@ -23,6 +23,7 @@ from labcore.evaluate import (
     latency,
     latency_table,
     load_logits,
+    paired_by_class,
     predict,
     save_logits,
     summarize,
@@ -416,3 +417,21 @@ def test_the_speedup_is_the_median_of_the_ratios_within_rounds():
         [1, 1, 1],
         [2.5, 3, 6.5],
     ]  # of 2, 3, 10
+
+
+def test_each_class_is_compared_alone_and_classes_without_images_have_no_row():
+    labels = np.array([0] * 9 + [1] * 6)
+    before = voting([0] * 8 + [1] + [1] * 6)
+    after = voting([0] + [1] * 8 + [1] * 4 + [0] * 2)
+    found = paired_by_class(before, after, labels, ["cat", "dog", "absent"])
+    assert list(found.index) == ["cat", "dog"]
+    assert found[["only_before", "only_after", "both", "neither"]].to_numpy().tolist() == [[7, 0, 1, 1], [2, 0, 4, 0]]
+    for name, discordant in {"cat": 7, "dog": 2}.items():
+        assert found.p_value[name] == pytest.approx(binomtest(discordant, discordant).pvalue)
+    assert found.acc_drop_pp.tolist() == pytest.approx([100 * 7 / 9, 100 * 2 / 6])
+
+
+def test_a_chance_too_small_for_a_float_is_never_zero():
+    labels = np.zeros(3000, dtype=int)
+    found = compare_paired(voting([0] * 3000), voting([1] * 3000), labels)
+    assert binomtest(3000, 3000).pvalue == 0 < found["p_value"] < 1e-300

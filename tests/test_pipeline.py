@@ -143,6 +143,18 @@ def test_one_changed_digit_is_found(project, name, pattern, message):
     assert all(line.startswith("error: ") for line in errors.splitlines())
 
 
+def test_a_ledger_of_older_rules_is_written_again_but_no_other_number(project):
+    before = project.hashes("report/smoke")
+    claims, ptq = (project.root / f"report/smoke/results/{stage}/metrics.json" for stage in ("claims", "ptq"))
+    claims.write_text(re.sub(r'("verdict": ")[^"]+', r"\1older", claims.read_text(encoding="utf-8"), count=1))
+    assert project.verify()[0] == 1
+    assert project.verify("--write") == (0, "")
+    assert project.hashes("report/smoke") == before
+    ptq.write_text(re.sub(r'("n_correct": )\d', r"\g<1>9", ptq.read_text(encoding="utf-8")))
+    status, errors = project.verify("--write")
+    assert status == 1 and "ptq/metrics.json is of another run, or was edited" in errors
+
+
 def test_results_of_another_run_missing_and_foreign_files_are_named(project):
     results = project.root / "report/smoke/results"
     shutil.copy(results / "ptq/logits.npz", results / "qat/logits.npz")
