@@ -182,7 +182,7 @@ def versions() -> dict[str, str]:
 
 
 def provenance() -> dict:
-    """What a number depends on besides the code: commit, versions, processor, threads, device, engine."""
+    """What a number depends on besides the code: commit, versions, processor, instructions, threads, device, engine."""
     import torch
 
     return {
@@ -190,6 +190,7 @@ def provenance() -> dict:
         "versions": versions(),
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": cpu_name(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",

@@ -114,6 +114,12 @@ def _merged(provenance: dict[str, dict], *keys: str) -> str:
     )
 
 
+def _if_recorded(provenance: dict[str, dict], name: str, key: str) -> dict[str, str]:
+    """A row of a fact that stages run before it was recorded do not have."""
+    known = {stage: facts for stage, facts in provenance.items() if key in facts}
+    return {name: _merged(known, key)} if known else {}
+
+
 def escaped(text: str) -> str:
     """Text from outside, such as the name of a class or a folder, that Markdown shall show as it is."""
     return re.sub(r"([\\`*_{}\[\]<>#$|~^])", r"\\\1", text)
@@ -192,7 +198,9 @@ def context(name: str) -> dict:
     machine = {
         "commit": _merged(provenance, "commit"),
         "processor": _merged(provenance, "cpu"),
+        **_if_recorded(provenance, "widest vector instructions", "instructions"),
         "device for training": _merged(provenance, "device"),
+        **_if_recorded(provenance, "training multiplies in", "training_numbers"),
         "threads": _merged(provenance, "threads"),
         "system": _merged(provenance, "system"),
         "int8 engine": _merged(provenance, "quantized_engine"),

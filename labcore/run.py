@@ -13,6 +13,7 @@ from labcore.artifacts import ROOT, atomic_path, provenance, read_json, write_js
 from labcore.config import NOTEBOOKS, Profile, check_seed, get_profile, parse_overrides
 from labcore.data import ImageData, Split, load_data, load_split, make_split, save_split
 from labcore.model import QuantizableResNet, build_model, initialize
+from labcore.steps import multiplies_bfloat16
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,7 @@ class Run:
             },
             "profile": self.profile.name,
             "seed": self.seed,
+            "training_numbers": "bfloat16" if multiplies_bfloat16() else "float32",
         }
         write_json(self.path(stage, "metrics.json"), metrics)
         write_json(self.path(stage, "provenance.json"), provenance() | facts)

@@ -60,5 +60,5 @@ def test_what_code_does_changes_its_hash(tmp_path, other):
 def test_provenance_names_the_machine():
     facts = artifacts.provenance()
     assert facts["threads"] >= 1
-    assert facts["cpu"]
+    assert facts["cpu"] and facts["instructions"]
     assert facts["versions"]["torch"]

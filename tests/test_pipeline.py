@@ -13,6 +13,7 @@ from project import NOTEBOOKS, ROOT, STAGES, STUDIES, Project
 
 from labcore import LabError, pipeline
 from labcore.execute import execute
+from labcore.steps import multiplies_bfloat16
 
 
 @pytest.fixture
@@ -105,6 +106,12 @@ def test_the_same_artifacts_give_the_same_report_bytes(project):
     (project.root / "runs/smoke/report.stamp.json").unlink()
     assert project.run().returncode == 0
     assert project.hashes("report/smoke") == before
+
+
+def test_the_report_says_in_which_numbers_this_machine_trains(built):
+    numbers = "bfloat16" if multiplies_bfloat16() else "float32"
+    text = (built.root / "report/smoke/report.md").read_text(encoding="utf-8")
+    assert re.search(rf"\| training multiplies in +\| {numbers} +\|", text)
 
 
 def test_every_number_and_page_follows_from_the_results(built):
