@@ -5,6 +5,7 @@ import hashlib
 import io
 import os
 import pickle
+import time
 import warnings
 import zipfile
 from pathlib import Path
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from labcore import LabError
 from labcore.artifacts import atomic_path, sha256_json
+
+STALE_SECONDS = 3600  # a partial file so old is of a write that was killed
 
 
 def save_tensors(path: Path, value, keep_old_as: str | None = None) -> None:
@@ -92,11 +95,11 @@ def save_checkpoint(folder: Path, state: dict) -> None:
     The last two are kept, and those of the one other training that was saved last; a killed write loses nothing.
     """
     newest, previous = own = checkpoint_paths(folder, state["about"])
-    for part in folder.glob(".checkpoint-*.part"):  # what a killed write left
-        part.unlink(missing_ok=True)
-    whole = (
-        newest.exists() and _about(newest) is not None
-    )  # a damaged file must not take the place of a good one
+    for part in folder.glob(".checkpoint-*.part"):
+        if time.time() - _saved_at(part) > STALE_SECONDS:  # what a killed write left, not what another process writes now
+            part.unlink(missing_ok=True)
+    # A damaged or foreign file must not take the place of a good one.
+    whole = newest.exists() and _about(newest, mmap=False) == state["about"]
     save_tensors(newest, state, keep_old_as=previous.name if whole else None)
     for pair in _of_others(folder, own)[1:]:
         for old in pair:
@@ -114,12 +117,15 @@ def load_checkpoint(folder: Path, about: dict) -> dict | None:
         if path.exists():
             try:
                 state = load_tensors(path)
+                if not _is_checkpoint(state):
+                    raise LabError("it holds no checkpoint of a training")
                 found = differences(state["about"], about)
                 if not found:
                     return state
                 raise LabError(f"its content belongs to another training: {'; '.join(found[:3])}")
-            except (LabError, KeyError, TypeError, AttributeError) as error:
-                print(f"note: {path.name} cannot be used ({first_line(error)}); an older one is looked for.")
+            except LabError as error:
+                cause = first_line(error.__cause__ or error)
+                print(f"note: {path.name} cannot be used ({cause}); an older one is looked for.")
     for path in [path for pair in _of_others(folder, own)[:1] for path in pair]:
         if other := _about(path):
             found = differences(other, about)
@@ -131,19 +137,33 @@ def load_checkpoint(folder: Path, about: dict) -> dict | None:
 
 
 def _of_others(folder: Path, own: tuple[Path, Path]) -> list[tuple[Path, Path]]:
-    """Newest checkpoint and the one before, one of which may be missing, of every other training; the last saved first."""
+    """(newest, previous) of every other training, the last saved first; either file may be missing."""
     saved = {}
     for path in folder.glob("checkpoint-*.pt"):
         newest = path.with_name(path.name.replace(".previous", ""))
         pair = newest, newest.with_name(f"{newest.stem}.previous.pt")
         if pair != own:
-            saved[pair] = max(saved.get(pair, 0), path.stat().st_mtime_ns)
+            saved[pair] = max(saved.get(pair, 0), _saved_at(path))
     return sorted(saved, key=saved.get, reverse=True)
 
 
-def _about(path: Path) -> dict | None:
-    with contextlib.suppress(LabError, KeyError, TypeError):
-        return load_tensors(path, mmap=True)["about"]
+def _saved_at(path: Path) -> float:
+    """When a file was written, in seconds of the clock; now where another process has just moved it."""
+    with contextlib.suppress(FileNotFoundError):
+        return path.stat().st_mtime
+    return time.time()
+
+
+def _is_checkpoint(state) -> bool:
+    return isinstance(state, dict) and isinstance(state.get("about"), dict)
+
+
+def _about(path: Path, mmap: bool = True) -> dict | None:
+    """What a checkpoint is about; None where it is missing, damaged (all of it is looked at without `mmap`) or foreign."""
+    with contextlib.suppress(LabError):
+        state = load_tensors(path, mmap)
+        if _is_checkpoint(state):
+            return state["about"]
     return None
 
 

@@ -177,6 +177,11 @@ class Recipe:
         for name in ("warmup", "momentum", "label_smoothing", "ema_decay", "small_share"):
             _fraction(name, getattr(self, name))
 
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed in pairs."""
+        return bool(self.mixup_prob or self.cutmix_prob)
+
 
 @dataclass(frozen=True)
 class Profile:

@@ -22,6 +22,13 @@ from labcore.config import nearest
 from labcore.images import fingerprint, read_images, to_array
 
 DATA_DIR = ROOT / "data"
+DISK_ERRORS = {
+    errno.ENOSPC: "no space is left; free some",
+    errno.EDQUOT: "your quota is used up; free some space",
+    errno.EACCES: "it must not be written to; change its permissions",
+    errno.EPERM: "it must not be written to; change its permissions",
+    errno.EROFS: "its disk is read-only; move the project",
+}
 NAMED = ("cifar10", "cifar100", "digits")
 
 # Content keys of known copies, so that a report calls them by their right name: all 60,000 images after JPEG compression,
@@ -174,10 +181,9 @@ def _download_cifar(label: str, image_size: int) -> tuple[str, dict]:
     try:
         train, test = (kind(str(DATA_DIR), train=part, download=True) for part in (True, False))
     except (OSError, RuntimeError, http.client.HTTPException) as error:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise LabError(
-                f"no space left to download {label} into {DATA_DIR}: free some disk space and run again."
-            ) from error
+        for number, text in DISK_ERRORS.items():
+            if number in _error_numbers(error):
+                raise LabError(f"{label} cannot be written into {DATA_DIR}: {text} and run again.") from error
         archive = DATA_DIR / kind.filename
         found = f"{archive.name} there, but damaged" if archive.exists() else "nothing usable there"
         raise Unreachable(
@@ -199,6 +205,15 @@ def _download_cifar(label: str, image_size: int) -> tuple[str, dict]:
         "is_test": np.arange(len(labels)) >= len(train.targets),
         "classes": np.array(train.classes),
     }
+
+
+def _error_numbers(error: BaseException | None) -> set[int | None]:
+    """The system's numbers of an error and of those it came from: torchvision tries again after an error of any kind."""
+    found = set()
+    while error:
+        found.add(getattr(error, "errno", None))
+        error = error.__cause__ or error.__context__
+    return found
 
 
 def _image_data(

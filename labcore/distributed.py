@@ -87,7 +87,9 @@ def from_first(make: Callable[[], object]):
         try:
             box[0] = make()
         except Exception as error:
-            box[1] = str(error)
+            box[1] = str(error) if isinstance(error, LabError) else (
+                f"process 0 failed ({type(error).__name__}: {error}); run again: it goes on from the last checkpoint."
+            )
             failed = error
     dist.broadcast_object_list(box, src=0)
     if box[1] is not None:
@@ -110,7 +112,7 @@ def same_buffers(model: nn.Module) -> None:
 
 
 def _cores() -> int:
-    """Cores that this process may use: a container or taskset may allow fewer than the machine has."""
+    """Cores that this process may use: taskset or a cpuset may allow fewer than the machine has."""
     allowed = getattr(os, "sched_getaffinity", None)  # Linux only
     return len(allowed(0)) if allowed else os.cpu_count() or 1
 

@@ -12,6 +12,7 @@ from labcore.config import Profile, Recipe
 from labcore.data import ImageData, Split
 from labcore.distributed import first_on_machine, launch, process_group
 from labcore.run import Run
+from labcore.steps import shares_evenly
 from labcore.train import Result, finished, fit
 
 
@@ -26,13 +27,13 @@ def train_stage(run: Run, stage: str, build: Callable[[Run], nn.Module]) -> Resu
     """
     model = build(run)
     args = _arguments(run, stage)
-    processes = run.profile.processes or _one_per_gpu(args[0].batch_size)
+    processes = run.profile.processes or _one_per_gpu(args[0])
     if processes > 1 and not finished(model, *args):
         launch(processes, train_worker, run.profile, run.source, run.seed, stage, build)
         if not finished(model, *args):  # or one process would quietly train it all again
             raise LabError(
-                f"{processes} processes trained {stage}, but {args[-1]} holds no finished checkpoint of this training; "
-                "run again, and look for a note about it above."
+                f"{processes} processes trained {stage}, but {args[-1]} holds no finished checkpoint of this training: they "
+                "saw other images, code or versions than this process; give both the same and run again."
             )
     return fit(model, *args, run.profile.eval_batch_size, stage.upper())
 
@@ -42,14 +43,13 @@ def _arguments(run: Run, stage: str) -> tuple[Recipe, ImageData, Split, int, Pat
     return getattr(run.profile, stage), run.data, run.split, run.seed, run.path(stage)
 
 
-def _one_per_gpu(batch_size: int) -> int:
+def _one_per_gpu(recipe: Recipe) -> int:
     """As many processes as there are GPUs, or as can share a batch."""
     gpus = max(1, torch.cuda.device_count())
-    processes = max(count for count in range(1, gpus + 1) if batch_size % count == 0)
+    processes = max(count for count in range(1, gpus + 1) if shares_evenly(recipe, count))
     if processes < gpus:
-        print(
-            f"note: {processes} of {gpus} GPUs are used, since their number must divide batch_size {batch_size}."
-        )
+        parts = "equal parts of an even number of images" if recipe.mixes else "equal parts"
+        print(f"note: {processes} of {gpus} GPUs are used, since they must get {parts} of batch_size {recipe.batch_size}.")
     return processes
 
 

@@ -115,9 +115,10 @@ def _merged(provenance: dict[str, dict], *keys: str) -> str:
 
 
 def _if_recorded(provenance: dict[str, dict], name: str, key: str) -> dict[str, str]:
-    """A row of a fact that stages run before it was recorded do not have."""
-    known = {stage: facts for stage, facts in provenance.items() if key in facts}
-    return {name: _merged(known, key)} if known else {}
+    """A row of a fact that stages run before it was recorded do not have; none where no stage has it."""
+    if not any(key in facts for facts in provenance.values()):
+        return {}
+    return {name: _merged({stage: {key: "not recorded"} | facts for stage, facts in provenance.items()}, key)}
 
 
 def escaped(text: str) -> str:
@@ -198,7 +199,7 @@ def context(name: str) -> dict:
     machine = {
         "commit": _merged(provenance, "commit"),
         "processor": _merged(provenance, "cpu"),
-        **_if_recorded(provenance, "widest vector instructions", "instructions"),
+        **_if_recorded(provenance, "vector instructions used by torch", "instructions"),
         "device for training": _merged(provenance, "device"),
         **_if_recorded(provenance, "training multiplies in", "training_numbers"),
         "threads": _merged(provenance, "threads"),

@@ -61,9 +61,13 @@ def autocast(model: nn.Module) -> contextlib.AbstractContextManager:
     """
     if is_fake_quantized(model) and not model.training:
         return contextlib.nullcontext()
-    if any(isinstance(module, FusedMovingAvgObsFakeQuantize) for module in model.modules()):
-        return contextlib.nullcontext()
-    return torch.autocast(device().type, torch.bfloat16, enabled=multiplies_bfloat16())
+    return torch.autocast(device().type, torch.bfloat16, enabled=multiplies_in(model) == "bfloat16")
+
+
+def multiplies_in(model: nn.Module) -> str:
+    """"bfloat16" or "float32": what the products of a training step on this device are made of."""
+    fused = any(isinstance(module, FusedMovingAvgObsFakeQuantize) for module in model.modules())
+    return "bfloat16" if multiplies_bfloat16() and not fused else "float32"
 
 
 def is_fake_quantized(model: nn.Module) -> bool:
@@ -118,6 +122,12 @@ def _forward(model: nn.Module, world: World) -> Callable[[Tensor], Tensor]:
     return model
 
 
+def shares_evenly(recipe: Recipe, processes: int) -> bool:
+    """Whether so many processes can have equal parts of a batch, whole pairs where images are mixed in pairs."""
+    unit = processes * (2 if recipe.mixes and processes > 1 else 1)
+    return recipe.batch_size % unit == 0
+
+
 def new_loop(model: nn.Module, recipe: Recipe, train_images: int) -> Loop:
     """What the updates of a training share. Raises LabError for a batch larger than the data, or that cannot be shared."""
     world = current_world()
@@ -128,7 +138,7 @@ def new_loop(model: nn.Module, recipe: Recipe, train_images: int) -> Loop:
             f"batch_size must be at most the {available} training images of an epoch, found {recipe.batch_size}; lower it."
         )
     part = world.share(recipe.batch_size)
-    if world.size > 1 and (recipe.mixup_prob or recipe.cutmix_prob) and (part.stop - part.start) % 2:
+    if not shares_evenly(recipe, world.size):
         raise LabError(
             f"batch_size must give each of {world.size} processes an even number of images, which are mixed in pairs, "
             f"found {recipe.batch_size}; change batch_size or the number of processes."
@@ -210,7 +220,7 @@ def update(
     recipe = loop.recipe
     x = augment(images, recipe.augment, rng)  # (B, 3, H, W)
     partner = share = None
-    if recipe.mixup_prob or recipe.cutmix_prob:
+    if recipe.mixes:
         x, partner, share = mix(x, recipe, rng)
         partner = labels[partner]
     if loop.side:

@@ -33,7 +33,7 @@ from labcore.steps import (
     device,
     freeze,
     is_fake_quantized,
-    multiplies_bfloat16,
+    multiplies_in,
     new_loop,
     run_epoch,
 )
@@ -111,7 +111,7 @@ def about(recipe: Recipe, data: ImageData, split: Split, seed: int, model: nn.Mo
         "code": modules_hash(*modules)[:16],
         "torch": versions()["torch"],
         "device": device().type,
-        "numbers": "bfloat16" if multiplies_bfloat16() else "float32",
+        "multiplies in": multiplies_in(model),
     }
 
 
@@ -135,9 +135,9 @@ def fit(
 ) -> Result:
     """Train a copy of `model`, or go on where a killed run of the same kind stopped.
 
-    Writes `history.csv` and a checkpoint into `folder` at the end of an epoch, of every epoch where writing takes less than a
-    quarter of a second. A slower checkpoint waits until training took ten times as long since the last one: a large network
-    on a GPU has short epochs, and would spend much of them on writing. A finished run is loaded, not repeated. In a process group, every process calls this
+    Writes `history.csv` into `folder` after every epoch, and a checkpoint where that takes less than a quarter of a second. A
+    slower one waits until training took ten times as long since the last one: a large network on a GPU has short epochs, and
+    would spend much of them on writing. A finished run is loaded, not repeated. In a process group, every process calls this
     with the same arguments; the first one reads and writes the files.
 
     Args:
@@ -215,7 +215,8 @@ def _check_the_same(description: dict) -> None:
     found = differences(from_first(lambda: description), description)
     if found:
         raise LabError(
-            f"process {current_world().rank} differs from process 0: {'; '.join(found[:3])}; use the same code and data."
+            f"process {current_world().rank} differs from process 0: {'; '.join(found[:3])}; "
+            "use the same code, data, versions and kind of processor."
         )
 
 

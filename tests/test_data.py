@@ -660,13 +660,20 @@ def test_without_a_network_digits_take_the_place_of_cifar_and_say_so(capsys):
 
 
 def test_a_full_disk_and_a_damaged_index_are_errors_and_no_reason_for_other_images(monkeypatch, data_dir):
-    def full(*args, **kwargs):
-        raise OSError(errno.ENOSPC, "No space left on device")
+    def failing(number):
+        def fail(*args, **kwargs):  # as torchvision does: http after https, whatever went wrong
+            try:
+                raise OSError(number, os.strerror(number))
+            except OSError:
+                raise urllib.error.URLError("no http here")  # noqa: B904
 
-    monkeypatch.setattr("torchvision.datasets.CIFAR10", full)
-    for source in (None, "cifar10"):
-        with pytest.raises(LabError, match="no space left to download CIFAR-10"):
-            load_data(source, 8)
+        return fail
+
+    for number, text in [(errno.ENOSPC, "no space is left; free some"), (errno.EROFS, "its disk is read-only")]:
+        monkeypatch.setattr("torchvision.datasets.CIFAR10", failing(number))
+        for source in (None, "cifar10"):
+            with pytest.raises(LabError, match=f"CIFAR-10 cannot be written into .*: {text}"):
+                load_data(source, 8)
     (data_dir / "cache").mkdir(parents=True)
     (data_dir / "cache/index.json").write_text("[]")
     with pytest.raises(LabError, match=r"index\.json is damaged"):

@@ -123,18 +123,18 @@ def train_nan(folder, data, split) -> None:
     train_part(folder, data, split, RECIPE)
 
 
-def fail_to_write(folder, data, split) -> None:
-    """The disk of process 0 is full; every process notes what it was told."""
+def fail_to_write(folder, data, split, error) -> None:
+    """Process 0 cannot write; every process notes what it was told."""
     from labcore import train
 
     def full(*args):
-        raise LabError("no space left to write it: free some disk space.")
+        raise error
 
     train.save_checkpoint = full
     with process_group():
         try:
             fit(network(), RECIPE, data, split, 0, folder, batch_size=32)
-        except LabError as error:
+        except Exception as error:
             (folder / f"told-{current_world().rank}.txt").write_text(str(error))
 
 
@@ -322,12 +322,18 @@ def test_weights_that_are_no_numbers_are_said_with_what_to_do(tmp_path, tiny_dat
 
 
 def test_where_the_first_process_cannot_write_the_others_do_not_wait(tmp_path, tiny_data, tiny_split):
-    launch(2, fail_to_write, tmp_path, tiny_data, tiny_split)
+    launch(2, fail_to_write, tmp_path, tiny_data, tiny_split, LabError("no space left: free some."))
     told = [(tmp_path / f"told-{rank}.txt").read_text() for rank in (0, 1)]
-    assert told[0] == told[1] == "no space left to write it: free some disk space."
+    assert told[0] == told[1] == "no space left: free some."
 
 
-def test_images_that_are_mixed_in_pairs_are_not_torn_apart(tiny_data, monkeypatch):
+def test_an_error_of_the_first_process_that_is_not_the_users_is_named_in_all(tmp_path, tiny_data, tiny_split):
+    launch(2, fail_to_write, tmp_path, tiny_data, tiny_split, PermissionError("not yours"))
+    told = [(tmp_path / f"told-{rank}.txt").read_text() for rank in (0, 1)]
+    assert told[0] == "not yours" and told[1].startswith("process 0 failed (PermissionError: not yours); run again")
+
+
+def test_images_that_are_mixed_in_pairs_are_not_torn_apart(monkeypatch):
     recipe = dataclasses.replace(RECIPE, batch_size=18, micro_batch=0, mixup_alpha=0.2, mixup_prob=0.5)
     monkeypatch.setattr(steps, "current_world", lambda: World(0, 2))
     monkeypatch.setattr(steps, "_forward", lambda *args: None)
@@ -351,11 +357,12 @@ def test_processes_with_other_images_are_refused_with_both_values(tmp_path, tiny
 
 
 @pytest.mark.parametrize(
-    ("gpus", "batch", "expected"), [(0, 64, 1), (1, 64, 1), (3, 64, 2), (8, 128, 8), (7, 512, 4)]
+    ("gpus", "batch", "mixup", "expected"),
+    [(0, 64, 0, 1), (1, 63, 0.5, 1), (3, 64, 0, 2), (8, 128, 0, 8), (7, 512, 0, 4), (4, 100, 0, 4), (4, 100, 0.5, 2)],
 )
-def test_as_many_gpus_are_used_as_can_share_a_batch(gpus, batch, expected, monkeypatch, capsys):
+def test_as_many_gpus_are_used_as_can_share_a_batch(gpus, batch, mixup, expected, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    assert _one_per_gpu(batch) == expected
+    assert _one_per_gpu(Recipe(epochs=1, batch_size=batch, lr=0.1, mixup_alpha=0.2, mixup_prob=mixup)) == expected
     assert (f"{expected} of {gpus} GPUs are used" in capsys.readouterr().out) == (0 < expected < gpus)
 
 
@@ -365,7 +372,7 @@ def run():
     profile = override(
         PROFILES["smoke"], {"processes": 2, "fp32.epochs": 1, "fp32.epoch_images": 128, "width": 4}
     )
-    run = Run(dataclasses.replace(profile, name="test-two-processes"), None, 0)
+    run = Run(dataclasses.replace(profile, name=f"test-two-processes-{os.getpid()}"), None, 0)
     yield run
     shutil.rmtree(run.folder, ignore_errors=True)
 

@@ -147,6 +147,7 @@ def test_kills_at_random_moments_change_no_weight(tmp_path, tiny_data, tiny_spli
         began = time.monotonic()
         while epochs_done(folder) < epochs and process.is_alive() and time.monotonic() - began < 240:
             time.sleep(0.001)
+        assert epochs_done(folder) >= epochs, "training is stuck, or ended before"
         time.sleep(draw.uniform(0, 0.1))  # in a step, while scoring or while writing
         process.kill()
         process.join()
@@ -205,7 +206,40 @@ def test_one_changed_byte_is_found_and_the_checkpoint_before_is_used(
     calls = counted_updates(monkeypatch)
     assert equal(first.state, fit(tmp_path, tiny_data, tiny_split).state) and len(calls) == 4
     said = capsys.readouterr().out
-    assert f"{newest.name} cannot be used" in said and "the checksum of" in said
+    assert f"{newest.name} cannot be used (the checksum of" in said
+    assert all(checkpoint.load_tensors(path) for path in checkpoints(tmp_path)), "both are good again"
+
+
+def test_a_kill_while_a_changed_checkpoint_is_replaced_keeps_the_good_one(tmp_path, tiny_data, tiny_split, monkeypatch):
+    fit(tmp_path, tiny_data, tiny_split)
+    newest, previous = checkpoints(tmp_path)
+    content, good = bytearray(newest.read_bytes()), previous.read_bytes()
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+    move = os.replace
+
+    def dying(source, target):
+        if "checkpoint" in str(target):
+            moved.append(target)
+            if target == newest:
+                raise KeyboardInterrupt
+        move(source, target)
+
+    moved = []
+    monkeypatch.setattr(os, "replace", dying)
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path, tiny_data, tiny_split)
+    assert moved == [newest] and previous.read_bytes() == good
+
+
+@pytest.mark.parametrize("content", [torch.ones(3), {"about": 1}, ["about"]])
+def test_tensors_that_are_no_checkpoint_are_named_and_not_used(tmp_path, tiny_data, tiny_split, capsys, content):
+    whole = fit(tmp_path, tiny_data, tiny_split)
+    for path in checkpoints(tmp_path):
+        torch.save(content, path)
+    torch.save(content, tmp_path / "checkpoint-0123abcd.pt")
+    assert_same(whole, fit(tmp_path, tiny_data, tiny_split))
+    assert "cannot be used (it holds no checkpoint of a training)" in capsys.readouterr().out
 
 
 def test_a_checkpoint_under_the_name_of_another_training_is_told_apart(tmp_path, tiny_data, tiny_split, capsys):
@@ -221,21 +255,24 @@ def test_a_checkpoint_under_the_name_of_another_training_is_told_apart(tmp_path,
 def test_bfloat16_and_float32_do_not_continue_each_other(tmp_path, tiny_data, tiny_split, monkeypatch, capsys):
     here, other = ("bfloat16", "float32") if steps.multiplies_bfloat16() else ("float32", "bfloat16")
     fit(tmp_path, tiny_data, tiny_split, replace(RECIPE, epochs=1))
-    monkeypatch.setattr(train, "multiplies_bfloat16", lambda: other == "bfloat16")
+    monkeypatch.setattr(steps, "multiplies_bfloat16", lambda: other == "bfloat16")
     calls = counted_updates(monkeypatch)
     fit(tmp_path, tiny_data, tiny_split, replace(RECIPE, epochs=1))
-    assert len(calls) == 4 and f"numbers is {here} there and {other} here" in capsys.readouterr().out
+    assert len(calls) == 4 and f"multiplies in is {here} there and {other} here" in capsys.readouterr().out
 
 
 def test_what_killed_writes_left_is_removed(tmp_path, tiny_data, tiny_split):
     fit(tmp_path, tiny_data, tiny_split)
     newest, previous = checkpoints(tmp_path)
     newest.unlink()  # killed between the two renames, and never run again
-    (tmp_path / ".checkpoint-0123abcd.pt.99.part").write_bytes(b"half")
+    old, young = (tmp_path / f".checkpoint-0123abcd.pt.{number}.part" for number in (98, 99))
+    for part, age in ((old, 2 * checkpoint.STALE_SECONDS), (young, 0)):
+        part.write_bytes(b"half")
+        os.utime(part, (time.time() - age,) * 2)
     fit(tmp_path, tiny_data, tiny_split, replace(RECIPE, epochs=2), seed=1)
     assert previous.exists(), "the training saved last before this one is kept"
     fit(tmp_path, tiny_data, tiny_split, replace(RECIPE, epochs=2), seed=2)
-    assert not previous.exists() and not list(tmp_path.glob("*.part"))
+    assert not previous.exists() and not old.exists() and young.exists(), "another process may be writing it"
 
 
 def test_a_kill_between_the_two_renames_loses_nothing(tmp_path, tiny_data, tiny_split, monkeypatch):
