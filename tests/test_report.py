@@ -1,11 +1,13 @@
 """What the report takes from the code, and its tables."""
 
 import ast
+import re
 
 import pandas as pd
 import pytest
 
 from labcore import LabError, report
+from labcore.artifacts import ROOT
 from labcore.report import markdown_table, source_of
 
 
@@ -97,3 +99,10 @@ def test_labels_that_are_no_text_are_written_as_text():
         "| :--- | :--- |",
         "| 7 | x |",
     ]
+
+
+@pytest.mark.parametrize("profile", ["cpu", "cpu-long"])
+def test_figures_and_headings_of_the_committed_reports_stand_alone(profile):
+    lines = (ROOT / "report" / profile / "report.md").read_text(encoding="utf-8").splitlines()
+    text = re.sub(r"^```.*?^```", "", "\n".join(lines), flags=re.DOTALL | re.MULTILINE)
+    assert not re.findall(r"^.+\n(?:!\[|#+ ).*", text, flags=re.MULTILINE)
