@@ -85,8 +85,11 @@ def checkpoint_paths(folder: Path, about: dict) -> tuple[Path, Path]:
     """Where the training that `about` describes keeps its newest checkpoint and the one before. Each training has its own
     names, so that none is in another's way.
     """
-    key = sha256_json(about)[:8]
-    return folder / f"checkpoint-{key}.pt", folder / f"checkpoint-{key}.previous.pt"
+    return _pair(folder / f"checkpoint-{sha256_json(about)[:8]}.pt")
+
+
+def _pair(newest: Path) -> tuple[Path, Path]:
+    return newest, newest.with_name(f"{newest.stem}.previous.pt")
 
 
 def save_checkpoint(folder: Path, state: dict) -> None:
@@ -116,9 +119,7 @@ def load_checkpoint(folder: Path, about: dict) -> dict | None:
     for path in own:
         if path.exists():
             try:
-                state = load_tensors(path)
-                if not _is_checkpoint(state):
-                    raise LabError("it holds no checkpoint of a training")
+                state = _read(path)
                 found = differences(state["about"], about)
                 if not found:
                     return state
@@ -126,7 +127,7 @@ def load_checkpoint(folder: Path, about: dict) -> dict | None:
             except LabError as error:
                 cause = first_line(error.__cause__ or error)
                 print(f"note: {path.name} cannot be used ({cause}); an older one is looked for.")
-    for path in [path for pair in _of_others(folder, own)[:1] for path in pair]:
+    for path in next(iter(_of_others(folder, own)), ()):
         if other := _about(path):
             found = differences(other, about)
             print(
@@ -140,8 +141,7 @@ def _of_others(folder: Path, own: tuple[Path, Path]) -> list[tuple[Path, Path]]:
     """(newest, previous) of every other training, the last saved first; either file may be missing."""
     saved = {}
     for path in folder.glob("checkpoint-*.pt"):
-        newest = path.with_name(path.name.replace(".previous", ""))
-        pair = newest, newest.with_name(f"{newest.stem}.previous.pt")
+        pair = _pair(path.with_name(path.name.replace(".previous", "")))
         if pair != own:
             saved[pair] = max(saved.get(pair, 0), _saved_at(path))
     return sorted(saved, key=saved.get, reverse=True)
@@ -154,16 +154,18 @@ def _saved_at(path: Path) -> float:
     return time.time()
 
 
-def _is_checkpoint(state) -> bool:
-    return isinstance(state, dict) and isinstance(state.get("about"), dict)
+def _read(path: Path, mmap: bool = False) -> dict:
+    """What save_checkpoint wrote; LabError where the file is missing, damaged or holds something else."""
+    state = load_tensors(path, mmap)
+    if not (isinstance(state, dict) and isinstance(state.get("about"), dict)):
+        raise LabError("it holds no checkpoint of a training")
+    return state
 
 
 def _about(path: Path, mmap: bool = True) -> dict | None:
     """What a checkpoint is about; None where it is missing, damaged (all of it is looked at without `mmap`) or foreign."""
     with contextlib.suppress(LabError):
-        state = load_tensors(path, mmap)
-        if _is_checkpoint(state):
-            return state["about"]
+        return _read(path, mmap)["about"]
     return None
 
 

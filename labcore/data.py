@@ -181,9 +181,10 @@ def _download_cifar(label: str, image_size: int) -> tuple[str, dict]:
     try:
         train, test = (kind(str(DATA_DIR), train=part, download=True) for part in (True, False))
     except (OSError, RuntimeError, http.client.HTTPException) as error:
-        for number, text in DISK_ERRORS.items():
-            if number in _error_numbers(error):
-                raise LabError(f"{label} cannot be written into {DATA_DIR}: {text} and run again.") from error
+        for number in _error_numbers(error) & DISK_ERRORS.keys():
+            raise LabError(
+                f"{label} cannot be written into {DATA_DIR}: {DISK_ERRORS[number]} and run again."
+            ) from error
         archive = DATA_DIR / kind.filename
         found = f"{archive.name} there, but damaged" if archive.exists() else "nothing usable there"
         raise Unreachable(

@@ -43,6 +43,21 @@ def counted_updates(monkeypatch) -> list:
     return calls
 
 
+def spoil_weights(monkeypatch, at: int) -> None:
+    """The update of this number leaves weights that are not finite, and a loss that is."""
+    update, calls = steps.update, []
+
+    def spoiling(loop, *args):
+        found = update(loop, *args)
+        calls.append(1)
+        if len(calls) == at:
+            with torch.no_grad():
+                next(loop.model.parameters()).fill_(float("nan"))
+        return found
+
+    monkeypatch.setattr(steps, "update", spoiling)
+
+
 def snapshot(model: nn.Module) -> dict:
     return copy.deepcopy(model.state_dict())
 

@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from small import counted_updates, network
+from small import counted_updates, network, spoil_weights
 
 from labcore import LabError, steps
 from labcore.artifacts import ROOT
@@ -109,17 +109,7 @@ def train_other_data(folder, data, split) -> None:
 
 def train_nan(folder, data, split) -> None:
     """The last update of the second epoch spoils the weights of both processes."""
-    update, calls = steps.update, []
-
-    def spoiling(loop, *args):
-        found = update(loop, *args)
-        calls.append(1)
-        if len(calls) == 2 * 4:
-            with torch.no_grad():
-                next(loop.model.parameters()).fill_(float("nan"))
-        return found
-
-    steps.update = spoiling
+    spoil_weights(pytest.MonkeyPatch(), 2 * 4)
     train_part(folder, data, split, RECIPE)
 
 

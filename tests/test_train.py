@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from small import counted_updates
+from small import counted_updates, spoil_weights
 from torchvision.transforms.v2.functional import resize
 
 from labcore import LabError, checkpoint, evaluate, steps, train
@@ -334,17 +334,7 @@ def test_only_the_last_of_the_other_runs_is_kept(tmp_path, tiny_data, tiny_split
 
 
 def test_weights_that_the_last_update_spoilt_are_never_saved(tmp_path, tiny_data, tiny_split, monkeypatch):
-    update, calls = steps.update, []
-
-    def spoiling(loop, *args):
-        found = update(loop, *args)
-        calls.append(1)
-        if len(calls) == 2 * 4:
-            with torch.no_grad():
-                next(loop.model.parameters()).fill_(float("nan"))
-        return found
-
-    monkeypatch.setattr(steps, "update", spoiling)
+    spoil_weights(monkeypatch, 2 * 4)
     with pytest.raises(LabError, match=r"no longer finite after epoch 2, learning rate 0\.\d+; lower lr"):
         fit(tmp_path, tiny_data, tiny_split)
     state = checkpoint.load_tensors(checkpoints_of_one_epoch(tmp_path))
