@@ -15,10 +15,11 @@ from pathlib import Path
 import jinja2
 import numpy as np
 import pandas as pd
-from scipy.stats import spearmanr
+from scipy.stats import norm, spearmanr
 
 from labcore import LabError
 from labcore.artifacts import ROOT, atomic_path, read_json, sha256_file, write_json, write_text
+from labcore.claims import MUCH_PP, seed_interval
 from labcore.config import NOTEBOOKS, PROFILES, STUDIES, get_profile, parse_overrides
 from labcore.evaluate import calibration, load_logits, paired_by_class
 from labcore.tables import formatted
@@ -93,7 +94,9 @@ def markdown_table(table: pd.DataFrame, index: str = "", widths: tuple[int, ...]
     numbers = [all(value[:1] in "+-–0123456789" for value in table[name]) for name in table.columns]
     rule = [":---", *("---:" if number else ":---" for number in numbers)]
     if widths:
-        rule = [":" + "-" * 12 * width for width in widths]  # pandoc heeds them in lines beyond its --columns
+        # pandoc heeds the lengths of these dashes in lines beyond its --columns
+        ends = ["", *(":" if number else "" for number in numbers)]
+        rule = [":"[bool(end) :] + "-" * width + end for width, end in zip(widths, ends, strict=True)]
     rows = [[str(label), *values] for label, values in zip(table.index, table.to_numpy(), strict=True)]
     return "\n".join(
         "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in [header, rule, *rows]
@@ -235,7 +238,7 @@ def context(name: str) -> dict:
     return {
         **dict.fromkeys(STUDIES),
         **stages,
-        **_study_tables(stages),
+        **_study_tables(stages, profile.arch),
         **_from_logits(folder, list(stages["compare"]["per_class"])),
         "profile": profile,
         "data": provenance["fp32"]["data"],
@@ -255,6 +258,8 @@ def context(name: str) -> dict:
             for row in stages["ptq"]["ablation"]
             if row["acc_drop_pp_low"] > 0 or row["acc_drop_pp_high"] < 0
         ],
+        "ablation_meets": _meets(stages["ptq"]["ablation"], read_json(REFERENCE)["target_drop_pp"]),
+        **_errors(folder),
         "history_table": markdown_table(_history(folder / "fp32" / "history.csv"), "epoch"),
         "recipe_table": markdown_table(recipes, "hyperparameter"),
         "augment_table": markdown_table(augments, "transform"),
@@ -287,7 +292,46 @@ def _from_logits(folder: Path, classes: list[str]) -> dict:
     return {"classes_changed": changed, "class_tests": n_tests, "confidence": confidence}
 
 
-def _study_tables(stages: dict[str, dict]) -> dict:
+def _meets(rows: list[dict], drop_pp: float) -> dict[str, int]:
+    """How many schemes of the ablation drop no more than that, and how many of these are worse than FP32 by more than chance."""
+    met = [row for row in rows if row["acc_drop_pp"] <= drop_pp]
+    return {"all": len(met), "worse": sum(row["acc_drop_pp_low"] > 0 for row in met)}
+
+
+def _errors(folder: Path) -> dict:
+    """The tensors of the PTQ network with the lowest ratio of signal to error; what is clipped of the images, None where nothing is."""
+    found = pd.read_csv(folder / "ptq" / "qparams.csv").sort_values("snr_db", kind="stable")
+    table = pd.DataFrame(
+        {
+            f"`{row.layer}`, {row.tensor}": {
+                "scale asked for": f"{row.raw_scale:.4g}",
+                "exponent": f"{row.exponent}",
+                "clipped": f"{row.share_clipped:.2%}",
+                "signal to error (dB)": f"{row.snr_db:.1f}",
+            }
+            for row in found.head(5).itertuples()
+        }
+    ).T
+    images = found[found["layer"] == "quant"].iloc[0]
+    clipped = None
+    if images["share_clipped"] > 0.001:
+        clipped = {
+            "raw_scale": images["raw_scale"],
+            "exponent": int(images["exponent"]),
+            "share_clipped": images["share_clipped"],
+            "is_worst": found.iloc[0]["layer"] == "quant",
+        }
+        study = folder / "observers" / "qparams.csv"
+        if study.exists():
+            best = pd.read_csv(study).set_index("layer").loc["quant"]
+            clipped |= {
+                "best_exponent": int(best["exponent"]),
+                "best_share_clipped": best["share_clipped"],
+            }
+    return {"noisiest_table": markdown_table(table, "tensor"), "clipped_input": clipped}
+
+
+def _study_tables(stages: dict[str, dict], arch: str) -> dict:
     """The tables of the studies that ran, and what is read off several of their rows."""
     shown = ["acc", "acc_drop_pp", "acc_drop_pp_low", "acc_drop_pp_high", "loss"]
     titles = {
@@ -324,12 +368,22 @@ def _study_tables(stages: dict[str, dict]) -> dict:
         tables["overflow_table"] = table(
             [
                 {"codes": row["case"], "activation bits": row["bits"]}
-                | {"wrong sums": f"{row['wrong sums']:.2%}", "largest error": f"{row['largest error']:.0f}"}
+                | {"wrong sums": f"{row['wrong sums']:.2%}", "largest error": f"{row['largest error']:,.0f}"}
                 for row in study["overflow"]
             ],
             ["codes", "activation bits"],
             ["wrong sums", "largest error"],
         )
+        methods = {row["method"]: row for row in study["repaired"]}
+        learned = [row for row in study["trained"] if row["weight bits"] == 4]
+        tables["four_bits"] = {"adaround": methods["AdaRound"], "learned": learned[0]}
+        kernels = {(row["activation bits"], row["sums"]): row for row in study["kernels"]}
+        eight, seven = kernels[8, "without VNNI"], kernels[7, "without VNNI"]
+        tables["saturating"] = {
+            "eight": eight["acc"],
+            "seven": seven["acc"],
+            "loss_of_bit_pp": 100 * (eight["acc"] - seven["acc"]),
+        }
         tables["overflow_seen"] = any(
             row["wrong sums"] > 0 for row in study["overflow"] if row["case"] == "trained layer"
         )
@@ -344,17 +398,24 @@ def _study_tables(stages: dict[str, dict]) -> dict:
             ["network"],
             [*shown, "p_value"],
         )
+        least: dict[str, dict] = {}
+        for row in study["architectures"]:
+            known = least.setdefault(row["network"], row)
+            least[row["network"]] = min(known, row, key=itemgetter("acc_drop_pp"))
+        least.pop(arch, None)
+        tables["least_drops"] = least
+        tables["collapsed"] = [name for name, row in least.items() if row["acc_drop_pp_low"] > 10 * MUCH_PP]
         beaten = {
             row["name"]: [
                 other
                 for other in front
-                if other is not row and other["size_mb"] <= row["size_mb"] and other["acc"] >= row["acc"]
+                if other is not row and other["size_mb"] <= row["size_mb"] and other["loss"] <= row["loss"]
             ]
             for row in front
             if row["family"] == "mixed"
         }
         tables["beaten_allocations"] = [
-            f"{name} by {max(by, key=itemgetter('acc'))['name']}" for name, by in beaten.items() if by
+            f"{name} by {min(by, key=itemgetter('loss'))['name']}" for name, by in beaten.items() if by
         ]
         rises = {layer: row["one layer"] for layer, row in study["layers"].items()}
         tables["size_correlation"] = spearmanr(
@@ -365,6 +426,7 @@ def _study_tables(stages: dict[str, dict]) -> dict:
         columns = ["seeds", "acc", "acc_std", "diff_pp", "diff_pp_std"]
         for question, rows in study["tables"].items():
             tables[f"training_{question}_table"] = table(rows, ["recipe"], columns)
+            tables[f"training_{question}_found"] = _beyond_chance(rows)
         trained_on = [{"trained on as": TRAINED_ON[kind]} | row for kind, row in study["trained_on"].items()]
         tables["training_trained_on_table"] = table(trained_on, ["trained on as"], [*columns, "loss"])
         hidden = pd.DataFrame(study["hidden"]).T.map("{:.2%}".format)
@@ -398,8 +460,34 @@ def _study_tables(stages: dict[str, dict]) -> dict:
             group: {NAMES[name]: interval.format(**cost["extra_drop_pp"]) for name, cost in costs.items()}
             for group, costs in study["group_cost"].items()
         }
+        tables |= _groups_changed(study["group_cost"])
         tables["robustness_groups_table"] = markdown_table(pd.DataFrame(groups).T, "group")
     return tables
+
+
+def _beyond_chance(rows: list[dict]) -> str:
+    """The recipes whose difference to the first has an interval over seeds that leaves out zero, as a sentence."""
+    found = []
+    for row in rows[1:]:
+        low, high = seed_interval(row)
+        if low > 0 or high < 0:
+            found.append(f"*{escaped(row['recipe'])}* {row['diff_pp']:+.2f} ({low:+.2f} to {high:+.2f})")
+    return f"Beyond chance: {'; '.join(found)}." if found else "No difference here is beyond chance."
+
+
+def _groups_changed(costs: dict[str, dict]) -> dict:
+    """The groups of corruptions on which quantization costs more or less than on clean images, in view of how many are tested.
+
+    Their intervals are 95 % ones of a mean, so 1.96 standard errors to each side.
+    """
+    tests = [(group, name, cost["extra_drop_pp"]) for group, by in costs.items() for name, cost in by.items()]
+    changed = []
+    for group, name, cost in tests:
+        error = (cost["high"] - cost["low"]) / (2 * norm.ppf(0.975))
+        p_value = 2 * norm.sf(abs(cost["mean"]) / error) if error else 1.0
+        if p_value < 0.05 / len(tests):
+            changed.append(f"*{group}* with {NAMES[name]}, {cost['mean']:+.2f} points (p = {p_value:.1g})")
+    return {"groups_changed": changed, "group_tests": len(tests)}
 
 
 def _engines(study: dict) -> dict:

@@ -8,7 +8,7 @@ import pytest
 
 from labcore import LabError, report
 from labcore.artifacts import ROOT
-from labcore.report import markdown_table, source_of
+from labcore.report import _beyond_chance, _errors, _groups_changed, _meets, markdown_table, source_of
 
 
 def parsed(module: str, name: str) -> ast.AST:
@@ -106,3 +106,49 @@ def test_figures_and_headings_of_the_committed_reports_stand_alone(profile):
     text = (ROOT / "report" / profile / "report.md").read_text(encoding="utf-8")
     text = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
     assert not re.findall(r"^.+\n(?:!\[|#+ ).*", text, flags=re.MULTILINE)
+
+
+def test_a_difference_over_seeds_counts_where_students_interval_leaves_out_zero():
+    def row(recipe: str, seeds: int, mean: float, spread: float) -> dict:
+        return {"recipe": recipe, "seeds": seeds, "diff_pp": mean, "diff_pp_std": spread}
+
+    # Three seeds with a spread of 0.2 are sure to 4.303 * 0.2 / sqrt(3) = 0.497 points, two to 12.706 * 0.2 / sqrt(2) = 1.797.
+    rows = [row("as it is", 3, 0.0, 0.0), row("a", 3, 0.5, 0.2), row("b", 3, 0.49, 0.2), row("c", 2, -1.8, 0.2), row("d", 2, 1.7, 0.2)]
+    assert _beyond_chance(rows) == "Beyond chance: *a* +0.50 (+0.00 to +1.00); *c* -1.80 (-3.60 to -0.00)."
+    assert _beyond_chance(rows[:1] + rows[2:3]) == "No difference here is beyond chance."
+
+
+def test_a_group_counts_only_beyond_the_chance_of_all_tests_together():
+    def cost(mean: float, half: float) -> dict:
+        return {"extra_drop_pp": {"mean": mean, "low": mean - half, "high": mean + half}}
+
+    # Two tests: p < 0.025, so 2.24 standard errors, where 1.96 are half an interval.
+    found = _groups_changed({"noise": {"ptq": cost(-2.3, 1.96), "qat": cost(2.2, 1.96)}})
+    assert found == {"groups_changed": ["*noise* with PTQ, -2.30 points (p = 0.02)"], "group_tests": 2}
+    assert _groups_changed({"noise": {"ptq": cost(0.0, 0.0)}})["groups_changed"] == []
+
+
+def test_schemes_that_meet_the_target_are_counted_by_drop_and_by_interval():
+    rows = [{"acc_drop_pp": drop, "acc_drop_pp_low": low} for drop, low in ((0.2, -0.1), (1.0, 0.4), (1.1, 0.5))]
+    assert _meets(rows, 1.0) == {"all": 2, "worse": 1}
+
+
+def test_the_noisiest_tensors_come_first_and_what_is_clipped_of_the_images_is_said(tmp_path):
+    columns = "layer,tensor,raw_scale,exponent,share_clipped,snr_db"
+    (tmp_path / "ptq").mkdir()
+    (tmp_path / "ptq/qparams.csv").write_text(
+        f"{columns}\nconv1,weight,0.004,-8,0,30\nquant,activation,0.0216,-6,0.114,19.6\nfc,weight,0.003,-8,0,25\n"
+    )
+    found = _errors(tmp_path)
+    assert [line.split(" | ")[0] for line in found["noisiest_table"].splitlines()[2:]] == [
+        "| `quant`, activation",
+        "| `fc`, weight",
+        "| `conv1`, weight",
+    ]
+    assert found["clipped_input"] == {"raw_scale": 0.0216, "exponent": -6, "share_clipped": 0.114, "is_worst": True}
+    (tmp_path / "observers").mkdir()
+    (tmp_path / "observers/qparams.csv").write_text(f"{columns}\nquant,activation,0.0216,-5,0,42.8\n")
+    assert _errors(tmp_path)["clipped_input"]["best_exponent"] == -5
+    text = (tmp_path / "ptq/qparams.csv").read_text()
+    (tmp_path / "ptq/qparams.csv").write_text(text.replace("0.114", "0.001"))
+    assert _errors(tmp_path)["clipped_input"] is None
