@@ -12,6 +12,7 @@ import subprocess
 import tarfile
 import zipfile
 import zlib
+from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 
@@ -35,7 +36,12 @@ def sha256_json(value) -> str:
 
 def code_hash(path: Path) -> str:
     """SHA-256 of what a Python file does: comments, blank lines and docstrings do not count."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return _hash_of_code(path.read_text(encoding="utf-8"))
+
+
+@lru_cache(maxsize=256)  # studies ask for the same modules with every training
+def _hash_of_code(text: str) -> str:
+    tree = ast.parse(text)
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and body:
@@ -108,6 +114,8 @@ UNREADABLE = (
     ValueError,
     TypeError,
     EOFError,
+    MemoryError,  # a forged size
+    OverflowError,
     RuntimeError,
     tarfile.TarError,
     zipfile.BadZipFile,

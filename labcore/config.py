@@ -98,7 +98,7 @@ class Augment:
             "above 0, at most scale_max",
         )
         _check("augment.scale_max", self.scale_max, self.scale_max <= 10, "at most 10")
-        _check("augment.cutout", self.cutout, self.cutout >= 0, "0 or a side in pixels")
+        _check("augment.cutout", self.cutout, 0 <= self.cutout <= 512, "0 or a side in pixels, at most 512")
         for name, top in (("erasing_scale", 1), ("erasing_ratio", 100)):
             pair = getattr(self, name)
             ok = len(pair) == 2 and 0 < pair[0] <= pair[1] <= top
@@ -215,6 +215,12 @@ class Profile:
         _check("study_seeds", self.study_seeds, 2 <= self.study_seeds <= 100, "in 2 … 100")
         _check("processes", self.processes, 0 <= self.processes <= 1024, "0 (one per GPU) … 1024")
         _fraction("validation_fraction", self.validation_fraction)
+        if self.arch == "resnet9":  # three poolings, two more steps of two in the stem for large images
+            least = 8 if self.stem == "cifar" else 32
+            small = [round(r.small_size * self.image_size) for r in (self.fp32, self.qat) if r.small_share]
+            side = min(small, default=self.image_size)
+            expected = f"such that ResNet-9 sees at least {least} pixels to a side, small_size ({side} pixels) included"
+            _check("image_size", self.image_size, side >= least, expected)
         _check("validation_fraction", self.validation_fraction, self.validation_fraction > 0, "above 0")
 
 

@@ -11,13 +11,23 @@ import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from labcore import LabError
-from labcore.artifacts import ROOT, UNREADABLE, read_json, read_npz, write_json, write_npz
+from labcore.artifacts import (
+    ROOT,
+    UNREADABLE,
+    modules_hash,
+    read_json,
+    read_npz,
+    sha256_json,
+    write_json,
+    write_npz,
+)
 from labcore.config import nearest
 from labcore.images import fingerprint, read_images, to_array
 
@@ -244,7 +254,8 @@ def _find(source: str) -> Path:
 def _own_images(path: Path, image_size: int) -> ImageData:
     """A user's images through the cache; a known copy gets its right name."""
     key, arrays = _cached(path, image_size, lambda: read_images(path, image_size))
-    return _image_data(KNOWN_COPIES.get(key, f"own images: {path.name}"), **arrays)
+    name = path.name.encode("utf-8", "replace").decode()
+    return _image_data(KNOWN_COPIES.get(key, f"own images: {name}"), **arrays)
 
 
 def _cached(path: Path, image_size: int, make: Callable[[], tuple[str, dict]]) -> tuple[str, dict]:
@@ -260,12 +271,17 @@ def _cached(path: Path, image_size: int, make: Callable[[], tuple[str, dict]]) -
             return key, {name: arrays[name] for name in ("images", "labels", "is_test", "classes")}
         except UNREADABLE as error:
             print(f"note: the image cache is damaged ({error}); decoding again.", file=sys.stderr)
+    before = fingerprint(path) if path.exists() else None
     key, arrays = make()
     if path.exists():
         write_npz(_cache_path(key, image_size), **arrays)
-        write_json(index_path, index | {fingerprint(path): key})
+        after = fingerprint(path)
+        if before in (None, after):  # else files changed while they were read: the next run reads them again
+            write_json(index_path, index | {after: key})
     return key, arrays
 
 
 def _cache_path(key: str, image_size: int) -> Path:
-    return DATA_DIR / "cache" / f"{key[:16]}-{image_size}.npz"
+    """The cached arrays of images, of a size, and of what decodes them."""
+    decoder = sha256_json([modules_hash("images"), metadata.version("pillow")])
+    return DATA_DIR / "cache" / f"{key[:16]}-{image_size}-{decoder[:8]}.npz"

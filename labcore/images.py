@@ -21,6 +21,8 @@ from labcore.progress import progress
 
 ARCHIVE_SUFFIXES = (".tar.xz", ".tar.gz", ".tgz", ".tar", ".zip")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+# Pillow's names of them. Its other formats stay closed: some hand the file to another program.
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
 SPLITS = ("train", "test")
 
 Member = tuple[str, Callable[[], bytes]]
@@ -28,12 +30,17 @@ Member = tuple[str, Callable[[], bytes]]
 
 def fingerprint(path: Path) -> str:
     """Changes when a folder's file or an archive is added, removed, resized or touched; cheap enough for every run."""
-    digest = hashlib.sha256(str(path).encode())
+    digest = hashlib.sha256(_bytes(str(path)))
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
         if file.is_file():
             stat = file.stat()
-            digest.update(f"{file.relative_to(path)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+            digest.update(_bytes(f"{file.relative_to(path)} {stat.st_size} {stat.st_mtime_ns}\n"))
     return digest.hexdigest()
+
+
+def _bytes(name: str) -> bytes:
+    """A file's name may hold bytes that are no UTF-8."""
+    return name.encode("utf-8", "surrogateescape")
 
 
 def read_images(path: Path, size: int) -> tuple[str, dict[str, np.ndarray]]:
@@ -123,31 +130,29 @@ def _place(name: str) -> tuple[str, str] | None:
 
 
 def to_array(image: Image.Image, size: int) -> np.ndarray:
-    """An image of any size and mode -> uint8 (3, size, size): shorter side to `size`, then the centre."""
+    """An image of any size and mode -> uint8 (3, size, size): its centred square, resized."""
     if image.mode.startswith("I;16"):  # convert() would clip at 255
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     image.info.pop("transparency", None)
     image = image.convert("RGB")
     if image.size != (size, size):
-        ratio = size / min(image.size)
-        width, height = (max(size, round(side * ratio)) for side in image.size)
-        left, top = (width - size) // 2, (height - size) // 2
-        image = image.resize((width, height), Image.Resampling.BILINEAR).crop(
-            (left, top, left + size, top + size)
-        )
+        side = min(image.size)
+        left, top = ((whole - side) / 2 for whole in image.size)
+        square = (left, top, left + side, top + side)
+        image = image.resize((size, size), Image.Resampling.BILINEAR, box=square)
     return np.asarray(image).transpose(2, 0, 1)
 
 
 def _decode(item: tuple[str, bytes], source: Path, size: int) -> np.ndarray:
     name, content = item
     try:
-        with Image.open(io.BytesIO(content)) as image:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             return to_array(image, size)
     except UnidentifiedImageError as error:
         raise LabError(
             f"{source}: the image {name!r} is damaged (no known format): repair or remove it."
         ) from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (*UNREADABLE, SyntaxError, Image.DecompressionBombError) as error:
         raise LabError(f"{source}: the image {name!r} is damaged ({error}): repair or remove it.") from error
 
 
@@ -182,7 +187,7 @@ def _decode_all(source: Path, members: Iterator[Member], size: int) -> tuple[str
         flush()
     classes = _check_classes(source, places, left_out)
     order = sorted(range(len(places)), key=lambda position: (*places[position][:2], digests[position]))
-    key = hashlib.sha256("\n".join(sorted(digests)).encode()).hexdigest()
+    key = hashlib.sha256(_bytes("\n".join(sorted(digests)))).hexdigest()
     return key, {
         "images": np.stack([arrays[position] for position in order]),
         "labels": np.array([classes.index(places[position][1]) for position in order]),
@@ -211,4 +216,7 @@ def _check_classes(source: Path, places: list[tuple[str, str, str]], left_out: i
         raise LabError(
             f"DATA={source}: expected two classes or more, found only {next(iter(counts['train']))!r}; add class folders."
         )
+    for name in sorted(counts["train"]):
+        if not name.isprintable():  # bytes that are no UTF-8 too
+            raise LabError(f"DATA={source}: the class {name!r} has a name that cannot be printed; rename its folder.")
     return sorted(counts["train"])

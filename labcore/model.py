@@ -246,8 +246,12 @@ def whitening_filters(images: Tensor, side: int, count: int, eps: float = 5e-4) 
 def load_weights(model: nn.Module, state: dict[str, Tensor], source: str = "checkpoint") -> None:
     """Load a state dict strictly; the `module.` prefix of DataParallel is accepted.
 
-    Raises LabError that names the first difference where the checkpoint belongs to another architecture.
+    Raises LabError where it is no state dict, and one that names the first difference where it belongs to another architecture.
     """
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
+    ):
+        raise LabError(f"{source} holds no state dict of tensors; use a file written by the fp32 stage.")
     state = {name.removeprefix("module."): value for name, value in state.items()}
     own = model.state_dict()
     for name in sorted(own.keys() ^ state.keys()):

@@ -27,6 +27,8 @@ def train_stage(run: Run, stage: str, build: Callable[[Run], nn.Module]) -> Resu
     """
     model = build(run)
     args = _arguments(run, stage)
+    if not torch.cuda.is_available() and not finished(model, *args):
+        print(*cpu_notes(run.profile), sep="", end="")
     processes = run.profile.processes or _one_per_gpu(args[0])
     if processes > 1 and not finished(model, *args):
         launch(processes, train_worker, run.profile, run.source, run.seed, stage, build)
@@ -36,6 +38,21 @@ def train_stage(run: Run, stage: str, build: Callable[[Run], nn.Module]) -> Resu
                 "saw other images, code or versions than this process; give both the same and run again."
             )
     return fit(model, *args, run.profile.eval_batch_size, stage.upper())
+
+
+def cpu_notes(profile: Profile, gpu: Path = Path("/dev/nvidia0")) -> list[str]:
+    """What to say before a training on a CPU that a GPU should do, in lines."""
+    notes = []
+    if gpu.exists():
+        notes.append(
+            f"note: this machine has an NVIDIA GPU that torch {torch.__version__} cannot use (its driver may be older than "
+            f"CUDA {torch.version.cuda}); training on the CPU.\n"
+        )
+    if profile.arch == "resnet50" and profile.width >= 32:
+        notes.append(
+            "note: a ResNet-50 of this width takes days on a CPU; stop it and choose profile cpu, or a smaller width.\n"
+        )
+    return notes
 
 
 def _arguments(run: Run, stage: str) -> tuple[Recipe, ImageData, Split, int, Path]:

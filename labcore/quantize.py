@@ -326,10 +326,5 @@ def _shapes(state: dict) -> dict:
 
 def load_float(path: Path, model: QuantizableResNet) -> QuantizableResNet:
     """Read FP32 weights into `model`, laid out channels_last; LabError as in load_tensors and load_weights."""
-    state = load_tensors(path)
-    if not isinstance(state, dict) or not all(
-        isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()
-    ):
-        raise LabError(f"{path} holds no state dict of tensors; use a file written by the fp32 stage.")
-    load_weights(model, state, str(path))
+    load_weights(model, load_tensors(path), str(path))
     return model.to(memory_format=torch.channels_last).eval()

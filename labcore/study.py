@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.ao.quantization import FakeQuantizeBase
 
 from labcore import LabError
-from labcore.artifacts import modules_hash, read_json, sha256_json, versions, write_json
+from labcore.artifacts import ROOT, modules_hash, read_json, sha256_json, versions, write_json
 from labcore.checkpoint import state_hash
-from labcore.config import Recipe
+from labcore.config import NOTEBOOKS, Recipe
 from labcore.data import ImageData, Split
 from labcore.evaluate import compare_paired, load_logits, predict, save_logits, summarize
 from labcore.mixed import codes, overrides, save_packed
@@ -43,6 +43,7 @@ from labcore.quantize import (
     simulate,
 )
 from labcore.run import Run
+from labcore.steps import multiplies_bfloat16
 from labcore.train import fit
 
 MODULES = (
@@ -57,6 +58,7 @@ MODULES = (
     "model",
     "study",
 )
+TRAINING_MODULES = ("train", "steps", "optim", "distributed", "transforms", "policy", "pixels")
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,7 @@ class Study:
             "judges": len(judges),
             "seed": run.seed,
             "code": modules_hash(*MODULES),
+            "numbers": [has_vnni(), multiplies_bfloat16()],
             "torch": versions()["torch"],
         }
 
@@ -241,8 +244,12 @@ class Study:
         )
 
     def other(self, name: str, build: Callable[[], nn.Module]) -> Cell:
-        """A cell: any quantized network, judged on validation images."""
-        return Cell({"other": name}, lambda: self.judge(self.logits(build())))
+        """A cell: any quantized network, judged on validation images. How it is built stands in the stage's notebook, so the
+        notebook's code decides the result as well.
+        """
+        cells = read_json(ROOT / "notebooks" / f"{NOTEBOOKS[self.stage]}.ipynb")["cells"]
+        code = sha256_json(["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"])
+        return Cell({"other": name, "notebook": code}, lambda: self.judge(self.logits(build())))
 
     def trained(self, weight: Scheme, activation: Scheme, mode: str, recipe: Recipe) -> nn.Module:
         """QAT in a mode of `make_qconfig`, from the FP32 weights, calibrated first; resumed where it was killed.
@@ -261,7 +268,10 @@ class Study:
     def qat(self, weight: Scheme, activation: Scheme, mode: str, recipe: Recipe) -> Cell:
         """A cell: QAT, judged on validation images (see `after_qat`)."""
         return Cell(
-            {"qat": [asdict(weight), asdict(activation), mode, asdict(recipe)]},
+            {
+                "qat": [asdict(weight), asdict(activation), mode, asdict(recipe)],
+                "training": modules_hash(*TRAINING_MODULES),
+            },
             lambda: self.judge(self.logits(self.after_qat(weight, activation, mode, recipe))),
         )
 

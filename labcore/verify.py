@@ -74,6 +74,11 @@ class Results:
                 f"{self.folder.relative_to(ROOT)} is missing: run make report PROFILE={profile}, which writes it."
             )
         self.facts = read_json(self.folder / "run.json")
+        parts = ("wall_seconds", "files", "figures")
+        if not isinstance(self.facts, dict) or not all(isinstance(self.facts.get(part), dict) for part in parts):
+            raise LabError(
+                f"{(self.folder / 'run.json').relative_to(ROOT)} is damaged: expected {', '.join(parts)}; run make report again."
+            )
         self.stages = {
             stage: read_json(self.folder / stage / "metrics.json") for stage in self.facts["wall_seconds"]
         }
@@ -254,8 +259,9 @@ def verify(profile: str) -> list[str]:
     if profile not in PROFILES:
         raise LabError(f"unknown profile {profile!r}: {nearest(profile, PROFILES)}")
     results = Results(profile)
-    found = list(results.files())
+    found: list[str] = []
     checks: list[Callable[[], Iterator[str]]] = [
+        results.files,
         results.accuracies,
         results.comparison,
         results.engines,
@@ -271,7 +277,7 @@ def verify(profile: str) -> list[str]:
             found.append(f"{check.__name__}: {error} is missing in the results of {profile}")
         except LabError as error:
             found.append(str(error))
-        except UNREADABLE as error:
+        except (*UNREADABLE, AttributeError, IndexError) as error:
             found.append(f"{check.__name__} of {profile} cannot be checked: {first_line(error)}")
     return found
 

@@ -1,5 +1,9 @@
 """Small data and networks that tests get as fixtures."""
 
+import fcntl
+import os
+import shutil
+
 import numpy as np
 import pytest
 from project import Project
@@ -10,9 +14,14 @@ from labcore.qconfig import CustomQConfig
 from labcore.quantize import calibrate, convert, prepare_ptq
 
 
+FIRST = ("test_pipeline_studies", "test_distributed", "test_artifacts", "test_pipeline")
+
+
 def pytest_collection_modifyitems(items):
-    """The two longest files first: two processes share the files, and one would otherwise be alone at the end."""
-    items.sort(key=lambda item: not item.path.name.startswith("test_pipeline"))
+    """The longest files first, since two processes share them: each starts with two, this one with the first and the third. The
+    first builds the project while the other is busy with the second, and the fourth finds it built.
+    """
+    items.sort(key=lambda item: FIRST.index(item.path.stem) if item.path.stem in FIRST else len(FIRST))
 
 
 @pytest.fixture
@@ -39,10 +48,19 @@ def int8(tiny_data, tiny_split, request):
     return convert(calibrate(prepare_ptq(network(), config.value), tiny_data, tiny_split))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def built(tmp_path_factory) -> Project:
-    """A project whose report has been made; no test changes it."""
-    project = Project(tmp_path_factory.mktemp("lab"))
-    result = project.run()
-    assert result.returncode == 0, result.stdout + result.stderr
-    return project
+    """A project whose report has been made; no test changes it. Processes that test together share it."""
+    together = "PYTEST_XDIST_WORKER" in os.environ
+    base = tmp_path_factory.getbasetemp()
+    root = (base.parent if together else base) / "built"
+    with open(f"{root}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (root / "report").exists():
+            partial = root.with_name("built.partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            project = Project(partial)
+            result = project.run()
+            assert result.returncode == 0, result.stdout + result.stderr
+            partial.rename(root)
+    return Project.at(root)

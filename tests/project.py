@@ -37,6 +37,11 @@ class Project:
     def copy(cls, other: "Project", root: Path) -> "Project":
         """Another project as it stands, with all that was run there, for one test to change."""
         shutil.copytree(other.root, root)
+        return cls.at(root)
+
+    @classmethod
+    def at(cls, root: Path) -> "Project":
+        """The project that lies there."""
         project = cls.__new__(cls)
         project.root = root
         return project

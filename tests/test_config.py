@@ -209,8 +209,17 @@ def test_an_erasing_range_needs_two_ordered_positive_numbers(name, value):
     assert name in message_of(lambda: get_profile("cpu", **{f"fp32.augment.{name}": value}))
 
 
+def test_resnet9_gets_images_that_survive_its_poolings():
+    assert get_profile("cpu", **{"image_size": 11}).image_size == 11, "8 of 11 pixels are left at first"
+    assert get_profile("cpu", **{"image_size": 8, "fp32.small_share": 0.0}).image_size == 8
+    assert get_profile("cpu", **{"image_size": 8, "arch": "resnet18"}).image_size == 8
+    for values in ({"image_size": 9}, {"image_size": 31, "stem": "imagenet", "fp32.small_share": 0.0}):
+        with pytest.raises(LabError, match="image_size must be such that ResNet-9 sees at least"):
+            get_profile("cpu", **values)
+
+
 @pytest.mark.parametrize(
-    "edge", [("width", 4), ("width", 1024), ("image_size", 8), ("image_size", 512), ("latency_rounds", 3)]
+    "edge", [("width", 4), ("width", 1024), ("image_size", 512), ("latency_rounds", 3)]
 )
 def test_the_ends_of_a_range_are_inside(edge):
     assert getattr(get_profile("cpu", **dict([edge])), edge[0]) == edge[1]

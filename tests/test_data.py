@@ -813,3 +813,62 @@ def test_a_flipped_bit_never_gives_another_split(tmp_path):
         except LabError:
             accepted.add("refused")
     assert accepted == {split.sha256, "refused"}
+
+
+def test_a_file_that_asks_for_another_program_is_damaged_and_no_program_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr("subprocess.check_call", explode)
+    content = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
+    with pytest.raises(LabError, match=r"the image '.*0.png' is damaged \(no known format\)"):
+        first_image(tmp_path, content)
+
+
+def test_a_name_that_is_no_utf8_is_read_and_a_class_of_such_a_name_is_refused(tmp_path):
+    plain = load_data(str(write_folder(tmp_path / "plain", small_tree())), 32)
+    tree = small_tree()
+    tree[os.fsdecode(b"train/cat/caf\xe9.png")] = tree.pop("train/cat/0.png")
+    odd = load_data(str(write_folder(tmp_path / "odd", tree)), 32)
+    assert len(odd.train_images) == len(plain.train_images) and odd.classes == plain.classes
+    name = os.fsdecode(b"caf\xe9")
+    both = {f"{split}/{name}/0.png": encode(pixels(7)) for split in ("train", "test")}
+    assert "has a name that cannot be printed" in refusal(write_folder(tmp_path / "class", small_tree() | both))
+
+
+@pytest.mark.parametrize("size", [2**33, 2**62, 2**70])
+def test_a_forged_size_in_a_tar_is_refused(tmp_path, size):
+    forged = tarfile.TarInfo("train/cat/9.png")
+    forged.size = size
+    assert "images.tar" in refusal(write_tar(tmp_path / "images.tar", small_tree(), forged))
+
+
+def test_a_very_long_image_is_cut_to_its_centre_at_once(tmp_path):
+    line = np.zeros((1, 1_000_001, 3), dtype=np.uint8)
+    line[0, 499_999:500_002] = (10, 20, 30)
+    found = first_image(tmp_path, encode(line))
+    assert (found == np.array([10, 20, 30]).reshape(3, 1, 1)).all()
+
+
+def test_an_image_that_lands_while_others_are_read_is_seen_by_the_next_run(tmp_path, monkeypatch):
+    from labcore import data
+
+    root, read = write_folder(tmp_path / "images", small_tree()), data.read_images
+
+    def and_one_lands(*args):
+        found = read(*args)
+        (root / "train/cat/9.png").write_bytes(encode(pixels(9)))
+        return found
+
+    monkeypatch.setattr(data, "read_images", and_one_lands)
+    assert len(load_data(str(root), 32).train_images) == 6
+    monkeypatch.setattr(data, "read_images", read)
+    assert len(load_data(str(root), 32).train_images) == 7
+
+
+def test_what_another_decoder_made_is_decoded_again(tmp_path, monkeypatch):
+    from labcore import data
+
+    source = str(write_folder(tmp_path / "images", small_tree()))
+    load_data(source, 32)
+    monkeypatch.setattr(data, "modules_hash", lambda *_: "another decoder")
+    monkeypatch.setattr(data, "read_images", explode)
+    with pytest.raises(AssertionError):
+        load_data(source, 32)

@@ -16,7 +16,7 @@ from small import counted_updates, network, spoil_weights
 from labcore import LabError, steps
 from labcore.artifacts import ROOT
 from labcore.checkpoint import load_tensors, save_tensors, state_hash
-from labcore.config import PROFILES, Augment, Recipe, override
+from labcore.config import PROFILES, Augment, Recipe, get_profile, override
 from labcore.distributed import (
     PartOfBatch,
     World,
@@ -27,7 +27,7 @@ from labcore.distributed import (
     sum_over_processes,
 )
 from labcore.launch import BUILD, main
-from labcore.parallel import _one_per_gpu, train_stage
+from labcore.parallel import _one_per_gpu, cpu_notes, train_stage
 from labcore.qconfig import CustomQConfig
 from labcore.quantize import prepare_qat
 from labcore.run import Run
@@ -399,3 +399,9 @@ def test_an_unknown_profile_is_refused_before_anything_starts(capsys, monkeypatc
     monkeypatch.setenv("LOCAL_RANK", "0")
     assert main(["--profile", "smok"]) == 1
     assert "did you mean 'smoke'?" in capsys.readouterr().err
+
+
+def test_a_training_that_wants_a_gpu_says_so_on_a_cpu(tmp_path):
+    assert cpu_notes(get_profile("cpu"), tmp_path / "none") == cpu_notes(get_profile("full", width=8), tmp_path / "none") == []
+    assert "takes days on a CPU" in cpu_notes(get_profile("full"), tmp_path / "none")[0]
+    assert "cannot use" in cpu_notes(get_profile("cpu"), tmp_path)[0]

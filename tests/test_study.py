@@ -1,6 +1,7 @@
 """What studies are built from: saturating sums against numpy's own int16, grids, codes."""
 
 import itertools
+import json
 import os
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ import torch
 from small import network
 
 from labcore.artifacts import write_json
+from labcore.config import Recipe
 from labcore.data import Split
 from labcore.evaluate import predict
 from labcore.mixed import overrides
@@ -133,3 +135,25 @@ def test_one_calibration_serves_all_weights_and_clamps(rule, study, tiny_data, t
     assert len(study._calibrated) == 1
     assert not torch.equal(outputs[0], outputs[3]), "other weights"
     assert rule == "none" or not torch.equal(outputs[0], outputs[1]), "the clamp bites"
+
+
+def test_a_cell_that_a_notebook_builds_depends_on_the_notebooks_code_and_not_on_its_prose(study, tmp_path, monkeypatch):
+    monkeypatch.setattr("labcore.study.ROOT", tmp_path)
+    study.stage = "observers"
+    (tmp_path / "notebooks").mkdir()
+
+    def key(code: str, prose: str) -> dict:
+        cells = [{"cell_type": "code", "source": [code]}, {"cell_type": "markdown", "source": [prose]}]
+        (tmp_path / "notebooks/05_observers.ipynb").write_text(json.dumps({"cells": cells}))
+        return study.other("repair", network).key
+
+    assert key("steps = 120", "a") == key("steps = 120", "b") != key("steps = 60", "a")
+
+
+def test_a_cell_of_qat_depends_on_the_code_that_trains(study, monkeypatch):
+    arguments = Scheme(), Scheme(), "plain", Recipe(epochs=1, batch_size=8, lr=0.1)
+    before = study.qat(*arguments).key
+    assert before == study.qat(*arguments).key
+    monkeypatch.setattr("labcore.study.modules_hash", lambda *names: f"other {names}")
+    after = study.qat(*arguments).key
+    assert before["training"] != after["training"] and "optim" in after["training"]

@@ -49,3 +49,15 @@ def test_a_profile_without_results_is_one_line(profile, message, capsys):
     assert verify.main(["--profile", profile]) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "text", ["{}", "[]", "null", "3", '{"wall_seconds": 1, "files": {}, "figures": {}}', '{"wall_seconds": {}}']
+)
+def test_a_damaged_list_of_the_run_is_one_line(text, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(verify, "ROOT", tmp_path)
+    monkeypatch.setattr(verify, "results_folder", lambda _: tmp_path)
+    (tmp_path / "run.json").write_text(text)
+    assert verify.main(["--profile", "cpu"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: run.json is damaged: expected wall_seconds, files, figures") and error.count("\n") == 1
