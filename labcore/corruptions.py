@@ -238,7 +238,7 @@ def corrupt(images: np.ndarray, name: str, severity: int, seed: int = 0) -> np.n
     with progress(len(images), f"{name} {severity}", unit="image") as bar, _alone():
         for position, image in enumerate(images):
             digest = hashlib.sha256(f"{seed} {name} ".encode() + image.tobytes()).digest()
-            # torch.manual_seed also notes down for every kind of device that is not there, 2 ms each time, to seed it later
+            # torch.manual_seed also notes down, to seed it later, every kind of device that is not there: a hundred times as long
             torch.default_generator.manual_seed(int.from_bytes(digest[:8], "little"))
             x = corruption.apply(torch.from_numpy(image)[None] / 255, parameter)  # (1, 3, H, W)
             spoilt[position] = (x[0].clamp(0, 1) * 255).round().to(torch.uint8).numpy()

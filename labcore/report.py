@@ -96,7 +96,7 @@ def markdown_table(table: pd.DataFrame, index: str = "", widths: tuple[int, ...]
     if widths:
         # pandoc heeds the lengths of these dashes in lines beyond its --columns
         ends = ["", *(":" if number else "" for number in numbers)]
-        rule = [":"[bool(end) :] + "-" * width + end for width, end in zip(widths, ends, strict=True)]
+        rule = [":"[bool(end) :] + "-" * 12 * width + end for width, end in zip(widths, ends, strict=True)]
     rows = [[str(label), *values] for label, values in zip(table.index, table.to_numpy(), strict=True)]
     return "\n".join(
         "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in [header, rule, *rows]

@@ -152,3 +152,10 @@ def test_the_noisiest_tensors_come_first_and_what_is_clipped_of_the_images_is_sa
     text = (tmp_path / "ptq/qparams.csv").read_text()
     (tmp_path / "ptq/qparams.csv").write_text(text.replace("0.114", "0.001"))
     assert _errors(tmp_path)["clipped_input"] is None
+
+
+def test_columns_of_given_widths_are_long_enough_for_pandoc_and_numbers_stand_right():
+    table = pd.DataFrame({"ms": ["1.2", "3.4"], "note": ["a", "b"]}, index=["x", "y"])
+    rule = markdown_table(table, "engine", (50, 20, 30)).splitlines()[1]
+    assert rule == f"| :{'-' * 600} | {'-' * 240}: | :{'-' * 360} |"
+    assert len(rule) > 1000, "pandoc's --columns, beyond which it heeds widths"
