@@ -421,18 +421,23 @@ def _r17(found: dict, checks: dict, reference: dict) -> Claim:
     return Claim("R17", claim, verdict, value, "training", "trained_on")
 
 
+def scheme_extremes(rows: list[dict], arch: str) -> dict[str, tuple[dict, dict]]:
+    """The rows of the scheme that costs most and of the one that costs least, for every network but the profile's own, `arch`."""
+    schemes: dict[str, list[dict]] = {}
+    for row in rows:
+        if row["network"] != arch:
+            schemes.setdefault(row["network"], []).append(row)
+    return {
+        network: (max(rows, key=itemgetter("acc_drop_pp")), min(rows, key=itemgetter("acc_drop_pp")))
+        for network, rows in schemes.items()
+    }
+
+
 def _r18(found: dict, checks: dict, reference: dict) -> Claim:
     claim, study = "ResNet-50 tolerates quantization; MobileNet and EfficientNet may not.", found["mixed"]
     if not study:
         return _missing("R18", claim, "mixed")
-    schemes: dict[str, list[dict]] = {}
-    for row in study["architectures"]:
-        if row["network"] != checks["arch"]:
-            schemes.setdefault(row["network"], []).append(row)
-    extremes = {
-        network: (max(rows, key=itemgetter("acc_drop_pp")), min(rows, key=itemgetter("acc_drop_pp")))
-        for network, rows in schemes.items()
-    }
+    extremes = scheme_extremes(study["architectures"], checks["arch"])
     value = "; ".join(
         f"{network}: {_drop(worst)} with the worst scheme ({worst['scheme']}), {_drop(best)} with the best ({best['scheme']})"
         for network, (worst, best) in extremes.items()

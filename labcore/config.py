@@ -215,13 +215,13 @@ class Profile:
         _check("study_seeds", self.study_seeds, 2 <= self.study_seeds <= 100, "in 2 … 100")
         _check("processes", self.processes, 0 <= self.processes <= 1024, "0 (one per GPU) … 1024")
         _fraction("validation_fraction", self.validation_fraction)
+        _check("validation_fraction", self.validation_fraction, self.validation_fraction > 0, "above 0")
         if self.arch == "resnet9":  # three poolings, two more steps of two in the stem for large images
             least = 8 if self.stem == "cifar" else 32
             small = [round(r.small_size * self.image_size) for r in (self.fp32, self.qat) if r.small_share]
             side = min(small, default=self.image_size)
             expected = f"such that ResNet-9 sees at least {least} pixels to a side, small_size ({side} pixels) included"
             _check("image_size", self.image_size, side >= least, expected)
-        _check("validation_fraction", self.validation_fraction, self.validation_fraction > 0, "above 0")
 
 
 # QAT takes the crops of FP32 training: BatchNorm would learn the statistics of others within a hundred steps.

@@ -264,14 +264,14 @@ def _cached(path: Path, image_size: int, make: Callable[[], tuple[str, dict]]) -
     index = read_json(index_path) if index_path.exists() else {}
     if not isinstance(index, dict):
         raise LabError(f"{index_path} is damaged: delete it and run again.")
-    key = index.get(fingerprint(path)) if path.exists() else None
+    before = fingerprint(path) if path.exists() else None
+    key = index.get(before)
     if key and _cache_path(key, image_size).exists():
         try:
             arrays = read_npz(_cache_path(key, image_size))
             return key, {name: arrays[name] for name in ("images", "labels", "is_test", "classes")}
         except UNREADABLE as error:
             print(f"note: the image cache is damaged ({error}); decoding again.", file=sys.stderr)
-    before = fingerprint(path) if path.exists() else None
     key, arrays = make()
     if path.exists():
         write_npz(_cache_path(key, image_size), **arrays)

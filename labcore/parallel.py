@@ -27,8 +27,9 @@ def train_stage(run: Run, stage: str, build: Callable[[Run], nn.Module]) -> Resu
     """
     model = build(run)
     args = _arguments(run, stage)
-    if not torch.cuda.is_available() and not finished(model, *args):
-        print(*cpu_notes(run.profile), sep="", end="")
+    notes = [] if torch.cuda.is_available() else cpu_notes(run.profile)
+    if notes and not finished(model, *args):
+        print(*notes, sep="\n")
     processes = run.profile.processes or _one_per_gpu(args[0])
     if processes > 1 and not finished(model, *args):
         launch(processes, train_worker, run.profile, run.source, run.seed, stage, build)
@@ -46,11 +47,11 @@ def cpu_notes(profile: Profile, gpu: Path = Path("/dev/nvidia0")) -> list[str]:
     if gpu.exists():
         notes.append(
             f"note: this machine has an NVIDIA GPU that torch {torch.__version__} cannot use (its driver may be older than "
-            f"CUDA {torch.version.cuda}); training on the CPU.\n"
+            f"CUDA {torch.version.cuda}); training on the CPU."
         )
     if profile.arch == "resnet50" and profile.width >= 32:
         notes.append(
-            "note: a ResNet-50 of this width takes days on a CPU; stop it and choose profile cpu, or a smaller width.\n"
+            "note: a ResNet-50 of this width takes days on a CPU; stop it and choose profile cpu, or a smaller width."
         )
     return notes
 

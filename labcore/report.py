@@ -19,7 +19,7 @@ from scipy.stats import norm, spearmanr
 
 from labcore import LabError
 from labcore.artifacts import ROOT, atomic_path, read_json, sha256_file, write_json, write_text
-from labcore.claims import MUCH_PP, seed_interval
+from labcore.claims import MUCH_PP, scheme_extremes, seed_interval
 from labcore.config import NOTEBOOKS, PROFILES, STUDIES, get_profile, parse_overrides
 from labcore.evaluate import calibration, load_logits, paired_by_class
 from labcore.tables import formatted
@@ -378,11 +378,8 @@ def _study_tables(stages: dict[str, dict], arch: str) -> dict:
         learned = [row for row in study["trained"] if row["weight bits"] == 4]
         tables["four_bits"] = {"adaround": methods["AdaRound"], "learned": learned[0]}
         kernels = {(row["activation bits"], row["sums"]): row for row in study["kernels"]}
-        eight, seven = kernels[8, "without VNNI"], kernels[7, "without VNNI"]
         tables["saturating"] = {
-            "eight": eight["acc"],
-            "seven": seven["acc"],
-            "loss_of_bit_pp": 100 * (eight["acc"] - seven["acc"]),
+            name: kernels[bits, "without VNNI"]["acc"] for name, bits in (("eight", 8), ("seven", 7))
         }
         tables["overflow_seen"] = any(
             row["wrong sums"] > 0 for row in study["overflow"] if row["case"] == "trained layer"
@@ -398,11 +395,7 @@ def _study_tables(stages: dict[str, dict], arch: str) -> dict:
             ["network"],
             [*shown, "p_value"],
         )
-        least: dict[str, dict] = {}
-        for row in study["architectures"]:
-            known = least.setdefault(row["network"], row)
-            least[row["network"]] = min(known, row, key=itemgetter("acc_drop_pp"))
-        least.pop(arch, None)
+        least = {name: best for name, (_, best) in scheme_extremes(study["architectures"], arch).items()}
         tables["least_drops"] = least
         tables["collapsed"] = [name for name, row in least.items() if row["acc_drop_pp_low"] > 10 * MUCH_PP]
         beaten = {

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.ao.quantization import FakeQuantizeBase
 
-from labcore import LabError
+from labcore import LabError, train
 from labcore.artifacts import ROOT, modules_hash, read_json, sha256_json, versions, write_json
 from labcore.checkpoint import state_hash
 from labcore.config import NOTEBOOKS, Recipe
@@ -58,7 +58,6 @@ MODULES = (
     "model",
     "study",
 )
-TRAINING_MODULES = ("train", "steps", "optim", "distributed", "transforms", "policy", "pixels")
 
 
 @dataclass(frozen=True)
@@ -270,7 +269,7 @@ class Study:
         return Cell(
             {
                 "qat": [asdict(weight), asdict(activation), mode, asdict(recipe)],
-                "training": modules_hash(*TRAINING_MODULES),
+                "training": modules_hash(*train.MODULES),
             },
             lambda: self.judge(self.logits(self.after_qat(weight, activation, mode, recipe))),
         )

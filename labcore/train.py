@@ -40,6 +40,10 @@ from labcore.steps import (
 from labcore.transforms import normalize
 
 
+# What every training runs.
+MODULES = ("train", "steps", "optim", "distributed", "transforms", "policy", "pixels", "model")
+
+
 @dataclass(frozen=True)
 class Result:
     """What training leaves behind: the network in eval mode with the weights of the best epoch, and one row per epoch."""
@@ -98,7 +102,7 @@ def about(recipe: Recipe, data: ImageData, split: Split, seed: int, model: nn.Mo
     """What decides the weights: recipe, images, split, seed, first weights, code, torch, kind of device and of the numbers it
     multiplies; as JSON values.
     """
-    modules = ("train", "steps", "optim", "distributed", "transforms", "policy", "pixels", "model")
+    modules = MODULES
     if is_fake_quantized(model):
         modules += ("observer", "qconfig", "quantize")
     return {
