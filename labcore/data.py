@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -159,17 +160,18 @@ def load_split(path: Path) -> Split:
 
 def _digits(image_size: int) -> ImageData:
     """1,797 grey 8×8 digits, values 0 … 16, brought to RGB; every fifth of a class is a test image."""
-    from sklearn.datasets import load_digits
-
-    bunch = load_digits()
-    grey = (bunch.images * (255 / 16)).round().astype(np.uint8)
+    # What sklearn.datasets.load_digits reads; importing scikit-learn would take seconds in every process.
+    folder = Path(find_spec("sklearn").origin).parent / "datasets/data"
+    table = np.loadtxt(folder / "digits.csv.gz", delimiter=",")  # (1797, 64 pixels and the digit)
+    target = table[:, -1].astype(int)
+    grey = (table[:, :-1].reshape(-1, 8, 8) * (255 / 16)).round().astype(np.uint8)
     images = np.stack([to_array(Image.fromarray(image), image_size) for image in grey])
-    rank = np.zeros(len(bunch.target), dtype=int)
+    rank = np.zeros(len(target), dtype=int)
     for digit in range(10):
-        members = bunch.target == digit
+        members = target == digit
         rank[members] = np.arange(members.sum())
     return _image_data(
-        "Digits (scikit-learn)", images, bunch.target, rank % 5 == 4, np.array(list("0123456789"))
+        "Digits (scikit-learn)", images, target, rank % 5 == 4, np.array(list("0123456789"))
     )
 
 

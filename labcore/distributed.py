@@ -6,6 +6,7 @@ processes and tells them who they are. Without them there is one process, and no
 
 import contextlib
 import datetime
+import multiprocessing
 import os
 import uuid
 from collections.abc import Callable
@@ -148,6 +149,8 @@ def launch(processes: int, call: Callable, *args) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    # A server imports once what all processes need, and is forked into them; it never touches a GPU.
+    multiprocessing.set_forkserver_preload(["labcore.parallel"])
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -157,6 +160,7 @@ def launch(processes: int, call: Callable, *args) -> None:
         rdzv_endpoint="localhost:0",
         max_restarts=0,
         monitor_interval=0.5,
+        start_method="forkserver",
     )
     try:
         elastic_launch(config, call)(*args)

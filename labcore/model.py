@@ -1,7 +1,8 @@
 """Residual networks that eager-mode quantization can convert.
 
 References: He et al. (2016), "Deep residual learning for image recognition"; torchvision's `models/resnet.py`, whose
-parameter names are kept, so that its checkpoints load strictly and give the same logits.
+parameter names are kept, so that its checkpoints load strictly and give the same logits. (It is not imported: with it comes
+torch's compiler, which would double the time that every process takes to start.)
 """
 
 import torch
@@ -9,8 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.ao.nn.quantized import FloatFunctional
 from torch.ao.quantization import DeQuantStub, QuantStub, fuse_modules, fuse_modules_qat
-from torchvision.models.resnet import BasicBlock, Bottleneck
-from torchvision.ops import Conv2dNormActivation
 
 from labcore import LabError
 from labcore.transforms import normalize
@@ -22,15 +21,38 @@ def _fuse(module: nn.Module, groups: list[list[str]], is_qat: bool) -> None:
     (fuse_modules_qat if is_qat else fuse_modules)(module, groups, inplace=True)
 
 
-class QuantizableBasicBlock(BasicBlock):
-    """Two 3×3 convolutions and a shortcut. Only what quantization changes is overridden.
+def _conv(inplanes: int, planes: int, side: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(inplanes, planes, kernel_size=side, stride=stride, padding=side // 2, bias=False)
+
+
+class ConvBNReLU(nn.Sequential):
+    """3×3 convolution, BatchNorm and ReLU: (B, inplanes, H, W) -> (B, planes, H, W)."""
+
+    def __init__(self, inplanes: int, planes: int):
+        super().__init__(_conv(inplanes, planes, 3), nn.BatchNorm2d(planes), nn.ReLU(inplace=True))
+
+
+class QuantizableBasicBlock(nn.Module):
+    """Two 3×3 convolutions and a shortcut.
 
     An addition of two int8 tensors with different scales needs a scale of its own. FloatFunctional gives it one: it
     carries an observer while calibrating, and becomes one int8 add_relu kernel at conversion.
+
+    Args:
+        inplanes: channels of the input.
+        planes: channels of the convolutions.
+        stride: of the first convolution.
+        downsample: what brings the shortcut to the output's shape, where the two differ.
     """
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    expansion = 1  # channels of the output, in planes
+
+    def __init__(self, inplanes: int, planes: int, stride: int = 1, downsample: nn.Module | None = None):
+        super().__init__()
+        self.conv1, self.bn1 = _conv(inplanes, planes, 3, stride), nn.BatchNorm2d(planes)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2, self.bn2 = _conv(planes, planes, 3), nn.BatchNorm2d(planes)
+        self.downsample = downsample
         self.add_relu = FloatFunctional()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -47,17 +69,22 @@ class QuantizableBasicBlock(BasicBlock):
             _fuse(self.downsample, [["0", "1"]], is_qat)
 
 
-class QuantizableBottleneck(Bottleneck):
-    """1×1, 3×3 and 1×1 convolution and a shortcut.
+class QuantizableBottleneck(nn.Module):
+    """1×1, 3×3 and 1×1 convolution and a shortcut. Arguments are those of QuantizableBasicBlock; the 3×3 one has the stride.
 
     The block applies ReLU twice before the addition. A fused ReLU moves into its convolution, so each needs a module
     of its own: fusing one shared module into conv1 would leave conv2 without it.
     """
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    expansion = 4
+
+    def __init__(self, inplanes: int, planes: int, stride: int = 1, downsample: nn.Module | None = None):
+        super().__init__()
+        self.conv1, self.bn1 = _conv(inplanes, planes, 1), nn.BatchNorm2d(planes)
+        self.conv2, self.bn2 = _conv(planes, planes, 3, stride), nn.BatchNorm2d(planes)
+        self.conv3, self.bn3 = _conv(planes, 4 * planes, 1), nn.BatchNorm2d(4 * planes)
+        self.downsample = downsample
         self.relu1, self.relu2 = nn.ReLU(inplace=True), nn.ReLU(inplace=True)
-        del self.relu
         self.add_relu = FloatFunctional()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -93,10 +120,10 @@ class QuantizableResNet(nn.Module):
         self.quant = QuantStub()
         self.inplanes = width
         if stem == "cifar":
-            self.conv1 = nn.Conv2d(3, width, kernel_size=3, stride=1, padding=1, bias=False)
+            self.conv1 = _conv(3, width, 3)
             self.maxpool = nn.Identity()
         elif stem == "imagenet":
-            self.conv1 = nn.Conv2d(3, width, kernel_size=7, stride=2, padding=3, bias=False)
+            self.conv1 = _conv(3, width, 7, stride=2)
             self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
         else:
             raise LabError(f"stem must be 'cifar' or 'imagenet', found {stem!r}; change it.")
@@ -117,10 +144,9 @@ class QuantizableResNet(nn.Module):
         downsample = None
         if stride != 1 or self.inplanes != planes * block.expansion:
             downsample = nn.Sequential(
-                nn.Conv2d(self.inplanes, planes * block.expansion, kernel_size=1, stride=stride, bias=False),
+                _conv(self.inplanes, planes * block.expansion, 1, stride),
                 nn.BatchNorm2d(planes * block.expansion),
             )
-        # The bottleneck's 3×3 convolution has planes * (base_width / 64) channels: 64 gives exactly `planes`.
         stack = [block(self.inplanes, planes, stride, downsample)]
         self.inplanes = planes * block.expansion
         stack += [block(self.inplanes, planes) for _ in range(1, blocks)]
@@ -147,7 +173,7 @@ class QuantizableResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, QuantizableBasicBlock | QuantizableBottleneck):
                 module.fuse_model(is_qat)
-            elif isinstance(module, Conv2dNormActivation):
+            elif isinstance(module, ConvBNReLU):
                 _fuse(module, [["0", "1", "2"]], is_qat)
 
 
@@ -172,7 +198,7 @@ class QuantizableResNet9(QuantizableResNet):
     def _make_layer(self, block, planes: int, blocks: int, stride: int) -> nn.Sequential:
         if stride == 1:
             return nn.Sequential()
-        stack = [Conv2dNormActivation(self.inplanes, planes, kernel_size=3), nn.MaxPool2d(stride)]
+        stack = [ConvBNReLU(self.inplanes, planes), nn.MaxPool2d(stride)]
         self.inplanes = planes
         return nn.Sequential(*stack, *(block(planes, planes) for _ in range(blocks)))
 

@@ -16,6 +16,7 @@ import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass
+from functools import cache
 from importlib.metadata import distributions
 from pathlib import Path
 
@@ -71,20 +72,25 @@ _REFERENCE = sha256_json(asdict(PROFILES["reference"]))
 
 def imported_modules(code: str) -> set[str]:
     """The modules of labcore that code imports, and those that they import, by name."""
-    found, todo = set(), [code]
+    found, todo = set(), set(_imports(code))
     while todo:
-        names = set()
-        for node in ast.walk(ast.parse(todo.pop())):
-            if isinstance(node, ast.ImportFrom) and node.module == "labcore":
-                names |= {alias.name for alias in node.names}
-            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("labcore."):
-                names.add(node.module.split(".")[1])
-        for name in names - found:
-            path = ROOT / "labcore" / f"{name}.py"
-            if path.exists():
-                found.add(name)
-                todo.append(path.read_text(encoding="utf-8"))
+        name = todo.pop()
+        path = ROOT / "labcore" / f"{name}.py"
+        if name not in found and path.exists():
+            found.add(name)
+            todo |= _imports(path.read_text(encoding="utf-8"))
     return found
+
+
+@cache
+def _imports(code: str) -> frozenset[str]:
+    names = set()
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.ImportFrom) and node.module == "labcore":
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("labcore."):
+            names.add(node.module.split(".")[1])
+    return frozenset(names)
 
 
 def _cells(path: Path) -> list[dict]:

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.ao import quantization as tq
 from torch.ao.nn.intrinsic import ConvReLU2d
-from torchvision.models.mobilenetv2 import InvertedResidual
 
 from labcore import LabError
 from labcore.model import QuantizableBasicBlock, QuantizableBottleneck, QuantizableResNet
@@ -30,6 +29,8 @@ def pairs(model: nn.Module) -> list[list[str]]:
     residual blocks of labcore.model and torchvision's InvertedResidual (fused; ReLU6 does not scale, and is left out), and
     between the stages of a QuantizableResNet.
     """
+    from torchvision.models.mobilenetv2 import InvertedResidual  # takes seconds, for this alone
+
     found = []
     if isinstance(model, QuantizableResNet):
         stages = [child for stage in range(1, 5) for child in model.get_submodule(f"layer{stage}")]

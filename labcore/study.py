@@ -27,7 +27,6 @@ from labcore.config import NOTEBOOKS, Recipe
 from labcore.data import ImageData, Split
 from labcore.evaluate import compare_paired, load_logits, predict, save_logits, summarize
 from labcore.mixed import codes, overrides, save_packed
-from labcore.mobile import build_mobile
 from labcore.progress import progress
 from labcore.qconfig import CustomQConfig, Scheme, has_vnni, make_qconfig
 from labcore.qparams import inspect_qparams
@@ -217,6 +216,8 @@ class Study:
 
     def mobile(self, arch: str, recipe: Recipe) -> nn.Module:
         """A network of labcore.mobile trained on the run's images; loaded where it has been trained."""
+        from labcore.mobile import build_mobile  # imports torchvision, which takes seconds
+
         torch.manual_seed(self.run.seed)
         network = build_mobile(arch, len(self.data.classes))
         folder = self.run.path(self.stage, f"networks/{arch}")

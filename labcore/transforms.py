@@ -9,8 +9,8 @@ from functools import cache
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torchvision.transforms import functional as TF
 
 from labcore import LabError
 from labcore.config import Augment, Recipe
@@ -84,7 +84,8 @@ def crop_flip(images: Tensor, config: Augment, rng: np.random.Generator) -> Tens
         raise LabError(
             f"augment.crop_padding must be below {min(height, width)} pixels to reflect these images, found {pad}; lower it."
         )
-    padded = TF.pad(images, [pad], padding_mode=config.padding_mode)
+    known = images if config.padding_mode == "constant" else images.float()  # bytes cannot be reflected
+    padded = F.pad(known, [pad] * 4, mode=config.padding_mode).to(images.dtype)
     pixels = (rows[:, :, None] * padded.shape[3] + columns[:, None, :]).flatten(1)  # (B, H W)
     return padded.flatten(2).gather(2, pixels[:, None].expand(-1, images.shape[1], -1)).view(images.shape)
 
