@@ -253,6 +253,7 @@ _smoke = replace(
     _cpu,
     name="smoke",
     data="digits",
+    image_size=16,  # the digits have 8
     width=8,
     fp32=replace(
         _cpu.fp32,

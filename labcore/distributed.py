@@ -6,7 +6,6 @@ processes and tells them who they are. Without them there is one process, and no
 
 import contextlib
 import datetime
-import multiprocessing
 import os
 import uuid
 from collections.abc import Callable
@@ -149,8 +148,6 @@ def launch(processes: int, call: Callable, *args) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    # A server imports once what all processes need, and is forked into them; it never touches a GPU.
-    multiprocessing.set_forkserver_preload(["labcore.parallel"])
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -160,7 +157,6 @@ def launch(processes: int, call: Callable, *args) -> None:
         rdzv_endpoint="localhost:0",
         max_restarts=0,
         monitor_interval=0.5,
-        start_method="forkserver",
     )
     try:
         elastic_launch(config, call)(*args)

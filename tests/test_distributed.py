@@ -1,6 +1,8 @@
 """Several processes on this machine, through gloo: the same training, shared."""
 
 import dataclasses
+import functools
+import multiprocessing
 import os
 import shutil
 import signal
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from small import counted_updates, network, spoil_weights
+from torch.distributed.launcher import api
 
 from labcore import LabError, steps
 from labcore.artifacts import ROOT
@@ -37,6 +40,17 @@ from labcore.transforms import augment, mix
 RECIPE = Recipe(
     epochs=3, batch_size=16, lr=0.05, micro_batch=8, augment=Augment(crop_padding=2, policy="trivial")
 )
+
+
+@pytest.fixture(autouse=True)
+def forked(monkeypatch, request):
+    """Processes are forked from one that has imported what they need: a test then waits for no imports. Where one ends before
+    the others they are started as always, since the fork server tells late how a process ended.
+    """
+    multiprocessing.set_forkserver_preload(["labcore.parallel", "pytest"])
+    if not any(part in request.node.name for part in ("killed", "in_one_process_only")):
+        forking = functools.partial(api.LaunchConfig, start_method="forkserver")
+        monkeypatch.setattr(api, "LaunchConfig", forking)
 
 
 KINDS = {
