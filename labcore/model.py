@@ -31,6 +31,10 @@ class ConvBNReLU(nn.Sequential):
     def __init__(self, inplanes: int, planes: int):
         super().__init__(_conv(inplanes, planes, 3), nn.BatchNorm2d(planes), nn.ReLU(inplace=True))
 
+    def fuse_model(self, is_qat: bool = False) -> None:
+        """The three become one module."""
+        _fuse(self, [["0", "1", "2"]], is_qat)
+
 
 class QuantizableBasicBlock(nn.Module):
     """Two 3×3 convolutions and a shortcut.
@@ -82,7 +86,8 @@ class QuantizableBottleneck(nn.Module):
         super().__init__()
         self.conv1, self.bn1 = _conv(inplanes, planes, 1), nn.BatchNorm2d(planes)
         self.conv2, self.bn2 = _conv(planes, planes, 3, stride), nn.BatchNorm2d(planes)
-        self.conv3, self.bn3 = _conv(planes, 4 * planes, 1), nn.BatchNorm2d(4 * planes)
+        outplanes = self.expansion * planes
+        self.conv3, self.bn3 = _conv(planes, outplanes, 1), nn.BatchNorm2d(outplanes)
         self.downsample = downsample
         self.relu1, self.relu2 = nn.ReLU(inplace=True), nn.ReLU(inplace=True)
         self.add_relu = FloatFunctional()
@@ -171,10 +176,8 @@ class QuantizableResNet(nn.Module):
         """
         _fuse(self, [["conv1", "bn1", "relu"]], is_qat)
         for module in self.modules():
-            if isinstance(module, QuantizableBasicBlock | QuantizableBottleneck):
+            if isinstance(module, QuantizableBasicBlock | QuantizableBottleneck | ConvBNReLU):
                 module.fuse_model(is_qat)
-            elif isinstance(module, ConvBNReLU):
-                _fuse(module, [["0", "1", "2"]], is_qat)
 
 
 class GlobalMaxPool2d(nn.Module):

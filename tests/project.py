@@ -78,15 +78,19 @@ class Project:
             start_new_session=True,
         )
 
-    def run(self, command: str = "report", *arguments: str) -> subprocess.CompletedProcess:
-        process = self.start(command, "--profile", "smoke", *arguments)
+    @staticmethod
+    def finish(process: subprocess.Popen, timeout: int) -> subprocess.CompletedProcess:
+        """Wait for what `start` gave; where it hangs, end it and all that it started."""
         try:
-            out, err = process.communicate(timeout=1800)  # that something hangs; all studies together take the longest
+            out, err = process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
             raise
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+    def run(self, command: str = "report", *arguments: str) -> subprocess.CompletedProcess:
+        return self.finish(self.start(command, "--profile", "smoke", *arguments), 1800)  # all studies take the longest
 
     def verify(self, *arguments: str) -> tuple[int, str]:
         """Status and stderr of labcore.verify in this project, in a fork of this process: what it imports is there already."""
@@ -96,9 +100,12 @@ class Project:
         with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # this process has threads; they stay idle
             process.start()
         sender.close()
-        answer = receiver.recv()
+        with receiver:
+            if not receiver.poll(300):
+                process.kill()
+                raise TimeoutError("labcore.verify took more than 300 s")
+            answer = receiver.recv()
         process.join()
-        receiver.close()
         return answer
 
     def metrics(self, stage: str) -> dict:

@@ -42,15 +42,20 @@ RECIPE = Recipe(
 )
 
 
+multiprocessing.set_forkserver_preload(["labcore.parallel", "pytest"])
+LAUNCH_CONFIG = api.LaunchConfig
+
+
 @pytest.fixture(autouse=True)
-def forked(monkeypatch, request):
-    """Processes are forked from one that has imported what they need: a test then waits for no imports. Where one ends before
-    the others they are started as always, since the fork server tells late how a process ended.
-    """
-    multiprocessing.set_forkserver_preload(["labcore.parallel", "pytest"])
-    if not any(part in request.node.name for part in ("killed", "in_one_process_only")):
-        forking = functools.partial(api.LaunchConfig, start_method="forkserver")
-        monkeypatch.setattr(api, "LaunchConfig", forking)
+def forked(monkeypatch):
+    """Processes are forked from one that has imported what they need: a test then waits for no imports."""
+    monkeypatch.setattr(api, "LaunchConfig", functools.partial(LAUNCH_CONFIG, start_method="forkserver"))
+
+
+@pytest.fixture
+def spawned(forked, monkeypatch):
+    """Processes start as always, where one ends before the others: the fork server tells late how."""
+    monkeypatch.setattr(api, "LaunchConfig", LAUNCH_CONFIG)
 
 
 KINDS = {
@@ -230,6 +235,7 @@ def test_what_is_downloaded_is_fetched_by_one_process_of_a_machine(tmp_path):
     assert [(tmp_path / f"seen-by-{rank}").read_text() for rank in (0, 1)] == ["1", "1"]
 
 
+@pytest.mark.usefixtures("spawned")
 def test_a_killed_process_stops_all_and_fewer_processes_go_on(tmp_path, tiny_data, tiny_split, monkeypatch):
     args = tiny_data, tiny_split, RECIPE
     with pytest.raises(LabError, match=r"process 1 of 2 ended with exit code -9.*goes on"):
@@ -314,6 +320,7 @@ def test_qat_and_averages_end_the_same_in_every_process_and_score_alone_as_they_
         )
 
 
+@pytest.mark.usefixtures("spawned")
 def test_what_is_wrong_in_one_process_only_is_said_while_the_others_wait(tmp_path):
     with pytest.raises(LabError, match="^the second process has something to say"):
         launch(2, fail_alone, tmp_path)

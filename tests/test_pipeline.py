@@ -115,9 +115,8 @@ def test_the_report_says_in_which_numbers_this_machine_trains(built):
 
 
 def test_every_number_and_page_follows_from_the_results(built):
-    process = built.start("--profile", "smoke", module="verify")
-    out, err = process.communicate(timeout=900)
-    assert (process.returncode, out, err) == (
+    result = built.finish(built.start("--profile", "smoke", module="verify"), 300)
+    assert (result.returncode, result.stdout, result.stderr) == (
         0,
         "report/smoke: every number and every page follow from the results beside it\n",
         "",
