@@ -10,7 +10,6 @@ import argparse
 import ast
 import contextlib
 import fcntl
-import json
 import re
 import shutil
 import sys
@@ -21,7 +20,17 @@ from importlib.metadata import distributions
 from pathlib import Path
 
 from labcore import LabError
-from labcore.artifacts import ROOT, code_hash, read_json, sha256_file, sha256_json, versions, write_json
+from labcore.artifacts import (
+    ROOT,
+    code_hash,
+    notebook_sources,
+    parse,
+    read_json,
+    sha256_file,
+    sha256_json,
+    versions,
+    write_json,
+)
 from labcore.config import (
     NOTEBOOKS,
     PROFILES,
@@ -70,40 +79,30 @@ STAGES = (
 _REFERENCE = sha256_json(asdict(PROFILES["reference"]))
 
 
-def imported_modules(code: str) -> set[str]:
-    """The modules of labcore that code imports, and those that they import, by name."""
-    found, todo = set(), set(_imports(code))
+def imported_modules(*cells: str, name: str = "the code") -> set[str]:
+    """The modules of labcore that cells of code import, and those that they import, by name.
+
+    Raises LabError, about `name` or the module, where something is no Python.
+    """
+    found, todo = set(), set().union(*(_imports(code, name) for code in cells))
     while todo:
         name = todo.pop()
         path = ROOT / "labcore" / f"{name}.py"
         if name not in found and path.exists():
             found.add(name)
-            todo |= _imports(path.read_text(encoding="utf-8"))
+            todo |= _imports(path.read_text(encoding="utf-8"), path.name)
     return found
 
 
 @cache
-def _imports(code: str) -> frozenset[str]:
+def _imports(code: str, name: str) -> frozenset[str]:
     names = set()
-    for node in ast.walk(ast.parse(code)):
+    for node in ast.walk(parse(code, name)):
         if isinstance(node, ast.ImportFrom) and node.module == "labcore":
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("labcore."):
             names.add(node.module.split(".")[1])
     return frozenset(names)
-
-
-def _cells(path: Path) -> list[dict]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))["cells"]
-    except FileNotFoundError:
-        raise LabError(f"{path} is missing: restore it (git checkout -- {path.relative_to(ROOT)}).") from None
-    except (json.JSONDecodeError, KeyError) as error:
-        raise LabError(f"{path} is no notebook ({error}): restore it from git.") from None
-
-
-def _source(cell: dict) -> str:
-    return "".join(cell["source"])
 
 
 class Pipeline:
@@ -128,11 +127,10 @@ class Pipeline:
 
     def inputs(self, stage: Stage) -> dict[str, str]:
         """What the stage depends on, by the name a person knows it by -> hash."""
-        cells = _cells(self.notebook(stage))
-        code = [_source(cell) for cell in cells if cell["cell_type"] == "code"]
+        code, _ = notebook_sources(self.notebook(stage))
         parts = {f"code cells of notebooks/{stage.notebook}.ipynb": sha256_json(code)}
         # config.py is left out: what counts is the profile it gives, so that a change of `full` leaves `cpu` alone.
-        for name in sorted(imported_modules("\n".join(code)) - {"config"}):
+        for name in sorted(imported_modules(*code, name=f"{stage.notebook}.ipynb") - {"config"}):
             parts[f"labcore/{name}.py"] = code_hash(ROOT / "labcore" / f"{name}.py")
         parts |= {
             "the profile": sha256_json(asdict(self.profile)),
@@ -175,9 +173,8 @@ class Pipeline:
         return {}
 
     def _prose_hash(self, stage: Stage) -> str:
-        return sha256_json(
-            [_source(cell) for cell in _cells(self.notebook(stage)) if cell["cell_type"] != "code"]
-        )
+        _, prose = notebook_sources(self.notebook(stage))
+        return sha256_json(prose)
 
     def _has_new_prose(self, stage: Stage) -> bool:
         return self.stamp(stage.name)["prose"] != self._prose_hash(stage)

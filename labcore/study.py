@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.ao.quantization import FakeQuantizeBase
 
 from labcore import LabError, train
-from labcore.artifacts import ROOT, modules_hash, read_json, sha256_json, versions, write_json
+from labcore.artifacts import ROOT, modules_hash, notebook_sources, read_json, sha256_json, versions, write_json
 from labcore.checkpoint import state_hash
 from labcore.config import NOTEBOOKS, Recipe
 from labcore.data import ImageData, Split
@@ -247,9 +247,8 @@ class Study:
         """A cell: any quantized network, judged on validation images. How it is built stands in the stage's notebook, so the
         notebook's code decides the result as well.
         """
-        cells = read_json(ROOT / "notebooks" / f"{NOTEBOOKS[self.stage]}.ipynb")["cells"]
-        code = sha256_json(["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"])
-        return Cell({"other": name, "notebook": code}, lambda: self.judge(self.logits(build())))
+        code, _ = notebook_sources(ROOT / "notebooks" / f"{NOTEBOOKS[self.stage]}.ipynb")
+        return Cell({"other": name, "notebook": sha256_json(code)}, lambda: self.judge(self.logits(build())))
 
     def trained(self, weight: Scheme, activation: Scheme, mode: str, recipe: Recipe) -> nn.Module:
         """QAT in a mode of `make_qconfig`, from the FP32 weights, calibrated first; resumed where it was killed.

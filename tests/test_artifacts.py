@@ -1,5 +1,8 @@
 """Files are whole or absent; hashes see what code does and not how it is explained."""
 
+import ast
+import json
+
 import pytest
 
 from labcore import LabError, artifacts
@@ -55,6 +58,50 @@ def test_what_code_does_changes_its_hash(tmp_path, other):
     (tmp_path / "a.py").write_text(CODE)
     (tmp_path / "b.py").write_text(other)
     assert artifacts.code_hash(tmp_path / "a.py") != artifacts.code_hash(tmp_path / "b.py")
+
+
+@pytest.mark.parametrize(
+    ("code", "modules"),
+    [
+        ("%matplotlib inline\nif True:\n    !ls *.png\n    from labcore import plots\nx = 7 \\\n% 4", ["labcore"]),
+        ("%%time\nfrom labcore.run import open_run\nx = !ls", ["labcore.run"]),
+        ("%%bash\nls *.png | head", []),
+    ],
+)
+def test_magics_of_a_notebook_are_no_error_and_hide_no_import(code, modules):
+    tree = artifacts.parse(code, "a.ipynb")
+    assert [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)] == modules
+
+
+def test_code_that_is_no_python_is_named_with_its_line():
+    with pytest.raises(LabError, match=r"a\.py is no Python: .* in line 2 \(def f\(:\)"):
+        artifacts.parse("x = 1\ndef f(:\n", "a.py")
+
+
+def test_a_notebook_is_code_and_prose(tmp_path):
+    path = tmp_path / "a.ipynb"
+    cells = [("markdown", ["# A\n", "b"]), ("code", "x = 1"), ("raw", "c"), ("code", ["y\n", "z"])]
+    path.write_text(json.dumps({"cells": [{"cell_type": kind, "source": text} for kind, text in cells]}))
+    assert artifacts.notebook_sources(path) == (["x = 1", "y\nz"], ["# A\nb", "c"])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "is missing: restore it"),
+        (b"{", "is no notebook"),
+        (b"[]", "is no notebook"),
+        (b"{}", "is no notebook"),
+        (b'{"cells": [1]}', "is no notebook"),
+        (b"\xff", "is no notebook"),
+    ],
+)
+def test_a_missing_or_foreign_notebook_says_what_to_do(tmp_path, content, message):
+    path = tmp_path / "a.ipynb"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(LabError, match=message):
+        artifacts.notebook_sources(path)
 
 
 def test_provenance_names_the_machine():

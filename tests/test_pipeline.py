@@ -403,6 +403,15 @@ def test_a_change_of_the_plots_makes_every_notebook_stale(project):
     assert status["claims"].startswith("stale: waits for: fp32")
 
 
+def test_a_magic_in_a_notebook_is_a_change_of_its_code_and_a_slip_is_one_line(project):
+    project.edit_notebook("02_ptq", "code", lambda source: "%%time\n" + source)
+    assert project.report_status()["ptq"] == "stale: changed: code cells of notebooks/02_ptq.ipynb"
+    project.edit("labcore/observer.py", lambda text: text + "def f(:\n")
+    result = project.run("status")
+    assert result.returncode == 1
+    assert re.fullmatch(r"error: observer\.py is no Python: .* in line \d+ \(def f\(:\); correct it\.\n", result.stderr)
+
+
 def test_a_comment_in_printed_source_makes_only_the_report_stale(project):
     project.edit(
         "labcore/model.py", lambda text: text.replace("# int8 from here on", "# in int8 from here on")
