@@ -1,7 +1,7 @@
 """The ledger: each claim of the reference, what was measured about it, and the verdict. A pure function of saved results."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from operator import itemgetter
 from statistics import median
@@ -285,29 +285,39 @@ def _r10(found: dict, checks: dict, reference: dict) -> Claim:
 
 def _trained(study: dict, question: str, recipe: str) -> str:
     row = next(row for row in study["tables"][question] if row["recipe"] == recipe)
-    spread = f" (spread {row['diff_pp_std']:.2f}, {row['seeds']} seeds)"
-    return f"{row['diff_pp']:+.2f} points{spread}"
+    return _over_seeds(row, seed_spread(study["tables"].values()))
 
 
 _TOO_FEW_SEEDS = " That is too few seeds to tell."
 
 
-def seed_interval(row: dict) -> tuple[float, float]:
-    """95 % interval of a mean difference over seeds, in points, by Student's t; any value where one seed stands alone."""
-    if row["seeds"] < 2:
-        return -math.inf, math.inf
-    half = stats.t.ppf(0.975, row["seeds"] - 1) * row["diff_pp_std"] / math.sqrt(row["seeds"])
+def seed_spread(tables: Iterable[list[dict]]) -> tuple[float, int]:
+    """What one difference scatters by from seed to seed, in points, and its degrees of freedom; pooled over tables.
+
+    The first row of a table is what its others are held against. Pooling takes it that all recipes scatter alike: the few seeds
+    of one would hardly tell its own spread.
+    """
+    rows = [row for table in tables for row in table[1:]]
+    free = sum(row["seeds"] - 1 for row in rows)
+    squares = sum((row["seeds"] - 1) * row["diff_pp_std"] ** 2 for row in rows if row["seeds"] > 1)
+    return math.sqrt(squares / free) if free else math.inf, int(free)
+
+
+def seed_interval(row: dict, spread: tuple[float, int]) -> tuple[float, float]:
+    """95 % interval of a mean difference over seeds, in points, by Student's t with the pooled spread of `seed_spread`."""
+    std, free = spread
+    half = stats.t.ppf(0.975, free) * std / math.sqrt(row["seeds"]) if free else math.inf
     return row["diff_pp"] - half, row["diff_pp"] + half
 
 
-def _helps(row: dict) -> bool | None:
+def _helps(row: dict, spread: tuple[float, int]) -> bool | None:
     """Whether a recipe is better than the one it is held against; None where the interval over seeds holds both answers."""
-    low, high = seed_interval(row)
+    low, high = seed_interval(row, spread)
     return True if low > 0 else False if high <= 0 else None
 
 
-def _over_seeds(row: dict) -> str:
-    return f"{row['diff_pp']:+.2f} points ({_signed(*seed_interval(row))}, {row['seeds']} seeds)"
+def _over_seeds(row: dict, spread: tuple[float, int]) -> str:
+    return f"{row['diff_pp']:+.2f} points ({_signed(*seed_interval(row, spread))}, {row['seeds']} seeds)"
 
 
 def _r11(found: dict, checks: dict, reference: dict) -> Claim:
@@ -321,7 +331,7 @@ def _r11(found: dict, checks: dict, reference: dict) -> Claim:
             f" In small, at batch {batch}: twice the rate {_trained(study, 'batch', f'batch {batch}, rate times 2')}, three times "
             f"{_trained(study, 'batch', f'batch {batch}, rate times 3')} against the smaller batch. With three times the rate the "
             f"smaller batch itself changes by {_trained(study, 'batch', f'batch {smaller}, rate times 3')}: what a rate does in so "
-            "short a training need not come from the batch."
+            "short a training need not come from the batch, and twice the batch is half the steps. The verdict rests on the arithmetic."
         )
     return Claim(
         "R11",
@@ -344,10 +354,11 @@ def _r12(found: dict, checks: dict, reference: dict) -> Claim:
         return _missing("R12", claim, "training", known)
     rows = {row["recipe"]: row for row in study["tables"]["schedule"]}
     restarts = [rows[f"restarts, {name}"] for name in ("stopped in mid-cycle", "ending with a cycle")]
-    helps = [_helps(row) for row in restarts]
+    spread = seed_spread(study["tables"].values())
+    helps = [_helps(row, spread) for row in restarts]
     value = (
-        f"{known} Against one cosine, restarts stopped in mid-cycle give {_over_seeds(restarts[0])}, restarts that end with a "
-        f"cycle {_over_seeds(restarts[1])}."
+        f"{known} Against one cosine, restarts stopped in mid-cycle give {_over_seeds(restarts[0], spread)}, restarts that end "
+        f"with a cycle {_over_seeds(restarts[1], spread)}."
     )
     if None in helps:
         value += _TOO_FEW_SEEDS
@@ -358,7 +369,7 @@ def _r12(found: dict, checks: dict, reference: dict) -> Claim:
 def _r13(found: dict, checks: dict, reference: dict) -> Claim:
     value = (
         f"ResNet-50 has {checks['resnet50']['n_dropout']} dropout layers. Here training and validation accuracy differ by "
-        f"{found['fp32']['gap_pp']:.2f} points."
+        f"{found['fp32']['gap_pp']:.2f} points; whether the reference's own network overfits was not tested."
     )
     claim = "There is no overfitting, thanks among others to dropout."
     verdict = REFUTED if checks["resnet50"]["n_dropout"] == 0 else OPEN
@@ -373,13 +384,26 @@ def _r14(found: dict, checks: dict, reference: dict) -> Claim:
     if not study:
         return _missing("R14", claim, "training", value)
     seen = {view: 100 * row["with"] for view, row in study["hidden"].items()}
-    augmented, rounded = seen["augmented as in the reference"], study["hidden_by_rounding_pp"]
-    mixed = augmented - seen["… and its mixup"]
-    value = (
-        f"The reference's augmentation hides {seen['as they are'] - augmented:.2f} points, its mixup on top {mixed:+.2f}, "
-        f"fake quantization {rounded:+.2f}. The network was trained with neither; an answer to a mixed image counts by its larger "
-        "share. Mixup was added to images that were augmented already, so what it hides by itself is not known."
+    plain, augmented, rounded = (
+        seen["as they are"],
+        seen["augmented as in the reference"],
+        study["hidden_by_rounding_pp"],
     )
+    if (alone := "mixup alone, counted by shares") in seen:
+        mixed = plain - seen[alone]
+        value = (
+            f"The reference's mixup alone hides {mixed:.2f} points where an answer counts by the shares of its labels, "
+            f"{plain - seen['mixup alone']:.2f} where the larger share counts"
+        )
+    else:
+        mixed = augmented - seen["… and its mixup"]
+        value = f"The reference's mixup, on images that its augmentation changed before, hides {mixed:+.2f} points where the larger share counts"
+    value += (
+        f"; its augmentation {plain - augmented:.2f}, fake quantization {rounded:+.2f}. The network was trained with neither of the "
+        "first two."
+    )
+    if alone not in seen:
+        value += " Counted by shares, which is usual, mixup would hide more: the smaller share's label is never answered."
     verdict = CONFIRMED if min(mixed, rounded) > 1 else CONDITION if max(mixed, rounded) > 1 else UNDECIDED
     return Claim("R14", claim, verdict, value, "training", "hidden")
 
@@ -411,13 +435,27 @@ def _r17(found: dict, checks: dict, reference: dict) -> Claim:
     claim, study = "The noise of QAT regularises.", found["training"]
     if not study:
         return _missing("R17", claim, "training", "One seed cannot tell.")
-    row = study["trained_on"]["qat"] | {"seeds": study["n_seeds"]}
-    helps = _helps(row)
-    value = (
-        f"Against FP32 trained on for as long: {_over_seeds(row)}."
-        f"{_TOO_FEW_SEEDS if helps is None else ''}"
-    )
-    verdict = {True: CONFIRMED, None: UNDECIDED, False: REFUTED}[helps]
+    rows = [study["trained_on"][kind] | {"seeds": study["n_seeds"]} for kind in ("fp32", "qat", "qat_folded")]
+    spread = seed_spread([rows])
+    value = f"Against FP32 trained on for as long: {_over_seeds(rows[1], spread)}."
+    if exact := "diff_unrounded_pp" in rows[1]:
+        rows = [
+            row | {"diff_pp": row["diff_unrounded_pp"], "diff_pp_std": row["diff_unrounded_pp_std"]} for row in rows
+        ]
+        spread = seed_spread([rows])
+        value += (
+            f" Scored without rounding: {_over_seeds(rows[1], spread)}, with a gap between training and validation of "
+            f"{rows[1]['gap_unrounded_pp']:.2f} points where FP32 has {rows[0]['gap_unrounded_pp']:.2f}."
+        )
+    else:
+        value += (
+            " QAT was scored with its rounding, which costs by itself (R14), FP32 without; what the training gained or lost is not "
+            "told apart from that."
+        )
+    helps = _helps(rows[1], spread)
+    if exact and helps is None:
+        value += _TOO_FEW_SEEDS
+    verdict = CONFIRMED if helps else UNDECIDED if helps is None or not exact else REFUTED
     return Claim("R17", claim, verdict, value, "training", "trained_on")
 
 

@@ -16,10 +16,11 @@ import jinja2
 import numpy as np
 import pandas as pd
 from scipy.stats import norm, spearmanr
+from statsmodels.stats.proportion import confint_proportions_2indep
 
 from labcore import LabError
 from labcore.artifacts import ROOT, atomic_path, read_json, sha256_file, write_json, write_text
-from labcore.claims import MUCH_PP, scheme_extremes, seed_interval
+from labcore.claims import MUCH_PP, scheme_extremes, seed_interval, seed_spread
 from labcore.config import NOTEBOOKS, PROFILES, STUDIES, get_profile, parse_overrides
 from labcore.evaluate import calibration, load_logits, paired_by_class
 from labcore.tables import formatted
@@ -242,6 +243,9 @@ def context(name: str) -> dict:
         **_from_logits(folder, list(stages["compare"]["per_class"])),
         "profile": profile,
         "data": provenance["fp32"]["data"],
+        "training_numbers": provenance["fp32"].get("training_numbers"),
+        "gap": _gap(stages["fp32"], pd.read_csv(folder / "fp32" / "history.csv"), provenance["fp32"]["data"]),
+        "qat_epochs": _chosen(pd.read_csv(folder / "qat" / "history.csv"), stages["qat"]["best_epoch"]),
         "threads": provenance["compare"]["threads"],
         "cpu": provenance["compare"]["cpu"],
         "latency": latency.T.to_dict(),
@@ -272,6 +276,23 @@ def context(name: str) -> dict:
             _ledger(stages["claims"]["rows"], profile.name), "id", (5, 23, 13, 40, 19)
         ),
     }
+
+
+def _gap(fp32: dict, history: pd.DataFrame, data: dict) -> dict:
+    """95 % interval of the gap between training and validation accuracy, in points, and of how many images each is."""
+    best = history.set_index("epoch").loc[fp32["best_epoch"]]
+    n_validation = data["n_validation"]
+    n_train = min(data["n_train"], n_validation)  # Split.train_sample
+    low, high = confint_proportions_2indep(
+        round(best["train_clean_acc"] * n_train), n_train, round(best["val_acc"] * n_validation), n_validation, method="wald"
+    )
+    return {"low": 100 * low, "high": 100 * high, "n_train": n_train, "n_validation": n_validation}
+
+
+def _chosen(history: pd.DataFrame, best_epoch: int) -> dict[str, float]:
+    """Validation accuracy and loss of the epoch that was chosen, and of the last one."""
+    rows = {"best": history.set_index("epoch").loc[best_epoch], "last": history.iloc[-1]}
+    return {f"{name}_{key}": float(row[f"val_{key}"]) for name, row in rows.items() for key in ("acc", "loss")}
 
 
 def _from_logits(folder: Path, classes: list[str]) -> dict:
@@ -346,6 +367,9 @@ def _study_tables(stages: dict[str, dict], arch: str) -> dict:
         "acc_std": "spread",
         "diff_pp": "difference (points)",
         "diff_pp_std": "its spread",
+        "acc_unrounded": "accuracy without rounding",
+        "diff_unrounded_pp": "difference (points)",
+        "gap_unrounded_pp": "gap to training images (points)",
     }
 
     def table(rows: list[dict], keys: list[str], columns: list[str]) -> str:
@@ -417,11 +441,17 @@ def _study_tables(stages: dict[str, dict], arch: str) -> dict:
         tables["allocation_table"] = markdown_table(pd.DataFrame(study["allocations"]).astype(str), "layer")
     if study := stages.get("training"):
         columns = ["seeds", "acc", "acc_std", "diff_pp", "diff_pp_std"]
+        spread = seed_spread(study["tables"].values())
+        tables["seed_spread"], tables["seed_spread_df"] = spread
+        tables["seed_sure"] = {count: seed_interval({"diff_pp": 0.0, "seeds": count}, spread)[1] for count in (2, 3)}
+        tables["seed_comparisons"] = sum(len(rows) - 1 for rows in study["tables"].values())
         for question, rows in study["tables"].items():
             tables[f"training_{question}_table"] = table(rows, ["recipe"], columns)
-            tables[f"training_{question}_found"] = _beyond_chance(rows)
+            tables[f"training_{question}_found"] = _beyond_chance(rows, spread)
         trained_on = [{"trained on as": TRAINED_ON[kind]} | row for kind, row in study["trained_on"].items()]
-        tables["training_trained_on_table"] = table(trained_on, ["trained on as"], [*columns, "loss"])
+        exact = ["acc_unrounded", "diff_unrounded_pp", "gap_unrounded_pp"]
+        columns += ["loss", *(name for name in exact if name in study["trained_on"]["qat"])]
+        tables["training_trained_on_table"] = table(trained_on, ["trained on as"], columns)
         hidden = pd.DataFrame(study["hidden"]).T.map("{:.2%}".format)
         tables["training_hidden_table"] = markdown_table(
             hidden.rename(columns="{} fake quantization".format), "training images"
@@ -458,11 +488,11 @@ def _study_tables(stages: dict[str, dict], arch: str) -> dict:
     return tables
 
 
-def _beyond_chance(rows: list[dict]) -> str:
+def _beyond_chance(rows: list[dict], spread: tuple[float, int]) -> str:
     """The recipes whose difference to the first has an interval over seeds that leaves out zero, as a sentence."""
     found = []
     for row in rows[1:]:
-        low, high = seed_interval(row)
+        low, high = seed_interval(row, spread)
         if low > 0 or high < 0:
             found.append(f"*{escaped(row['recipe'])}* {row['diff_pp']:+.2f} ({low:+.2f} to {high:+.2f})")
     return f"Beyond chance: {'; '.join(found)}." if found else "No difference here is beyond chance."

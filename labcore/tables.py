@@ -52,6 +52,10 @@ FORMATS = {
     "acc_std": "{:.2%}",
     "diff_pp": "{:+.2f}",
     "diff_pp_std": "{:.2f}",
+    "acc_unrounded": "{:.2%}",
+    "diff_unrounded_pp": "{:+.2f}",
+    "diff_unrounded_pp_std": "{:.2f}",
+    "gap_unrounded_pp": "{:.2f}",
 }
 
 

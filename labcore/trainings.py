@@ -13,7 +13,7 @@ from torch.ao import quantization as tq
 
 from labcore.artifacts import modules_hash, sha256_json
 from labcore.config import PROFILES, Recipe
-from labcore.evaluate import summarize
+from labcore.evaluate import predict, summarize
 from labcore.model import build_model
 from labcore.progress import progress
 from labcore.qconfig import CustomQConfig
@@ -76,6 +76,9 @@ class Trainings(Study):
     def continued(self, kind: str, seed: int) -> Cell:
         """A cell: the run's FP32 network trained on by the profile's QAT recipe, nothing frozen; its best epoch, in float32.
 
+        `acc` is that of the network as it trained. For what the training did to the weights, `acc_unrounded` and, on training images,
+        `train_acc_unrounded` are scored with fake quantization off.
+
         Kinds: "fp32" goes on as it was; "qat" is fake-quantized by the reference's scheme, BatchNorm kept; "qat_folded" the
         same with BatchNorm folded away before.
         """
@@ -85,9 +88,18 @@ class Trainings(Study):
             "qat_folded": lambda: prepare_qat(self.model, CustomQConfig.POWER2.qat, keep_batchnorm=False),
         }
         recipe = replace(self.run.profile.qat, freeze_at=1.0)
-        return self._fit(
-            recipe, seed, builds[kind], kind, lambda result: summarize(self.logits(result.model), self.labels)
-        )
+        return self._fit(recipe, seed, builds[kind], kind, self._with_and_without_rounding)
+
+    def _with_and_without_rounding(self, result: Result) -> dict:
+        found = summarize(self.logits(result.model), self.labels)
+        model, sample = result.model.apply(tq.disable_fake_quant), self.split.train_sample
+        seen = predict(model, self.data.train_images[sample], description="training images")
+        return {
+            "acc": found["acc"],
+            "loss": found["loss"],
+            "acc_unrounded": summarize(self.logits(model), self.labels)["acc"],
+            "train_acc_unrounded": summarize(seen, self.data.train_labels[sample])["acc"],
+        }
 
     def _fit(
         self,
@@ -121,8 +133,7 @@ class Trainings(Study):
         """Train by every recipe with two seeds and hold it against the first; those less than a point away with more seeds.
 
         Returns:
-            One row per recipe: seeds, acc (mean), acc_std, and the difference to the first recipe in points, paired by seed:
-            diff_pp (mean) and diff_pp_std. Standard deviations are those over seeds.
+            One row per recipe, as `over_seeds` gives it.
         """
         baseline = next(iter(recipes))
         table = self.seed_table(recipes, self.seeds[:FIRST_SEEDS], description)
@@ -130,16 +141,7 @@ class Trainings(Study):
         close = {name: recipe for name, recipe in recipes.items() if away[name] < CLOSE_PP}
         if self.seeds[FIRST_SEEDS:]:
             table = table.join(self.seed_table(close, self.seeds[FIRST_SEEDS:], f"{description}, more seeds"))
-        difference = 100 * (table - table.loc[baseline])
-        return pd.DataFrame(
-            {
-                "seeds": table.notna().sum(axis=1),
-                "acc": table.mean(axis=1),
-                "acc_std": table.std(axis=1),
-                "diff_pp": difference.mean(axis=1),
-                "diff_pp_std": difference.std(axis=1),
-            }
-        )
+        return over_seeds(table)
 
     def seed_table(self, recipes: dict[str, Recipe], seeds: list[int], description: str) -> pd.DataFrame:
         """Validation accuracies; rows are recipes, columns seeds."""
@@ -152,8 +154,9 @@ class Trainings(Study):
     def hidden_by_training(self, fake_quantized: nn.Module, batch_size: int = 64) -> pd.DataFrame:
         """Accuracy of one fake-quantized network on training images, as they are and as trainings show them (claim R14).
 
-        Rows: the images as they are, with the augmentation that this network was trained with, with the reference's, and with its
-        mixup too, where the larger share's label counts. Columns: with fake quantization, and with it switched off.
+        Rows: the images as they are, with the augmentation that this network was trained with, with the reference's, with its mixup
+        too, and with its mixup alone. The larger share's label counts; "counted by shares", each of the two labels as much as its
+        share. Columns: with fake quantization, and with it switched off.
         """
         own, recipe = self.run.profile.qat.augment, PROFILES["reference"].qat
         place = next(fake_quantized.parameters()).device
@@ -162,32 +165,55 @@ class Trainings(Study):
             torch.from_numpy(part[index]).to(place)
             for part in (self.data.train_images, self.data.train_labels)
         )
-        views: dict[str, Callable[[Tensor, Tensor, np.random.Generator], tuple[Tensor, Tensor]]] = {
-            "as they are": lambda x, y, rng: (normalize(x), y),
-            "augmented as here": lambda x, y, rng: (augment(x, own, rng), y),
-            "augmented as in the reference": lambda x, y, rng: (augment(x, recipe.augment, rng), y),
-            "… and its mixup": lambda x, y, rng: _mixed(augment(x, recipe.augment, rng), y, recipe, rng),
+        views: dict[str, tuple[Callable[[Tensor, np.random.Generator], Tensor], str]] = {
+            "as they are": (lambda x, rng: normalize(x), ""),
+            "augmented as here": (lambda x, rng: augment(x, own, rng), ""),
+            "augmented as in the reference": (lambda x, rng: augment(x, recipe.augment, rng), ""),
+            "… and its mixup": (lambda x, rng: augment(x, recipe.augment, rng), "larger"),
+            "mixup alone": (lambda x, rng: normalize(x), "larger"),
+            "mixup alone, counted by shares": (lambda x, rng: normalize(x), "shares"),
         }
         rows = {}
-        for view, see in views.items():
+        for view, (see, counted) in views.items():
             for column, switch in (("with", tq.enable_fake_quant), ("without", tq.disable_fake_quant)):
                 fake_quantized.apply(switch)
-                rng, hits = np.random.default_rng(self.run.seed), 0
+                rng, hits = np.random.default_rng(self.run.seed), 0.0
                 with torch.no_grad(), progress(len(images), f"{view}, {column}", unit="image") as bar:
                     for start in range(0, len(images), batch_size):
                         rows_of = slice(start, start + batch_size)
-                        x, target = see(images[rows_of], labels[rows_of], rng)
-                        hits += (fake_quantized.eval()(x).argmax(1) == target).sum().item()
+                        x, y = see(images[rows_of], rng), labels[rows_of]
+                        partner, share = y, torch.ones(len(y), device=place)
+                        if counted:
+                            x, other, share = mix(x, recipe, rng)
+                            partner = y[other]
+                        if counted == "larger":
+                            share = (share >= 0.5).float()
+                        answer = fake_quantized.eval()(x).argmax(1)
+                        hits += (share * (answer == y) + (1 - share) * (answer == partner)).sum().item()
                         bar.update(len(x))
                 rows.setdefault(view, {})[column] = hits / len(images)
         fake_quantized.apply(tq.enable_fake_quant)
         return pd.DataFrame(rows).T
 
 
-def _mixed(x: Tensor, labels: Tensor, recipe: Recipe, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """Mixed images and the label of the larger share."""
-    x, partner, share = mix(x, recipe, rng)
-    return x, torch.where(share >= 0.5, labels, labels[partner])
+def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
+    """What seeds give together, from accuracies with one row per recipe and one column per seed (NaN where it was not trained).
+
+    Returns:
+        One row per recipe: seeds (how many), accs (of each), acc (their mean), acc_std, and the difference to the first recipe in
+        points, paired by seed: diff_pp (mean) and diff_pp_std. Standard deviations are those over seeds.
+    """
+    difference = 100 * (table - table.iloc[0])
+    return pd.DataFrame(
+        {
+            "seeds": table.notna().sum(axis=1),
+            "accs": [row.dropna().tolist() for _, row in table.iterrows()],
+            "acc": table.mean(axis=1),
+            "acc_std": table.std(axis=1),
+            "diff_pp": difference.mean(axis=1),
+            "diff_pp_std": difference.std(axis=1),
+        }
+    )
 
 
 def recipes_of(base: Recipe) -> dict[str, dict[str, Recipe]]:

@@ -146,6 +146,19 @@ class Results:
         yield from differences("compare.size_mb", compare["size_mb"], sizes)
         yield from differences("compare.size_ratio", compare["size_ratio"], sizes["fp32"] / sizes["ptq"])
 
+    def training(self) -> Iterator[str]:
+        """What the training study says of its seeds, from their accuracies, where these were recorded."""
+        if "training" not in self.stages:
+            return
+        from labcore.trainings import over_seeds
+
+        study = self.stages["training"]
+        tables = {name: {row["recipe"]: row for row in rows} for name, rows in study["tables"].items()}
+        for name, rows in (tables | {"trained_on": study["trained_on"]}).items():
+            if all("accs" in row for row in rows.values()):
+                accuracies = pd.DataFrame.from_dict({key: row["accs"] for key, row in rows.items()}, orient="index")
+                yield from differences(f"training.{name}", rows, over_seeds(accuracies).to_dict("index"))
+
     def engines(self) -> Iterator[str]:
         """What engines answer and how fast, from their logits and the times of every round."""
         if "engines" not in self.stages:
@@ -264,6 +277,7 @@ def verify(profile: str) -> list[str]:
         results.files,
         results.accuracies,
         results.comparison,
+        results.training,
         results.engines,
         results.robustness,
         results.claims,

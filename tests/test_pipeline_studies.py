@@ -58,13 +58,14 @@ def test_every_engine_answers_and_has_its_row(studied):
 
 def test_numbers_of_studies_are_verified_too(studied):
     assert studied.verify() == (0, "")
-    path = studied.root / "report/smoke/results/engines/metrics.json"
-    text = path.read_text(encoding="utf-8")
-    for pattern, message in (
-        (r'(?<="agree": 0\.9)\d', "engines.answers."),
-        (r'(?<="speedup": )\d', "engines."),
-        (r'(?<="n_tied": )\d', "engines.answers."),
+    for stage, pattern, message in (
+        ("engines", r'(?<="agree": 0\.9)\d', "engines.answers."),
+        ("engines", r'(?<="speedup": )\d', "engines."),
+        ("engines", r'(?<="n_tied": )\d', "engines.answers."),
+        ("training", r'(?<="acc_std": 0\.0)\d', "training."),
     ):
+        path = studied.root / f"report/smoke/results/{stage}/metrics.json"
+        text = path.read_text(encoding="utf-8")
         digit = re.search(pattern, text)
         other = str((int(digit.group()) + 1) % 10)
         path.write_text(text[: digit.start()] + other + text[digit.end() :], encoding="utf-8")

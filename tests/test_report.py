@@ -8,7 +8,7 @@ import pytest
 
 from labcore import LabError, report
 from labcore.artifacts import ROOT
-from labcore.report import _beyond_chance, _errors, _groups_changed, _meets, markdown_table, source_of
+from labcore.report import _beyond_chance, _gap, _errors, _groups_changed, _meets, markdown_table, source_of
 
 
 def parsed(module: str, name: str) -> ast.AST:
@@ -109,13 +109,20 @@ def test_figures_and_headings_of_the_committed_reports_stand_alone(profile):
 
 
 def test_a_difference_over_seeds_counts_where_students_interval_leaves_out_zero():
-    def row(recipe: str, seeds: int, mean: float, spread: float) -> dict:
-        return {"recipe": recipe, "seeds": seeds, "diff_pp": mean, "diff_pp_std": spread}
+    def row(recipe: str, seeds: int, mean: float) -> dict:
+        return {"recipe": recipe, "seeds": seeds, "diff_pp": mean}
 
-    # Three seeds with a spread of 0.2 are sure to 4.303 * 0.2 / sqrt(3) = 0.497 points, two to 12.706 * 0.2 / sqrt(2) = 1.797.
-    rows = [row("as it is", 3, 0.0, 0.0), row("a", 3, 0.5, 0.2), row("b", 3, 0.49, 0.2), row("c", 2, -1.8, 0.2), row("d", 2, 1.7, 0.2)]
-    assert _beyond_chance(rows) == "Beyond chance: *a* +0.50 (+0.00 to +1.00); *c* -1.80 (-3.60 to -0.00)."
-    assert _beyond_chance(rows[:1] + rows[2:3]) == "No difference here is beyond chance."
+    # With a spread of 0.2 of four degrees of freedom three seeds are sure to 2.776 * 0.2 / sqrt(3) = 0.321 points, two to 0.393.
+    rows = [row("as it is", 3, 0.0), row("a", 3, 0.33), row("b", 3, 0.31), row("c", 2, -0.4), row("d", 2, 0.39)]
+    assert _beyond_chance(rows, (0.2, 4)) == "Beyond chance: *a* +0.33 (+0.01 to +0.65); *c* -0.40 (-0.79 to -0.01)."
+    assert _beyond_chance(rows[:1] + rows[2:3], (0.2, 4)) == "No difference here is beyond chance."
+
+
+def test_a_gap_has_the_interval_of_two_shares():
+    history = pd.DataFrame({"epoch": [1, 2], "train_clean_acc": [0.5, 0.9], "val_acc": [0.5, 0.8]})
+    found = _gap({"best_epoch": 2}, history, {"n_train": 100, "n_validation": 400})
+    half = 1.959964 * (0.9 * 0.1 / 100 + 0.8 * 0.2 / 400) ** 0.5
+    assert found == pytest.approx({"low": 10 - 100 * half, "high": 10 + 100 * half, "n_train": 100, "n_validation": 400})
 
 
 def test_a_group_counts_only_beyond_the_chance_of_all_tests_together():

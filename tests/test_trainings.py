@@ -146,7 +146,7 @@ def test_what_training_hides_is_counted_on_the_same_images(tiny_data, tiny_split
     model = prepare_qat(network(), CustomQConfig.POWER2.qat)
     calibrate(model, tiny_data, tiny_split)
     table = study.hidden_by_training(model.apply(torch.ao.quantization.disable_observer), batch_size=7)
-    assert table.shape == (4, 2) and ((table >= 0) & (table <= 1)).all(axis=None)
+    assert table.shape == (6, 2) and ((table >= 0) & (table <= 1)).all(axis=None)
     spread = tiny_split.train[[63 * step // 31 for step in range(32)]]  # as many as validation images, first and last among them
     images = trainings.normalize(torch.from_numpy(tiny_data.train_images[spread]))
     labels = torch.from_numpy(tiny_data.train_labels[spread])
@@ -154,3 +154,12 @@ def test_what_training_hides_is_counted_on_the_same_images(tiny_data, tiny_split
         expected = (model(images).argmax(1) == labels).float().mean().item()
     assert table.loc["as they are", "with"] == pytest.approx(expected)
     assert table.equals(study.hidden_by_training(model, batch_size=7)), "the same draws again"
+    mixed, partner, share = trainings.mix(images, PROFILES["reference"].qat, np.random.default_rng(5))
+    with torch.no_grad():
+        answers = model(mixed).argmax(1)
+    own, other = (answers == labels).float(), (answers == labels[partner]).float()
+    expected = (share * own + (1 - share) * other).mean().item()
+    at_once = study.hidden_by_training(model, batch_size=len(images))
+    assert at_once.loc["mixup alone, counted by shares", "with"] == pytest.approx(expected)
+    expected = torch.where(share >= 0.5, own, other).mean().item()
+    assert at_once.loc["mixup alone", "with"] == pytest.approx(expected)
