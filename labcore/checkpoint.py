@@ -92,6 +92,14 @@ def _pair(newest: Path) -> tuple[Path, Path]:
     return newest, newest.with_name(f"{newest.stem}.previous.pt")
 
 
+_written: dict[Path, tuple[int, ...]] = {}  # the checkpoints of this process as it left them
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    facts = path.stat()
+    return facts.st_ino, facts.st_size, facts.st_mtime_ns
+
+
 def save_checkpoint(folder: Path, state: dict) -> None:
     """Write a training's state; `state["about"]` tells what decides its weights.
 
@@ -101,9 +109,12 @@ def save_checkpoint(folder: Path, state: dict) -> None:
     for part in folder.glob(".checkpoint-*.part"):
         if time.time() - _saved_at(part) > STALE_SECONDS:  # what a killed write left, not what another process writes now
             part.unlink(missing_ok=True)
-    # A damaged or foreign file must not take the place of a good one.
-    whole = newest.exists() and _about(newest, mmap=False) == state["about"]
+    # A damaged or foreign file must not take the place of a good one. One that this process wrote, and nobody after it, is good.
+    whole = newest.exists() and (
+        _written.get(newest) == _stamp(newest) or _about(newest, mmap=False) == state["about"]
+    )
     save_tensors(newest, state, keep_old_as=previous.name if whole else None)
+    _written[newest] = _stamp(newest)
     for pair in _of_others(folder, own)[1:]:
         for old in pair:
             old.unlink(missing_ok=True)

@@ -216,6 +216,9 @@ class Profile:
         _check("processes", self.processes, 0 <= self.processes <= 1024, "0 (one per GPU) … 1024")
         _fraction("validation_fraction", self.validation_fraction)
         _check("validation_fraction", self.validation_fraction, self.validation_fraction > 0, "above 0")
+        if self.arch in ("resnet18", "resnet34"):
+            # oneDNN's gradient of their 1x1 convolutions with a stride writes past its memory (torch 2.15, AVX2, channels_last).
+            _check("width", self.width, self.width >= 8, f"at least 8 channels for {self.arch}")
         if self.arch == "resnet9":  # three poolings, two more steps of two in the stem for large images
             least = 8 if self.stem == "cifar" else 32
             small = [round(r.small_size * self.image_size) for r in (self.fp32, self.qat) if r.small_share]

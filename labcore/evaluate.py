@@ -29,6 +29,8 @@ def predict(
     """Logits (N, classes) in float32, without autocast, for uint8 images (N, 3, H, W); on the model's own device."""
     model.eval()
     place = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
+    if place.type == "cpu":
+        batch_size = min(batch_size, 64)  # more fall out of its caches
     parts = []
     # Float32 on a GPU too: no TF32 in convolutions.
     with (

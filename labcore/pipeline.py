@@ -9,6 +9,7 @@ not count, nor does the notebooks' prose; new prose is copied into the executed 
 import argparse
 import ast
 import contextlib
+import csv
 import fcntl
 import re
 import shutil
@@ -286,6 +287,8 @@ class Pipeline:
         if history in outputs and before.get("outputs", {}).get(history) == outputs[history]:
             # Training was loaded: the time it took is that of the earlier run.
             seconds = max(seconds, before["wall_seconds"])
+        if history in outputs:
+            seconds = max(seconds, round(training_seconds(ROOT / history), 1))
         stamp = {
             "inputs": inputs,
             "outputs": outputs,
@@ -356,6 +359,12 @@ class Pipeline:
                 shutil.rmtree(folder)
         shutil.rmtree(self.folder, ignore_errors=True)
         return gone
+
+
+def training_seconds(history: Path) -> float:
+    """What all epochs of a training took, also where it was stopped and went on in another process."""
+    with open(history, encoding="utf-8", newline="") as stream:
+        return sum(float(row["train_seconds"]) for row in csv.DictReader(stream))
 
 
 def check_make_variables(text: str) -> None:

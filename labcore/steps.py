@@ -116,10 +116,21 @@ def _forward(model: nn.Module, world: World) -> Callable[[Tensor], Tensor]:
     if world.size > 1:
         places = [torch.cuda.current_device()] if device().type == "cuda" else None
         model = DistributedDataParallel(model, device_ids=places)
-    if device().type == "cuda" and not is_fake_quantized(model):  # fake quantization has no graph to compile
+    if _compiles(model):
         torch._dynamo.config.suppress_errors = True  # without a C compiler it trains uncompiled, and says so
         return torch.compile(model)
     return model
+
+
+def _compiles(model: nn.Module) -> bool:
+    return device().type == "cuda" and not is_fake_quantized(model)  # fake quantization has no graph to compile
+
+
+@lru_cache
+def say_if_not_compiled() -> None:
+    """After a first step, once: torch itself only warns where it cannot compile, and a notebook's warnings are not kept."""
+    if not torch._dynamo.utils.counters["frames"]["ok"]:
+        print("note: torch could not compile the network (is there a C compiler?); it trains uncompiled, and slower.")
 
 
 def shares_evenly(recipe: Recipe, processes: int) -> bool:
@@ -191,6 +202,8 @@ def run_epoch(
                 group["lr"] = rate * (group["initial_lr"] / recipe.lr)
         index = order[batch * recipe.batch_size : (batch + 1) * recipe.batch_size][own]
         loss, hits = update(loop, images[index], labels[index], drawn)
+        if _compiles(loop.model) and loop.world.is_first:
+            say_if_not_compiled()
         if loop.average:
             loop.average.update(step)
         losses[batch] = loss
@@ -229,7 +242,7 @@ def update(
     while True:
         for optimizer in loop.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        with contextlib.suppress(torch.OutOfMemoryError):
+        with _without_memory():
             loss, hits = _gradients(loop, x, labels, partner, share)
             break
         _halve(loop)  # after the error and what it held are gone
@@ -274,6 +287,22 @@ def _gradients(
         total += loss.detach().sum()
         hits += (logits.argmax(1) == target).sum()
     return total, hits
+
+
+# What libraries of the GPU say where they find no memory for themselves; cuDNN tries all its ways first.
+_NO_MEMORY = ("unable to find an engine", "CUDNN_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
+@contextlib.contextmanager
+def _without_memory():
+    """Go on behind the block where the GPU has no memory left for it."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        pass
+    except RuntimeError as error:
+        if not any(text in str(error) for text in _NO_MEMORY):
+            raise
 
 
 def _halve(loop: Loop) -> None:

@@ -246,6 +246,7 @@ def _save(folder: Path, description: dict, loop: Loop, rows: list[dict], best: d
         "model": loop.model.state_dict(),
         "average": loop.average.model.state_dict() if loop.average else None,
         "optimizers": [optimizer.state_dict() for optimizer in loop.optimizers],
+        "micro": loop.micro,
         "rows": rows,
         "best": best,
     }
@@ -261,5 +262,7 @@ def _resume(loop: Loop, state: dict | None) -> tuple[int, list[dict], dict | Non
         loop.average.model.load_state_dict(state["average"])
     for optimizer, saved in zip(loop.optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(saved)
+    if loop.world.size == 1:  # what memory forced once need not be tried again
+        loop.micro = min(loop.micro, state["micro"])
     loop.saved = len(state["rows"])
     return len(state["rows"]), state["rows"], state["best"]

@@ -422,6 +422,12 @@ def test_a_comment_in_printed_source_makes_only_the_report_stale(project):
     assert "in int8 from here on" in (project.root / "report/smoke/report.md").read_text(encoding="utf-8")
 
 
+def test_the_seconds_of_a_training_are_those_of_all_its_epochs(tmp_path):
+    history = tmp_path / "history.csv"
+    history.write_text("epoch,train_seconds,lr\n1,1000.5,0.1\n2,20,0.1\n", encoding="utf-8")
+    assert pipeline.training_seconds(history) == 1020.5
+
+
 def test_modules_are_found_through_other_modules():
     found = pipeline.imported_modules("from labcore.quantize import fuse")
     assert {"quantize", "observer", "model", "checkpoint"} <= found

@@ -11,6 +11,7 @@ import pickle
 import random
 import signal
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -208,6 +209,20 @@ def test_one_changed_byte_is_found_and_the_checkpoint_before_is_used(
     said = capsys.readouterr().out
     assert f"{newest.name} cannot be used (the checksum of" in said
     assert all(checkpoint.load_tensors(path) for path in checkpoints(tmp_path)), "both are good again"
+
+
+def test_a_checkpoint_is_read_before_it_is_replaced_unless_this_process_left_it_so(
+    tmp_path, tiny_data, tiny_split, monkeypatch
+):
+    read, asked = checkpoint.load_tensors, []
+    monkeypatch.setattr(checkpoint, "load_tensors", lambda path, mmap=False: asked.append(path) or read(path, mmap))
+    fit(tmp_path, tiny_data, tiny_split)
+    assert asked == []
+    newest = checkpoints(tmp_path)[0]
+    state = read(newest)
+    os.utime(newest, ns=(1, 1))
+    checkpoint.save_checkpoint(tmp_path, state)
+    assert asked == [newest]
 
 
 def test_a_kill_while_a_changed_checkpoint_is_replaced_keeps_the_good_one(tmp_path, tiny_data, tiny_split, monkeypatch):
@@ -634,6 +649,73 @@ def test_too_little_memory_halves_the_part_and_keeps_the_batch(tiny_data, monkey
     assert all(torch.equal(first, second) for first, second in zip(found, expected, strict=True))
     (note,) = [line for line in capsys.readouterr().out.splitlines() if "out of GPU memory" in line]
     assert "going on with 3 images at a time and the same batch of 12" in note
+
+
+def test_a_library_of_the_gpu_without_memory_counts_too_but_no_other_error(tiny_data, monkeypatch):
+    expected, _ = gradients(tiny_data, 6)
+    gradients_of, errors = steps._gradients, ["GET was unable to find an engine to execute this computation"]
+
+    def tight(*args):
+        if errors:
+            raise RuntimeError(errors.pop())
+        return gradients_of(*args)
+
+    monkeypatch.setattr(steps, "_gradients", tight)
+    found, _ = gradients(tiny_data, 0)
+    assert all(torch.equal(first, second) for first, second in zip(found, expected, strict=True))
+    errors.append("shapes do not fit")
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        gradients(tiny_data, 0)
+
+
+def test_a_halved_part_is_kept_by_the_checkpoint(tmp_path, tiny_data, tiny_split, monkeypatch, capsys):
+    gradients_of, sizes = steps._gradients, []
+
+    def tight(loop, *args):
+        sizes.append(loop.micro)
+        if loop.micro > 8:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return gradients_of(loop, *args)
+
+    monkeypatch.setattr(steps, "_gradients", tight)
+    whole = fit(tmp_path / "a", tiny_data, tiny_split)
+    assert sizes.count(16) == 1 and capsys.readouterr().out.count("out of GPU memory") == 1
+    update, calls = steps.update, []
+
+    def dying(*args):
+        calls.append(1)
+        if len(calls) > 4:
+            raise KeyboardInterrupt
+        return update(*args)
+
+    monkeypatch.setattr(steps, "update", dying)
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path / "b", tiny_data, tiny_split)
+    monkeypatch.setattr(steps, "update", update)
+    sizes.clear()
+    assert_same(whole, fit(tmp_path / "b", tiny_data, tiny_split))
+    assert set(sizes) == {8}
+
+
+def test_a_network_that_cannot_be_compiled_is_said_once(monkeypatch, capsys):
+    def broken(graph, inputs):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch._dynamo.config, "suppress_errors", True)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    steps.say_if_not_compiled.cache_clear()
+    with warnings.catch_warnings(action="ignore"):
+        torch.compile(torch.nn.Linear(2, 2), backend=broken)(torch.ones(1, 2))
+    steps.say_if_not_compiled()
+    steps.say_if_not_compiled()
+    assert capsys.readouterr().out.count("could not compile the network") == 1
+    torch._dynamo.reset()
+    torch.compile(torch.nn.Linear(2, 2), backend="eager")(torch.ones(1, 2))
+    steps.say_if_not_compiled.cache_clear()
+    steps.say_if_not_compiled()
+    steps.say_if_not_compiled.cache_clear()
+    assert capsys.readouterr().out == ""
 
 
 def test_too_little_memory_for_one_image_is_an_error_in_one_line(tiny_data, monkeypatch):
