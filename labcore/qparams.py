@@ -166,3 +166,43 @@ def inspect_qparams(calibrated: nn.Module, batches: list[Tensor]) -> pd.DataFram
     for batch in batches:
         network(batch)
     return pd.DataFrame([errors.row(*key) for key, errors in found.items()])
+
+
+@torch.no_grad()
+def errors_alone(simulated: nn.Module, images: Tensor) -> pd.DataFrame:
+    """How far the logits move where one activation tensor alone is rounded; the weights are rounded throughout.
+
+    Args:
+        simulated: a network with fake quantization, as `labcore.quantize.simulate` gives it.
+        images: normalised, (B, 3, H, W).
+
+    Returns:
+        One row per tensor, the worst first. Columns: layer, logit_mse (mean squared change of the logits), scale, and width, the
+        tensor's range in its standard deviations: a wide one leaves few steps to most values.
+    """
+    network = copy.deepcopy(simulated).apply(disable_fake_quant).apply(disable_observer)
+    watchers = {
+        name: module.activation_post_process
+        for name, module in network.named_modules()
+        if isinstance(getattr(module, "activation_post_process", None), FakeQuantizeBase)
+    }
+    widths: dict[str, float] = {}  # of those that are used: a block without a sum has a watcher for it all the same
+
+    def measure(name: str):
+        def hook(_, inputs) -> None:
+            widths[name] = ((inputs[0].max() - inputs[0].min()) / inputs[0].std()).item()
+
+        return hook
+
+    hooks = [watcher.register_forward_pre_hook(measure(name)) for name, watcher in watchers.items()]
+    exact = network(images)
+    for hook in hooks:
+        hook.remove()
+    rows = []
+    for name, width in widths.items():
+        watchers[name].enable_fake_quant()
+        moved = (network(images) - exact).square().mean().item()
+        watchers[name].disable_fake_quant()
+        scale = float(watchers[name].scale.flatten()[0])
+        rows.append({"layer": name, "logit_mse": moved, "scale": scale, "width": width})
+    return pd.DataFrame(rows).sort_values("logit_mse", ascending=False, kind="stable", ignore_index=True)

@@ -364,6 +364,7 @@ def _study_tables(stages: dict[str, dict], arch: str) -> dict:
         "size_mb": "packed file (MB)",
         "p_value": "McNemar p",
         "logit_mse": "squared error of logits",
+        "width": "range (standard deviations)",
         "acc_std": "spread",
         "diff_pp": "difference (points)",
         "diff_pp_std": "its spread",
@@ -419,6 +420,9 @@ def _study_tables(stages: dict[str, dict], arch: str) -> dict:
             ["network"],
             [*shown, "p_value"],
         )
+        if "to_blame" in study:  # results of older notebooks have none
+            rows = [row | {"layer": f"`{row['layer']}`"} for row in study["to_blame"]]
+            tables["to_blame_table"] = table(rows, ["network", "layer"], ["logit_mse", "scale", "width"])
         least = {name: best for name, (_, best) in scheme_extremes(study["architectures"], arch).items()}
         tables["least_drops"] = least
         tables["collapsed"] = [name for name, row in least.items() if row["acc_drop_pp_low"] > 10 * MUCH_PP]

@@ -48,6 +48,7 @@ FORMATS = {
     "share_clipped": "{:.2g}",
     "snr_db": "{:.1f}",
     "logit_mse": "{:.4f}",
+    "width": "{:.0f}",
     "seeds": "{:.0f}",
     "acc_std": "{:.2%}",
     "diff_pp": "{:+.2f}",

@@ -7,7 +7,7 @@ from small import network, snapshot, unchanged
 
 from labcore.observer import PowerOfTwoObserver
 from labcore.qconfig import FLOAT, REFERENCE, CustomQConfig, Scheme, make_qconfig
-from labcore.qparams import inspect_qparams, qparams, values_and_grid
+from labcore.qparams import errors_alone, inspect_qparams, qparams, values_and_grid
 from labcore.quantize import calibrate, calibration_batches, convert, layers, prepare_ptq, simulate
 
 POWER2, DEFAULT = CustomQConfig.POWER2, CustomQConfig.DEFAULT
@@ -275,3 +275,25 @@ def test_the_grid_of_a_tensor_is_the_one_that_rounds_it(tiny_data, tiny_split):
     codes = seen[0] / scale + zero_point
     assert torch.equal(codes, codes.round()) and low <= codes.min() and codes.max() <= high
     assert unchanged(calibrated, before)
+
+
+@pytest.mark.parametrize("arch", ["resnet9", "resnet50"])
+def test_a_tensor_that_is_rounded_alone_moves_the_logits_as_a_rounded_input_does(arch, tiny_data, tiny_split):
+    prepared = calibrate(prepare_ptq(network(arch), make_qconfig(REFERENCE, REFERENCE, "simulated")), tiny_data, tiny_split)
+    model, images = simulate(prepared), calibration_batches(tiny_data, tiny_split)[0]
+    before = snapshot(model)
+    table = errors_alone(model, images)
+    assert unchanged(model, before)
+    assert table["logit_mse"].is_monotonic_decreasing and table["layer"].is_unique and (table["width"] > 0).all()
+    quantized = {name for name, module in model.named_modules() if hasattr(module, "activation_post_process")}
+    assert set(table["layer"]) <= quantized and len(table) > len(layers(model))
+    watcher = model.quant.activation_post_process
+    rounded = torch.fake_quantize_per_tensor_affine(
+        images, watcher.scale, watcher.zero_point.int(), watcher.quant_min, watcher.quant_max
+    )
+    model.apply(torch.ao.quantization.disable_fake_quant)
+    with torch.no_grad():
+        expected = (model(rounded) - model(images)).square().mean().item()
+    row = table.set_index("layer").loc["quant"]
+    assert row["logit_mse"] == pytest.approx(expected, rel=1e-4) and row["scale"] == float(watcher.scale)
+    assert row["width"] == pytest.approx(((images.max() - images.min()) / images.std()).item())
