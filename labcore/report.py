@@ -369,7 +369,7 @@ def _study_tables(stages: dict[str, dict], arch: str) -> dict:
         "diff_pp": "difference (points)",
         "diff_pp_std": "its spread",
         "acc_unrounded": "accuracy without rounding",
-        "diff_unrounded_pp": "difference (points)",
+        "diff_unrounded_pp": "difference without rounding (points)",
         "gap_unrounded_pp": "gap to training images (points)",
     }
 
@@ -456,7 +456,8 @@ def _study_tables(stages: dict[str, dict], arch: str) -> dict:
         exact = ["acc_unrounded", "diff_unrounded_pp", "gap_unrounded_pp"]
         columns += ["loss", *(name for name in exact if name in study["trained_on"]["qat"])]
         tables["training_trained_on_table"] = table(trained_on, ["trained on as"], columns)
-        hidden = pd.DataFrame(study["hidden"]).T.map("{:.2%}".format)
+        hidden = pd.DataFrame(study["hidden"]).T.map("{:.2%}".format)  # sorted by name in the file
+        hidden = hidden.loc[sorted(hidden.index, key=lambda view: (view.startswith("mixup"), hidden.index.get_loc(view)))]
         tables["training_hidden_table"] = markdown_table(
             hidden.rename(columns="{} fake quantization".format), "training images"
         )
