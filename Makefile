@@ -3,6 +3,7 @@ PROFILE ?= cpu
 DATA ?=
 SEED ?= 0
 SET ?=
+STUDIES ?=
 PORT ?= 8888
 PYTHON ?= python3
 VENV ?= .venv
@@ -13,13 +14,14 @@ export LAB_PROFILE := $(PROFILE)
 export LAB_DATA := $(DATA)
 export LAB_SEED := $(SEED)
 export LAB_SET := $(SET)
+export LAB_STUDIES := $(STUDIES)
 export LAB_VARIABLES := $(MAKEOVERRIDES)
 # glibc would give every large block of memory back and ask for it again, layer by layer. Keeping it saves 10 to 20 % of a
 # training step on a CPU (benchmarks/README.md). Other systems ignore this.
 export MALLOC_MMAP_THRESHOLD_ ?= 1073741824
 export MALLOC_TRIM_THRESHOLD_ ?= 4294967296
 export MALLOC_TOP_PAD_ ?= 268435456
-OPTIONS = --profile "$$LAB_PROFILE" --data "$$LAB_DATA" --seed "$$LAB_SEED" --set "$$LAB_SET" --make-variables "$$LAB_VARIABLES"
+OPTIONS = --profile "$$LAB_PROFILE" --data "$$LAB_DATA" --seed "$$LAB_SEED" --set "$$LAB_SET" --studies "$$LAB_STUDIES" --make-variables "$$LAB_VARIABLES"
 
 .PHONY: help report studies verify test lab status clean
 .DEFAULT_GOAL := help
@@ -27,7 +29,8 @@ OPTIONS = --profile "$$LAB_PROFILE" --data "$$LAB_DATA" --seed "$$LAB_SEED" --se
 help:
 	@echo 'make report   train, quantize, compare; write report/$$PROFILE and figures/$$PROFILE'
 	@echo '              PROFILE=smoke|cpu|cpu-long|full|reference  DATA=cifar10|cifar100|digits|PATH  SEED=0  SET="fp32.epochs=2 width=16"'
-	@echo 'make studies  what report does, and the studies of notebooks 05, 06, 07, 09 and 10 (same options, hours)'
+	@echo 'make studies  what report does, and the studies of notebooks 05, 06, 07, 09 and 10 (same options, hours);'
+	@echo '              STUDIES="05 09" runs these two only'
 	@echo 'make verify   every number of report/$$PROFILE again from the results beside it (PROFILE)'
 	@echo 'make status   which stage is stale, and why (same options)'
 	@echo 'make lab      JupyterLab on this machine, PORT=8888'

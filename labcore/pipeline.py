@@ -15,6 +15,7 @@ import re
 import shutil
 import sys
 import time
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.metadata import distributions
@@ -43,7 +44,7 @@ from labcore.config import (
     parse_overrides,
 )
 
-MAKE_VARIABLES = ("PROFILE", "DATA", "SEED", "SET", "PYTHON", "VENV", "PORT")
+MAKE_VARIABLES = ("PROFILE", "DATA", "SEED", "SET", "STUDIES", "PYTHON", "VENV", "PORT")
 
 
 @dataclass(frozen=True)
@@ -221,11 +222,11 @@ class Pipeline:
         )
         return [*rows, ("report", reason)]
 
-    def run(self, studies: bool = False) -> None:
-        """Bring every stage and the report up to date; the studies too where asked."""
+    def run(self, studies: Collection[str] = ()) -> None:
+        """Bring every stage and the report up to date; of the studies those that are asked for."""
         with self._lock():
             for stage in STAGES:
-                if stage.name in STUDIES and not studies:
+                if stage.name in STUDIES and stage.name not in studies:
                     continue
                 reason = self.stale(stage.name, self.inputs(stage))
                 if reason:
@@ -375,6 +376,16 @@ def check_make_variables(text: str) -> None:
             raise LabError(f"make knows no variable {name!r}: {nearest(name, MAKE_VARIABLES)}")
 
 
+def chosen_studies(text: str) -> list[str]:
+    """The studies that STUDIES= names, by number ("05"), notebook or stage; all where it is empty. LabError for an unknown one."""
+    known = {key: stage for stage in STUDIES for key in (stage, NOTEBOOKS[stage], NOTEBOOKS[stage][:2])}
+    names = text.replace(",", " ").split()
+    for name in names:
+        if name not in known:
+            raise LabError(f"{name!r} is no study: {nearest(name, known)}")
+    return [known[name] for name in names] or list(STUDIES)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Command line: report, studies, status or clean. Returns the exit status; an error is one line on stderr."""
     parser = argparse.ArgumentParser(prog="python -m labcore.pipeline", description=__doc__.splitlines()[0])
@@ -385,13 +396,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--set", default="", dest="overrides", help="name=value pairs that replace values of the profile"
     )
+    parser.add_argument("--studies", default="", help="which of the studies, by number: '05 09'; all without it")
     parser.add_argument("--make-variables", default="", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     try:
         check_make_variables(options.make_variables)
         pipeline = Pipeline(options.profile, options.data, options.seed, options.overrides)
+        studies = chosen_studies(options.studies)
         if options.command in ("report", "studies"):
-            pipeline.run(studies=options.command == "studies")
+            pipeline.run(studies if options.command == "studies" else ())
         elif options.command == "status":
             for name, reason in pipeline.status():
                 print(f"{name:8} {'stale: ' + reason if reason else 'up to date'}")

@@ -14,12 +14,12 @@ from labcore.qconfig import CustomQConfig
 from labcore.quantize import calibrate, convert, prepare_ptq
 
 
-FIRST = ("test_pipeline_studies", "test_distributed", "test_artifacts", "test_pipeline")
+FIRST = ("test_pipeline_studies", "test_distributed", "test_artifacts", "test_pipeline_engines", "test_pipeline")
 
 
 def pytest_collection_modifyitems(items):
     """The longest files first, since two processes share them: each starts with two, this one with the first and the third. The
-    first builds the project while the other is busy with the second, and the fourth finds it built.
+    first builds the project while the other is busy with the second, and the others find it built.
     """
     items.sort(key=lambda item: FIRST.index(item.path.stem) if item.path.stem in FIRST else len(FIRST))
 

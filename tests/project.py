@@ -108,6 +108,17 @@ class Project:
         process.join()
         return answer
 
+    def verify_with_another_digit(self, name: str, pattern: str) -> tuple[int, str]:
+        """Status and stderr of labcore.verify while the first digit that `pattern` finds in a file of the report is another."""
+        path = self.root / "report/smoke" / name
+        text = path.read_text(encoding="utf-8")
+        digit = re.search(pattern, text)
+        other = str((int(digit.group()) + 1) % 10)
+        path.write_text(text[: digit.start()] + other + text[digit.end() :], encoding="utf-8")
+        found = self.verify()
+        path.write_text(text, encoding="utf-8")
+        return found
+
     def metrics(self, stage: str) -> dict:
         return json.loads((self.root / f"runs/smoke/{stage}/metrics.json").read_text(encoding="utf-8"))
 

@@ -146,12 +146,7 @@ def test_every_number_and_page_follows_from_the_results(built):
     ],
 )
 def test_one_changed_digit_is_found(project, name, pattern, message):
-    path = project.root / "report/smoke" / name
-    text = path.read_text(encoding="utf-8")
-    digit = re.search(pattern, text)
-    other = str((int(digit.group()) + 1) % 10)
-    path.write_text(text[: digit.start()] + other + text[digit.end() :], encoding="utf-8")
-    status, errors = project.verify()
+    status, errors = project.verify_with_another_digit(name, pattern)
     assert status == 1 and message in errors
     assert all(line.startswith("error: ") for line in errors.splitlines())
 
@@ -362,6 +357,7 @@ def test_clean_removes_one_profile_and_keeps_the_sources(project):
             "SEED must be a whole number in 0 … 4294967295, found '-1'",
         ),
         (["report", "--profile", "smoke", "--data", "nowhere/at/all"], "nor an existing folder or archive"),
+        (["studies", "--profile", "smoke", "--studies", "05 5"], "'5' is no study: did you mean '05'?"),
         (
             ["report", "--make-variables", "PROFIL=smoke"],
             "make knows no variable 'PROFIL': did you mean 'PROFILE'?",
@@ -420,6 +416,18 @@ def test_a_comment_in_printed_source_makes_only_the_report_stale(project):
     assert [name for name, reason in status.items() if reason != "up to date"] == ["report"]
     assert project.run().returncode == 0
     assert "in int8 from here on" in (project.root / "report/smoke/report.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("text", "stages"),
+    [
+        ("", list(pipeline.STUDIES)),
+        ("05", ["observers"]),
+        (" 09_engines, mixed ", ["engines", "mixed"]),
+    ],
+)
+def test_studies_are_chosen_by_number_notebook_or_stage(text, stages):
+    assert pipeline.chosen_studies(text) == stages
 
 
 def test_the_seconds_of_a_training_are_those_of_all_its_epochs(tmp_path):
