@@ -9,7 +9,6 @@ not count, nor does the notebooks' prose; new prose is copied into the executed 
 import argparse
 import ast
 import contextlib
-import csv
 import fcntl
 import re
 import shutil
@@ -88,10 +87,10 @@ def imported_modules(*cells: str, name: str = "the code") -> set[str]:
     """
     found, todo = set(), set().union(*(_imports(code, name) for code in cells))
     while todo:
-        name = todo.pop()
-        path = ROOT / "labcore" / f"{name}.py"
-        if name not in found and path.exists():
-            found.add(name)
+        module = todo.pop()
+        path = ROOT / "labcore" / f"{module}.py"
+        if module not in found and path.exists():
+            found.add(module)
             todo |= _imports(path.read_text(encoding="utf-8"), path.name)
     return found
 
@@ -288,8 +287,7 @@ class Pipeline:
         if history in outputs and before.get("outputs", {}).get(history) == outputs[history]:
             # Training was loaded: the time it took is that of the earlier run.
             seconds = max(seconds, before["wall_seconds"])
-        if history in outputs:
-            seconds = max(seconds, round(training_seconds(ROOT / history), 1))
+        seconds = max(seconds, round(self.train_seconds(stage), 1))
         stamp = {
             "inputs": inputs,
             "outputs": outputs,
@@ -298,6 +296,10 @@ class Pipeline:
         }
         write_json(self._stamp_path(stage.name), stamp)
         print(f"{stage.notebook}: done in {time.time() - began:.0f} s", flush=True)
+
+    def train_seconds(self, stage: Stage) -> float:
+        """What all epochs of a stage's training took, also where it was stopped and went on in another process; 0 without one."""
+        return read_json(self.folder / stage.name / "metrics.json").get("train_seconds", 0.0)
 
     def _refresh_prose(self, stage: Stage) -> None:
         from labcore.execute import with_new_prose, write_executed
@@ -360,12 +362,6 @@ class Pipeline:
                 shutil.rmtree(folder)
         shutil.rmtree(self.folder, ignore_errors=True)
         return gone
-
-
-def training_seconds(history: Path) -> float:
-    """What all epochs of a training took, also where it was stopped and went on in another process."""
-    with open(history, encoding="utf-8", newline="") as stream:
-        return sum(float(row["train_seconds"]) for row in csv.DictReader(stream))
 
 
 def check_make_variables(text: str) -> None:

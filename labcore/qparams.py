@@ -188,13 +188,13 @@ def errors_alone(simulated: nn.Module, images: Tensor) -> pd.DataFrame:
     }
     widths: dict[str, float] = {}  # of those that are used: a block without a sum has a watcher for it all the same
 
-    def measure(name: str):
-        def hook(_, inputs) -> None:
-            widths[name] = ((inputs[0].max() - inputs[0].min()) / inputs[0].std()).item()
+    def measure(name: str, values: Tensor) -> None:
+        widths[name] = ((values.max() - values.min()) / values.std()).item()
 
-        return hook
-
-    hooks = [watcher.register_forward_pre_hook(measure(name)) for name, watcher in watchers.items()]
+    hooks = [
+        watcher.register_forward_pre_hook(lambda _, inputs, name=name: measure(name, inputs[0]))
+        for name, watcher in watchers.items()
+    ]
     exact = network(images)
     for hook in hooks:
         hook.remove()

@@ -244,7 +244,7 @@ def context(name: str) -> dict:
         "profile": profile,
         "data": provenance["fp32"]["data"],
         "training_numbers": provenance["fp32"].get("training_numbers"),
-        "gap": _gap(stages["fp32"], pd.read_csv(folder / "fp32" / "history.csv"), provenance["fp32"]["data"]),
+        "gap": _gap(stages["fp32"], provenance["fp32"]["data"]),
         "qat_epochs": _chosen(pd.read_csv(folder / "qat" / "history.csv"), stages["qat"]["best_epoch"]),
         "threads": provenance["compare"]["threads"],
         "cpu": provenance["compare"]["cpu"],
@@ -278,13 +278,12 @@ def context(name: str) -> dict:
     }
 
 
-def _gap(fp32: dict, history: pd.DataFrame, data: dict) -> dict:
+def _gap(fp32: dict, data: dict) -> dict:
     """95 % interval of the gap between training and validation accuracy, in points, and of how many images each is."""
-    best = history.set_index("epoch").loc[fp32["best_epoch"]]
     n_validation = data["n_validation"]
     n_train = min(data["n_train"], n_validation)  # Split.train_sample
     low, high = confint_proportions_2indep(
-        round(best["train_clean_acc"] * n_train), n_train, round(best["val_acc"] * n_validation), n_validation, method="wald"
+        round(fp32["train_clean_acc"] * n_train), n_train, round(fp32["val_acc"] * n_validation), n_validation, method="wald"
     )
     return {"low": 100 * low, "high": 100 * high, "n_train": n_train, "n_validation": n_validation}
 
@@ -457,7 +456,7 @@ def _study_tables(stages: dict[str, dict], arch: str) -> dict:
         columns += ["loss", *(name for name in exact if name in study["trained_on"]["qat"])]
         tables["training_trained_on_table"] = table(trained_on, ["trained on as"], columns)
         hidden = pd.DataFrame(study["hidden"]).T.map("{:.2%}".format)  # sorted by name in the file
-        hidden = hidden.loc[sorted(hidden.index, key=lambda view: (view.startswith("mixup"), hidden.index.get_loc(view)))]
+        hidden = hidden.loc[sorted(hidden.index, key=lambda view: view.startswith("mixup"))]
         tables["training_hidden_table"] = markdown_table(
             hidden.rename(columns="{} fake quantization".format), "training images"
         )

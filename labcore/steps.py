@@ -128,7 +128,7 @@ def _compiles(model: nn.Module) -> bool:
 
 @lru_cache
 def say_if_not_compiled() -> None:
-    """After a first step, once: torch itself only warns where it cannot compile, and a notebook's warnings are not kept."""
+    """After a first epoch, once: torch itself only warns where it cannot compile, and a notebook's warnings are not kept."""
     if not torch._dynamo.utils.counters["frames"]["ok"]:
         print("note: torch could not compile the network (is there a C compiler?); it trains uncompiled, and slower.")
 
@@ -202,14 +202,14 @@ def run_epoch(
                 group["lr"] = rate * (group["initial_lr"] / recipe.lr)
         index = order[batch * recipe.batch_size : (batch + 1) * recipe.batch_size][own]
         loss, hits = update(loop, images[index], labels[index], drawn)
-        if _compiles(loop.model) and loop.world.is_first:
-            say_if_not_compiled()
         if loop.average:
             loop.average.update(step)
         losses[batch] = loss
         correct += hits
         tick()
     sum_over_processes(losses), sum_over_processes(correct)  # waits for the device
+    if loop.world.is_first and _compiles(loop.model):
+        say_if_not_compiled()
     bad = torch.nonzero(~torch.isfinite(losses)).flatten().tolist()
     if bad:
         step = epoch * steps + bad[0]
@@ -298,10 +298,8 @@ def _without_memory():
     """Go on behind the block where the GPU has no memory left for it."""
     try:
         yield
-    except torch.OutOfMemoryError:
-        pass
-    except RuntimeError as error:
-        if not any(text in str(error) for text in _NO_MEMORY):
+    except RuntimeError as error:  # torch.OutOfMemoryError is one
+        if not isinstance(error, torch.OutOfMemoryError) and not any(text in str(error) for text in _NO_MEMORY):
             raise
 
 

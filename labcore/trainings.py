@@ -165,33 +165,34 @@ class Trainings(Study):
             torch.from_numpy(part[index]).to(place)
             for part in (self.data.train_images, self.data.train_labels)
         )
-        views: dict[str, tuple[Callable[[Tensor, np.random.Generator], Tensor], str]] = {
-            "as they are": (lambda x, rng: normalize(x), ""),
-            "augmented as here": (lambda x, rng: augment(x, own, rng), ""),
-            "augmented as in the reference": (lambda x, rng: augment(x, recipe.augment, rng), ""),
-            "… and its mixup": (lambda x, rng: augment(x, recipe.augment, rng), "larger"),
-            "mixup alone": (lambda x, rng: normalize(x), "larger"),
-            "mixup alone, counted by shares": (lambda x, rng: normalize(x), "shares"),
+        views: dict[str, tuple[Callable[[Tensor, np.random.Generator], Tensor], bool]] = {  # and whether images are mixed then
+            "as they are": (lambda x, rng: normalize(x), False),
+            "augmented as here": (lambda x, rng: augment(x, own, rng), False),
+            "augmented as in the reference": (lambda x, rng: augment(x, recipe.augment, rng), False),
+            "… and its mixup": (lambda x, rng: augment(x, recipe.augment, rng), True),
+            "mixup alone": (lambda x, rng: normalize(x), True),
         }
         rows = {}
-        for view, (see, counted) in views.items():
+        for view, (see, mixes) in views.items():
             for column, switch in (("with", tq.enable_fake_quant), ("without", tq.disable_fake_quant)):
                 fake_quantized.apply(switch)
-                rng, hits = np.random.default_rng(self.run.seed), 0.0
+                rng, by_larger, by_shares = np.random.default_rng(self.run.seed), 0.0, 0.0
                 with torch.no_grad(), progress(len(images), f"{view}, {column}", unit="image") as bar:
                     for start in range(0, len(images), batch_size):
                         rows_of = slice(start, start + batch_size)
                         x, y = see(images[rows_of], rng), labels[rows_of]
                         partner, share = y, torch.ones(len(y), device=place)
-                        if counted:
+                        if mixes:
                             x, other, share = mix(x, recipe, rng)
                             partner = y[other]
-                        if counted == "larger":
-                            share = (share >= 0.5).float()
                         answer = fake_quantized.eval()(x).argmax(1)
-                        hits += (share * (answer == y) + (1 - share) * (answer == partner)).sum().item()
+                        own_hits, other_hits = (answer == y).float(), (answer == partner).float()
+                        by_larger += torch.where(share >= 0.5, own_hits, other_hits).sum().item()
+                        by_shares += (share * own_hits + (1 - share) * other_hits).sum().item()
                         bar.update(len(x))
-                rows.setdefault(view, {})[column] = hits / len(images)
+                rows.setdefault(view, {})[column] = by_larger / len(images)
+                if view == "mixup alone":
+                    rows.setdefault(f"{view}, counted by shares", {})[column] = by_shares / len(images)
         fake_quantized.apply(tq.enable_fake_quant)
         return pd.DataFrame(rows).T
 

@@ -26,13 +26,25 @@ def test_json_round_trips_and_refuses_nan(tmp_path):
     assert not (tmp_path / "b.json").exists()
 
 
-@pytest.mark.parametrize(("content", "message"), [(None, "is missing: run the stage"), ("{", "is damaged")])
-def test_a_missing_or_damaged_artifact_says_what_to_do(tmp_path, content, message):
-    path = tmp_path / "metrics.json"
+@pytest.mark.parametrize(
+    ("read", "content", "message"),
+    [
+        (artifacts.read_json, None, "is missing: run the stage"),
+        (artifacts.read_json, b"{", "is damaged"),
+        (artifacts.notebook_sources, None, "is missing: restore it"),
+        (artifacts.notebook_sources, b"{", "is no notebook"),
+        (artifacts.notebook_sources, b"[]", "is no notebook"),
+        (artifacts.notebook_sources, b"{}", "is no notebook"),
+        (artifacts.notebook_sources, b'{"cells": [1]}', "is no notebook"),
+        (artifacts.notebook_sources, b"\xff", "is no notebook"),
+    ],
+)
+def test_a_missing_damaged_or_foreign_file_says_what_to_do(tmp_path, read, content, message):
+    path = tmp_path / "file"
     if content is not None:
-        path.write_text(content)
+        path.write_bytes(content)
     with pytest.raises(LabError, match=message):
-        artifacts.read_json(path)
+        read(path)
 
 
 CODE = 'def f(x):\n    """Twice."""\n    return 2 * x\n'
@@ -83,25 +95,6 @@ def test_a_notebook_is_code_and_prose(tmp_path):
     cells = [("markdown", ["# A\n", "b"]), ("code", "x = 1"), ("raw", "c"), ("code", ["y\n", "z"])]
     path.write_text(json.dumps({"cells": [{"cell_type": kind, "source": text} for kind, text in cells]}))
     assert artifacts.notebook_sources(path) == (["x = 1", "y\nz"], ["# A\nb", "c"])
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, "is missing: restore it"),
-        (b"{", "is no notebook"),
-        (b"[]", "is no notebook"),
-        (b"{}", "is no notebook"),
-        (b'{"cells": [1]}', "is no notebook"),
-        (b"\xff", "is no notebook"),
-    ],
-)
-def test_a_missing_or_foreign_notebook_says_what_to_do(tmp_path, content, message):
-    path = tmp_path / "a.ipynb"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(LabError, match=message):
-        artifacts.notebook_sources(path)
 
 
 def test_provenance_names_the_machine():

@@ -8,6 +8,7 @@ import signal
 import time
 
 import nbformat
+import pandas as pd
 import pytest
 from project import NOTEBOOKS, ROOT, STAGES, STUDIES, Project
 
@@ -430,10 +431,15 @@ def test_studies_are_chosen_by_number_notebook_or_stage(text, stages):
     assert pipeline.chosen_studies(text) == stages
 
 
-def test_the_seconds_of_a_training_are_those_of_all_its_epochs(tmp_path):
-    history = tmp_path / "history.csv"
-    history.write_text("epoch,train_seconds,lr\n1,1000.5,0.1\n2,20,0.1\n", encoding="utf-8")
-    assert pipeline.training_seconds(history) == 1020.5
+def test_the_seconds_of_a_training_are_those_of_all_its_epochs(built):
+    lab = pipeline.Pipeline("smoke")
+    lab.folder = built.root / "runs/smoke"
+    for stage in pipeline.STAGES[:3]:
+        history = lab.folder / stage.name / "history.csv"
+        expected = pd.read_csv(history)["train_seconds"].sum() if history.exists() else 0
+        assert lab.train_seconds(stage) == pytest.approx(expected, rel=1e-4) and (expected > 0) == (stage.name != "ptq")
+        stamp = json.loads((lab.folder / f"{stage.name}.stamp.json").read_text(encoding="utf-8"))
+        assert stamp["wall_seconds"] >= round(expected, 1)
 
 
 def test_modules_are_found_through_other_modules():
