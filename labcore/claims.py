@@ -15,7 +15,7 @@ from labcore.evaluate import compare_paired
 from labcore.run import Run
 
 CONFIRMED, REFUTED, CONDITION = "confirmed", "refuted", "holds under a condition"
-UNDECIDED, OPEN = "not decided here", "no evidence here"  # measured, but the interval holds both answers; not measured
+UNDECIDED, OPEN = "not decided here", "no evidence here"  # measured, but it fits more than one answer; not measured
 SMALL_PP = 0.1  # what the reference calls little accuracy
 FASTER = 1.02  # a ratio of times whose lower quartile is above it counts as faster
 MUCH_PP = 1.0  # a drop that is called suffering
@@ -189,8 +189,9 @@ def _r5(found: dict, checks: dict, reference: dict) -> Claim:
     verdict = CONFIRMED if row["speedup_low"] > FASTER else REFUTED
     value = f"Against float scales, all else the same, torch's int8 kernels run {_speed(row)} as fast."
     claim = "A power-of-two scale is faster, because a shift replaces a multiplication."
+    scope = " All of this is on a CPU, whose kernels multiply by a scale either way; hardware that shifts was not measured."
     if not found["engines"]:
-        return Claim("R5", claim, verdict, value, "compare", "ptq_to_float_scales")
+        return Claim("R5", claim, verdict, value + scope, "compare", "ptq_to_float_scales")
     rows = found["engines"]["pairs"]
     faster = [row for row in rows if row["speedup_low"] > FASTER]
     slower = [row for row in rows if row["speedup_high"] < 1 / FASTER]
@@ -203,7 +204,7 @@ def _r5(found: dict, checks: dict, reference: dict) -> Claim:
         f"{factors[-1]:.2f}; clearly faster in {len(faster)}, clearly slower in {len(slower)}; "
         f"{', '.join(sorted(always)) or 'no engine'} is faster for every batch and number of threads."
     )
-    return Claim("R5", claim, verdict, value, "engines", "pairs", "09_engines")
+    return Claim("R5", claim, verdict, value + scope, "engines", "pairs", "09_engines")
 
 
 def _r6(found: dict, checks: dict, reference: dict) -> Claim:
@@ -223,8 +224,9 @@ def _r7(found: dict, checks: dict, reference: dict) -> Claim:
     claim, study, ptq = "Exponents from -8 to 8 suffice for most layers.", found["observers"], found["ptq"]
     if not study:
         value = (
-            f"The clamp changed {ptq['n_weights_clamped']} of {ptq['n_weights']} weight tensors and {ptq['n_activations_clamped']} of "
-            f"{ptq['n_activations']} activations. What that costs, and what channels want, notebook {NOTEBOOKS['observers']} measures."
+            f"With one scale per tensor, as in the reference, the clamp changed {ptq['n_weights_clamped']} of {ptq['n_weights']} weight "
+            f"tensors and {ptq['n_activations_clamped']} of {ptq['n_activations']} activations. What that costs, and what channels want, "
+            f"was not measured in this profile (notebook {NOTEBOOKS['observers']})."
         )
         verdict = UNDECIDED if ptq["n_weights_clamped"] > ptq["n_weights"] / 2 else CONFIRMED
         return Claim("R7", claim, verdict, value, "ptq", "n_weights_clamped", "02_exponents")
@@ -234,8 +236,8 @@ def _r7(found: dict, checks: dict, reference: dict) -> Claim:
     else:
         verdict = CONDITION if study["share_channels_below"] > 0.5 else CONFIRMED
     value = (
-        f"{study['n_tensors_below']} of {study['n_tensors']} weight tensors and {study['share_channels_below']:.0%} of "
-        f"{study['n_channels']} channels want an exponent below -8; the clamp changed {ptq['n_activations_clamped']} of {ptq['n_activations']} "
+        f"With one scale per tensor, {study['n_tensors_below']} of {study['n_tensors']} weight tensors want an exponent below -8; with "
+        f"one per channel, {study['share_channels_below']:.0%} of {study['n_channels']} channels do. The clamp changed {ptq['n_activations_clamped']} of {ptq['n_activations']} "
         f"activations. With one scale per tensor the clamp costs {_drop(clamp)}, {_WORDS[_small(clamp)]}."
     )
     return Claim("R7", claim, verdict, value, "observers", "n_tensors_below", "05_error")
@@ -250,7 +252,8 @@ def _r8(found: dict, checks: dict, reference: dict) -> Claim:
     refuted = worst["wrong sums"] > 0 and safe["wrong sums"] == 0
     value = (
         f"Without VNNI, 64 of the largest products added in 16 bits are wrong by {worst['largest error']:,.0f} with activations of 8 bits, "
-        f"whatever the exponent, and by {safe['largest error']:.0f} with 7. Bits decide, not the clamp. This processor "
+        f"whatever the exponent, and by {safe['largest error']:.0f} with 7 (as long as values stay inside the calibrated range: beyond it "
+        "the kernels clamp at 8 bits all the same). Bits decide, not the clamp. This processor "
         f"{'has' if found['observers']['has_vnni'] else 'lacks'} VNNI."
     )
     return Claim("R8", claim, REFUTED if refuted else CONFIRMED, value, "observers", "overflow")
@@ -277,7 +280,8 @@ def _r10(found: dict, checks: dict, reference: dict) -> Claim:
     held = [fused["logit_mse"] < apart["logit_mse"], study["fusing_speed"]["speedup_low"] > FASTER]
     verdict = CONFIRMED if all(held) else CONDITION if any(held) else REFUTED
     value = (
-        f"The squared error of the logits is {fused['logit_mse']:.4f} fused and {apart['logit_mse']:.4f} apart; fused runs "
+        f"The squared error of the logits is {fused['logit_mse']:.4f} fused and {apart['logit_mse']:.4f} apart, of one scheme on one "
+        f"network, whose validation accuracy ({fused['acc']:.2%} and {apart['acc']:.2%}) does not show it; fused runs "
         f"{_speed(study['fusing_speed'])} as fast."
     )
     return Claim("R10", claim, verdict, value, "observers", "fusing")
@@ -480,15 +484,20 @@ def _r18(found: dict, checks: dict, reference: dict) -> Claim:
         f"{network}: {_drop(worst)} with the worst scheme ({worst['scheme']}), {_drop(best)} with the best ({best['scheme']})"
         for network, (worst, best) in extremes.items()
     )
-    suffers = [worst["acc_drop_pp_low"] > MUCH_PP for worst, _ in extremes.values()]
+    suffers = [network for network, (worst, _) in extremes.items() if worst["acc_drop_pp_low"] > MUCH_PP]
+    lasting = [network for network in suffers if extremes[network][1]["acc_drop_pp_high"] >= MUCH_PP]
     unharmed = [worst["acc_drop_pp_high"] < MUCH_PP for worst, _ in extremes.values()]
-    repaired = [best["acc_drop_pp_high"] < MUCH_PP for _, best in extremes.values()]
-    if any(suffers):
-        verdict = CONDITION if any(repaired) else CONFIRMED
+    if suffers:
+        verdict = CONFIRMED if lasting else CONDITION
+        value += (
+            f". No scheme here keeps the accuracy of {' and '.join(lasting)}, which was trained once"
+            if lasting
+            else ". With the right scheme they keep their accuracy"
+        )
     else:
         verdict = REFUTED if all(unharmed) else UNDECIDED
     if checks["arch"] != "resnet50":
-        value += ". ResNet-50 was not trained here"
+        value += ". The verdict is about these two; ResNet-50 was not trained here"
     own = found["compare"]["paired"]["ptq"]
     return Claim(
         "R18",

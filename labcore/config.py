@@ -201,6 +201,7 @@ class Profile:
     latency_rounds: int = 20
     latency_runs: int = 10
     study_seeds: int = 3
+    verdict_seeds: int = 8  # where a claim's verdict rests on the differences between trainings
     processes: int = 0  # that train together; 0 means one for every GPU, or one on a CPU
 
     def __post_init__(self):
@@ -212,7 +213,8 @@ class Profile:
         _check("eval_batch_size", self.eval_batch_size, self.eval_batch_size >= 1, "at least 1")
         _check("latency_rounds", self.latency_rounds, self.latency_rounds >= 3, "at least 3")
         _check("latency_runs", self.latency_runs, self.latency_runs >= 1, "at least 1")
-        _check("study_seeds", self.study_seeds, 2 <= self.study_seeds <= 100, "in 2 … 100")
+        for name in ("study_seeds", "verdict_seeds"):
+            _check(name, getattr(self, name), 2 <= getattr(self, name) <= 100, "in 2 … 100")
         _check("processes", self.processes, 0 <= self.processes <= 1024, "0 (one per GPU) … 1024")
         _fraction("validation_fraction", self.validation_fraction)
         _check("validation_fraction", self.validation_fraction, self.validation_fraction > 0, "above 0")
@@ -273,6 +275,7 @@ _smoke = replace(
     latency_rounds=5,
     latency_runs=3,
     study_seeds=2,
+    verdict_seeds=2,
 )
 
 # A wider network and more epochs, up to two hours on two cores that multiply bfloat16 (benchmarks/README.md).

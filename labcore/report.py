@@ -22,7 +22,14 @@ from labcore import LabError
 from labcore.artifacts import ROOT, atomic_path, read_json, sha256_file, write_json, write_text
 from labcore.claims import MUCH_PP, scheme_extremes, seed_interval, seed_spread
 from labcore.config import NOTEBOOKS, PROFILES, STUDIES, get_profile, parse_overrides
-from labcore.evaluate import calibration, load_logits, paired_by_class
+from labcore.evaluate import (
+    calibration,
+    compare_paired,
+    load_logits,
+    median_interval,
+    paired_by_class,
+    paired_loss,
+)
 from labcore.tables import formatted
 
 TEMPLATE = ROOT / "report" / "template.md"
@@ -245,6 +252,8 @@ def context(name: str) -> dict:
         "data": provenance["fp32"]["data"],
         "training_numbers": provenance["fp32"].get("training_numbers"),
         "gap": _gap(stages["fp32"], provenance["fp32"]["data"]),
+        "qat_seen": min(provenance["qat"]["data"]["n_train"], provenance["qat"]["data"]["n_validation"]),  # Split.train_sample
+        "middle_zero_point": _middle_zero_point(pd.read_csv(folder / "compare" / "latency.csv")),
         "qat_epochs": _chosen(pd.read_csv(folder / "qat" / "history.csv"), stages["qat"]["best_epoch"]),
         "threads": provenance["compare"]["threads"],
         "cpu": provenance["compare"]["cpu"],
@@ -264,6 +273,8 @@ def context(name: str) -> dict:
         ],
         "ablation_meets": _meets(stages["ptq"]["ablation"], read_json(REFERENCE)["target_drop_pp"]),
         **_errors(folder),
+        **_finalists(folder, stages.get("observers")),
+        **_one_by_one(folder),
         "history_table": markdown_table(_history(folder / "fp32" / "history.csv"), "epoch"),
         "recipe_table": markdown_table(recipes, "hyperparameter"),
         "augment_table": markdown_table(augments, "transform"),
@@ -286,6 +297,64 @@ def _gap(fp32: dict, data: dict) -> dict:
         round(fp32["train_clean_acc"] * n_train), n_train, round(fp32["val_acc"] * n_validation), n_validation, method="wald"
     )
     return {"low": 100 * low, "high": 100 * high, "n_train": n_train, "n_validation": n_validation}
+
+
+def _middle_zero_point(rounds: pd.DataFrame) -> dict:
+    """How fast networks with zero point 128 are beside affine activations, whose zero point behind a ReLU is 0; three of each round.
+
+    Each with the 95 % interval of the median of its ratios; `slower` counts the intervals that lie below 1.
+    """
+    wide = rounds.pivot(index="round", columns="model", values="latency_ms")
+    found = {}
+    for name in ("ptq", "qat", "float_scales"):
+        ratios = (wide["affine"] / wide[name]).to_numpy()
+        low, high = median_interval(ratios)
+        found[LATENCY_NAMES[name]] = {"speed": float(np.median(ratios)), "low": low, "high": high}
+    return {
+        "rows": found,
+        "known": all(math.isfinite(row["high"] - row["low"]) for row in found.values()),
+        "slower": sum(row["high"] < 1 for row in found.values()),
+    }
+
+
+# Schemes of notebook 05 that are held against each other, and not only against FP32.
+FINALISTS = (
+    ("reference", "best_ptq"),
+    ("float_best", "best_ptq"),
+    ("torch_default", "best_ptq"),
+    ("best_ptq", "best_qat"),
+)
+
+
+def _finalists(folder: Path, study: dict | None) -> dict:
+    """Networks of study 1 held against each other on the test images, and the loss where rounding is always down or up."""
+    if not study:
+        return {}
+    rows = {}
+    for before, after in FINALISTS:
+        first, labels = load_logits(folder / "observers" / f"logits_{before}.npz")
+        second = load_logits(folder / "observers" / f"logits_{after}.npz")[0]
+        row = compare_paired(first, second, labels) | paired_loss(first, second, labels)
+        rows[f"{VERDICT[before]} → {VERDICT[after]}"] = {
+            "lost": f"{row['only_before']:,}",
+            "won": f"{row['only_after']:,}",
+            "drop (points)": f"{row['acc_drop_pp']:+.2f} ({row['acc_drop_pp_low']:+.2f} … {row['acc_drop_pp_high']:+.2f})",
+            "McNemar p": f"{row['p_value']:.2g}",
+            "more loss (nats)": f"{row['loss_rise']:+.4f} ({row['loss_rise_low']:+.4f} … {row['loss_rise_high']:+.4f})",
+        }
+    losses = {
+        (row["rule"], row["clamp"]): row["loss"]
+        for row in study["schemes"]
+        if row["granularity"] == "channel" and row["zero point"] == "symmetric"
+    }
+    return {
+        "finalists_table": markdown_table(pd.DataFrame(rows).T, "first → second", (37, 7, 7, 19, 9, 21)),
+        "rounded_down": {
+            f"{rule}{end}": losses[rule, clamp]
+            for rule in ("floor", "ceil")
+            for clamp, end in (("none", ""), ("±8", "_clamped"))
+        },
+    }
 
 
 def _chosen(history: pd.DataFrame, best_epoch: int) -> dict[str, float]:
@@ -340,6 +409,7 @@ def _errors(folder: Path) -> dict:
             "exponent": int(images["exponent"]),
             "share_clipped": images["share_clipped"],
             "is_worst": found.iloc[0]["layer"] == "quant",
+            "is_normalization": np.allclose([images["min"], images["max"]], _normalized_range(), atol=1e-4),
         }
         study = folder / "observers" / "qparams.csv"
         if study.exists():
@@ -349,6 +419,12 @@ def _errors(folder: Path) -> dict:
                 "best_share_clipped": best["share_clipped"],
             }
     return {"noisiest_table": markdown_table(table, "tensor"), "clipped_input": clipped}
+
+
+def _normalized_range() -> tuple[float, float]:
+    """What normalisation makes of the darkest and the brightest pixel of any channel."""
+    mean, std = (np.array(text.split(","), float) for text in _normalization().values())
+    return float((-mean / std).min()), float(((1 - mean) / std).max())
 
 
 def _study_tables(stages: dict[str, dict], arch: str) -> dict:
@@ -437,6 +513,18 @@ def _study_tables(stages: dict[str, dict], arch: str) -> dict:
         tables["beaten_allocations"] = [
             f"{name} by {min(by, key=itemgetter('loss'))['name']}" for name, by in beaten.items() if by
         ]
+        tables["beaten_by_accuracy"] = [
+            f"{row['name']} is behind {best['name']}"
+            for row in front
+            if row["family"] == "mixed"
+            for best in [max((other for other in front if other["size_mb"] <= row["size_mb"]), key=itemgetter("acc"))]
+            if best["acc"] > row["acc"]
+        ]
+        tables["foretold_table"] = markdown_table(_foretold(study), "budget")
+        drops = {(row["network"], row["scheme"]): row["acc_drop_pp"] for row in study["architectures"]}
+        tables["recommended_is_worse"] = any(
+            drops[name, "best power of two"] > drops[name, "reference"] for name in tables["collapsed"]
+        )
         rises = {layer: row["one layer"] for layer, row in study["layers"].items()}
         tables["size_correlation"] = spearmanr(
             [study["sizes"][layer] for layer in rises], list(rises.values())
@@ -446,7 +534,8 @@ def _study_tables(stages: dict[str, dict], arch: str) -> dict:
         columns = ["seeds", "acc", "acc_std", "diff_pp", "diff_pp_std"]
         spread = seed_spread(study["tables"].values())
         tables["seed_spread"], tables["seed_spread_df"] = spread
-        tables["seed_sure"] = {count: seed_interval({"diff_pp": 0.0, "seeds": count}, spread)[1] for count in (2, 3)}
+        counts = sorted({row["seeds"] for rows in study["tables"].values() for row in rows})
+        tables["seed_sure"] = {count: seed_interval({"diff_pp": 0.0, "seeds": count}, spread)[1] for count in counts}
         tables["seed_comparisons"] = sum(len(rows) - 1 for rows in study["tables"].values())
         for question, rows in study["tables"].items():
             tables[f"training_{question}_table"] = table(rows, ["recipe"], columns)
@@ -455,6 +544,13 @@ def _study_tables(stages: dict[str, dict], arch: str) -> dict:
         exact = ["acc_unrounded", "diff_unrounded_pp", "gap_unrounded_pp"]
         columns += ["loss", *(name for name in exact if name in study["trained_on"]["qat"])]
         tables["training_trained_on_table"] = table(trained_on, ["trained on as"], columns)
+        if "longer" in study:  # sorted by name in the file, FP32 first
+            rows = [{"trained on as": name} | row for name, row in study["longer"].items()]
+            tables["training_longer_table"] = table(rows, ["trained on as"], columns[:5])
+            end = f", {study['longer_times']} times as long"
+            tables["longer_gain_pp"] = {
+                name: study["longer"][name + end]["diff_pp"] - study["longer"][name]["diff_pp"] for name in ("FP32", "QAT")
+            }
         hidden = pd.DataFrame(study["hidden"]).T.map("{:.2%}".format)  # sorted by name in the file
         hidden = hidden.loc[sorted(hidden.index, key=lambda view: view.startswith("mixup"))]
         tables["training_hidden_table"] = markdown_table(
@@ -487,9 +583,24 @@ def _study_tables(stages: dict[str, dict], arch: str) -> dict:
             group: {NAMES[name]: interval.format(**cost["extra_drop_pp"]) for name, cost in costs.items()}
             for group, costs in study["group_cost"].items()
         }
-        tables |= _groups_changed(study["group_cost"])
+        tables["groups_changed"], tables["group_tests"] = _changed(study["group_cost"])
         tables["robustness_groups_table"] = markdown_table(pd.DataFrame(groups).T, "group")
+        tables |= _cells_changed(study["cells"])
     return tables
+
+
+def _foretold(study: dict) -> pd.DataFrame:
+    """For every allocation of the solver: the sum of the rises of its layers one by one, and the rise measured."""
+    loss = {(row["family"], row["name"]): row["loss"] for row in study["front"]}
+    return pd.DataFrame(
+        {
+            name: {
+                "sum of the layers' rises": f"{sum(study['cost'][str(bits)][layer] for layer, bits in allocation.items()):.3f}",
+                "rise": f"{loss['mixed', name] - loss['uniform', '8 bits']:.3f}",
+            }
+            for name, allocation in study["allocations"].items()
+        }
+    ).T
 
 
 def _beyond_chance(rows: list[dict], spread: tuple[float, int]) -> str:
@@ -502,8 +613,9 @@ def _beyond_chance(rows: list[dict], spread: tuple[float, int]) -> str:
     return f"Beyond chance: {'; '.join(found)}." if found else "No difference here is beyond chance."
 
 
-def _groups_changed(costs: dict[str, dict]) -> dict:
-    """The groups of corruptions on which quantization costs more or less than on clean images, in view of how many are tested.
+def _changed(costs: dict[str, dict]) -> tuple[list[str], int]:
+    """The groups of corruptions, or single ones, on which quantization costs more or less than on clean images, in view of how
+    many are tested; and that number.
 
     Their intervals are 95 % ones of a mean, so 1.96 standard errors to each side.
     """
@@ -514,7 +626,46 @@ def _groups_changed(costs: dict[str, dict]) -> dict:
         p_value = 2 * norm.sf(abs(cost["mean"]) / error) if error else 1.0
         if p_value < 0.05 / len(tests):
             changed.append(f"*{group}* with {NAMES[name]}, {cost['mean']:+.2f} points (p = {p_value:.1g})")
-    return {"groups_changed": changed, "group_tests": len(tests)}
+    return changed, len(tests)
+
+
+def _cells_changed(cells: list[dict]) -> dict:
+    """Corruptions of one severity that cost or gain more than chance explains (McNemar), in view of how many are tested."""
+    tests = [(row, name) for row in cells if row["corruption"] != "clean" for name in ("ptq", "qat")]
+    changed = [
+        f"{row['corruption'].replace('_', ' ')} {row['severity']} with {NAMES[name]}, {row[f'drop_pp_{name}']:+.1f}"
+        for row, name in tests
+        if row[f"p_value_{name}"] < 0.05 / len(tests)
+    ]
+    return {"cells_changed": changed, "cell_tests": len(tests)}
+
+
+def _one_by_one(folder: Path) -> dict:
+    """What each corruption adds to the cost of quantization, from the answers of study 5; nothing where that did not run."""
+    if not (folder / "robustness" / "answers.npz").exists():
+        return {}
+    from labcore.corruptions import CORRUPTIONS, corruption_cost, load_answers
+
+    found, labels = load_answers(folder / "robustness" / "answers.npz")
+    costs = {
+        name.replace("_", " "): {
+            network: corruption_cost(found[found["corruption"].isin(["clean", name])], labels, network)
+            for network in ("ptq", "qat")
+        }
+        for name in CORRUPTIONS
+    }
+    interval = "{mean:+.2f} ({low:+.2f} … {high:+.2f})"
+    table = {
+        name: {"FP32": f"{by['ptq']['fp32_acc']:.1%}"}
+        | {NAMES[network]: interval.format(**cost["extra_drop_pp"]) for network, cost in by.items()}
+        for name, by in costs.items()
+    }
+    changed, tests = _changed(costs)
+    return {
+        "corruptions_table": markdown_table(pd.DataFrame(table).T, "corruption"),
+        "corruptions_changed": changed,
+        "corruption_tests": tests,
+    }
 
 
 def _engines(study: dict) -> dict:

@@ -27,14 +27,15 @@ from labcore.transforms import augment, mix, normalize
 EPOCHS = 6
 CLOSE_PP = 1.0  # recipes less than so many points from the baseline with two seeds get more
 FIRST_SEEDS = 2
+LONGER = 4  # so many times the epochs of the profile's QAT
 
 
 class Trainings(Study):
     """Short trainings on a run's images: its network at half the width, six epochs of a quarter of the images.
 
     The recipe that all others are held against has a warm-up, one cosine to zero, crops and flips, and small images in its
-    first four epochs, which makes it quicker. It has nothing else that the study asks for; batch size, learning rate, weight decay
-    and label smoothing are the profile's. Six epochs hold the
+    first four epochs, which makes it quicker; schedules are held against each other on whole images. It has nothing else that
+    the study asks for; batch size, learning rate, weight decay and label smoothing are the profile's. Six epochs hold the
     reference's learning-rate curve in small: its 300 epochs end at three quarters of the third of the cycles of 50, 100 and
     200 epochs, as six do of 1, 2 and 4.
     """
@@ -59,6 +60,7 @@ class Trainings(Study):
             small_share=2 / 3,
         )
         self.seeds = [run.seed + step for step in range(run.profile.study_seeds)]
+        self.verdict_seeds = [run.seed + step for step in range(run.profile.verdict_seeds)]
         self.trainings: set[tuple[Recipe, int]] = set()
 
     def network(self, seed: int, init: str) -> nn.Module:
@@ -73,8 +75,9 @@ class Trainings(Study):
         """A cell: training from scratch. The last epoch counts, not the best one; one that diverges is as good as guessing."""
         return self._fit(recipe, seed, lambda: self.network(seed, recipe.init), "short")
 
-    def continued(self, kind: str, seed: int) -> Cell:
+    def continued(self, kind: str, seed: int, times: int = 1) -> Cell:
         """A cell: the run's FP32 network trained on by the profile's QAT recipe, nothing frozen; its best epoch, in float32.
+        `times` multiplies the recipe's epochs.
 
         `acc` is that of the network as it trained. For what the training did to the weights, `acc_unrounded` and, on training images,
         `train_acc_unrounded` are scored with fake quantization off.
@@ -87,8 +90,20 @@ class Trainings(Study):
             "qat": lambda: prepare_qat(self.model, CustomQConfig.POWER2.qat),
             "qat_folded": lambda: prepare_qat(self.model, CustomQConfig.POWER2.qat, keep_batchnorm=False),
         }
-        recipe = replace(self.run.profile.qat, freeze_at=1.0)
+        qat = self.run.profile.qat
+        recipe = replace(qat, freeze_at=1.0, epochs=times * qat.epochs)
         return self._fit(recipe, seed, builds[kind], kind, self._with_and_without_rounding)
+
+    def longer(self) -> pd.DataFrame:
+        """QAT, and FP32 that trains on, as long as the profile's QAT and LONGER times as long, as `over_seeds` gives them."""
+        todo = {
+            (name if times == 1 else f"{name}, {times} times as long", seed): self.continued(kind, seed, times)
+            for kind, name in {"fp32": "FP32", "qat": "QAT"}.items()
+            for times in (1, LONGER)
+            for seed in self.seeds[:FIRST_SEEDS]
+        }
+        table = self.cells(todo, "longer QAT")["acc"].astype(float).unstack()
+        return over_seeds(table.loc[list(dict.fromkeys(name for name, _ in todo))])
 
     def _with_and_without_rounding(self, result: Result) -> dict:
         found = summarize(self.logits(result.model), self.labels)
@@ -129,18 +144,22 @@ class Trainings(Study):
 
         return Cell(key, compute, cleanup=lambda: shutil.rmtree(folder, ignore_errors=True))
 
-    def compare(self, recipes: dict[str, Recipe], description: str) -> pd.DataFrame:
+    def compare(self, recipes: dict[str, Recipe], description: str, verdict: bool = False) -> pd.DataFrame:
         """Train by every recipe with two seeds and hold it against the first; those less than a point away with more seeds.
+
+        Args:
+            verdict: a claim's verdict rests on these differences, so that every recipe gets the profile's `verdict_seeds`. Their
+                number does not depend on what was found, since seeds until something shows would show something by chance.
 
         Returns:
             One row per recipe, as `over_seeds` gives it.
         """
-        baseline = next(iter(recipes))
-        table = self.seed_table(recipes, self.seeds[:FIRST_SEEDS], description)
+        baseline, first = next(iter(recipes)), self.verdict_seeds if verdict else self.seeds[:FIRST_SEEDS]
+        table = self.seed_table(recipes, first, description)
         away = 100 * (table - table.loc[baseline]).mean(axis=1).abs()
         close = {name: recipe for name, recipe in recipes.items() if away[name] < CLOSE_PP}
-        if self.seeds[FIRST_SEEDS:]:
-            table = table.join(self.seed_table(close, self.seeds[FIRST_SEEDS:], f"{description}, more seeds"))
+        if more := self.seeds[len(first) :]:
+            table = table.join(self.seed_table(close, more, f"{description}, more seeds"))
         return over_seeds(table)
 
     def seed_table(self, recipes: dict[str, Recipe], seeds: list[int], description: str) -> pd.DataFrame:
@@ -225,12 +244,13 @@ def recipes_of(base: Recipe) -> dict[str, dict[str, Recipe]]:
         return replace(base, augment=replace(base.augment, **values))
 
     same, batch = {"as it is": base}, base.batch_size
+    whole = replace(base, small_share=0.0)  # else a schedule would also decide the rate at which whole images are first seen
     reflected = with_augment(crop_padding=base.augment.crop_padding // 2, padding_mode="reflect")
-    restarts = replace(base, schedule="warm_restarts", warmup=0.0, restart_mult=2)
+    restarts = replace(whole, schedule="warm_restarts", warmup=0.0, restart_mult=2)
     return {
         "schedule": {
-            "one cosine": replace(base, warmup=0.0),
-            "one cosine after a warm-up": base,
+            "one cosine": replace(whole, warmup=0.0),
+            "one cosine after a warm-up": whole,
             "restarts, stopped in mid-cycle": replace(restarts, restart_epochs=1),
             "restarts, ending with a cycle": replace(restarts, restart_epochs=2),
         },
@@ -268,8 +288,8 @@ def recipes_of(base: Recipe) -> dict[str, dict[str, Recipe]]:
         },
         "resizing": same
         | {
-            "whole images throughout": replace(base, small_share=0.0),
-            "whole images, a third fewer epochs": replace(base, small_share=0.0, epochs=2 * base.epochs // 3),
+            "whole images throughout": whole,
+            "whole images, a third fewer epochs": replace(whole, epochs=2 * base.epochs // 3),
         },
         "regularisation": same
         | {

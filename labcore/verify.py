@@ -154,7 +154,7 @@ class Results:
 
         study = self.stages["training"]
         tables = {name: {row["recipe"]: row for row in rows} for name, rows in study["tables"].items()}
-        for name, rows in (tables | {"trained_on": study["trained_on"]}).items():
+        for name, rows in (tables | {key: study[key] for key in ("trained_on", "longer") if key in study}).items():
             if all("accs" in row for row in rows.values()):
                 accuracies = pd.DataFrame.from_dict({key: row["accs"] for key, row in rows.items()}, orient="index")
                 yield from differences(f"training.{name}", rows, over_seeds(accuracies).to_dict("index"))

@@ -8,7 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from scipy.stats import binomtest, t
+import torch.nn.functional as F
+from scipy.stats import binom, binomtest, t
 from sklearn.metrics import confusion_matrix
 from torch import nn
 
@@ -23,7 +24,9 @@ from labcore.evaluate import (
     latency,
     latency_table,
     load_logits,
+    median_interval,
     paired_by_class,
+    paired_loss,
     predict,
     save_logits,
     summarize,
@@ -133,6 +136,26 @@ class TestPairs:
         assert [found["acc_drop_pp_low"], found["acc_drop_pp_high"]] == pytest.approx(
             [100 * (mean - half), 100 * (mean + half)], abs=1e-9
         )
+
+
+def test_the_rise_of_the_loss_is_that_of_torchs_cross_entropy_with_its_t_interval():
+    (first, labels), (second, _) = scores(), scores(seed=1)
+    found = paired_loss(first, second, labels)
+    each = [
+        F.cross_entropy(torch.from_numpy(logits).double(), torch.from_numpy(labels), reduction="none").numpy()
+        for logits in (first, second)
+    ]
+    rise = each[1] - each[0]
+    half = t.ppf(0.975, len(rise) - 1) * rise.std(ddof=1) / math.sqrt(len(rise))
+    assert list(found.values()) == pytest.approx([rise.mean(), rise.mean() - half, rise.mean() + half])
+    assert set(paired_loss(first, first, labels).values()) == {0.0}
+
+
+def test_the_interval_of_a_median_lies_between_the_order_statistics_of_the_binomial():
+    values = np.arange(20.0) ** 2
+    low = int(binom.ppf(0.025, 20, 0.5))  # the 6th smallest and the 6th largest leave out 4.1 %
+    assert median_interval(np.random.default_rng(0).permutation(values)) == (values[low - 1], values[20 - low])
+    assert median_interval(np.arange(5.0)) == (-np.inf, np.inf), "two equal halves in 5 values leave out 6.25 %"
 
 
 def test_a_network_compared_with_itself_has_no_drop():

@@ -153,6 +153,27 @@ def test_the_raw_scale_per_tensor_is_torchs_to_the_bit(dtype, scheme, averaging)
 
 
 @pytest.mark.parametrize("dtype", [torch.qint8, torch.quint8])
+@pytest.mark.parametrize("scheme", TENSOR)
+def test_with_float_scales_and_eight_bits_the_zero_point_is_torchs_too(dtype, scheme):
+    expected = torch_observers.MinMaxObserver(dtype=dtype, qscheme=scheme)
+    watcher = PowerOfTwoObserver(dtype=dtype, qscheme=scheme, rule="none")
+    for batch in batches():
+        watcher(batch), expected(batch)
+        assert list(map(torch.Tensor.tolist, watcher.calculate_qparams())) == list(
+            map(torch.Tensor.tolist, expected.calculate_qparams())
+        )
+
+
+def test_the_middle_of_seven_bits_is_64_where_torch_takes_63():
+    options = {"dtype": torch.quint8, "qscheme": torch.per_tensor_symmetric, "quant_min": 0, "quant_max": 127}
+    batch = batches(1)[0]
+    expected, watcher = torch_observers.MinMaxObserver(**options), PowerOfTwoObserver(**options, rule="none")
+    watcher(batch), expected(batch)
+    (scale, middle), (torchs, below) = watcher.calculate_qparams(), expected.calculate_qparams()
+    assert torch.equal(scale, torchs) and (middle.item(), below.item()) == (64, 63)
+
+
+@pytest.mark.parametrize("dtype", [torch.qint8, torch.quint8])
 @pytest.mark.parametrize("scheme", CHANNEL)
 @pytest.mark.parametrize("averaging", [None, 0.01])
 @pytest.mark.parametrize("axis", [0, 1, 3])

@@ -1,6 +1,7 @@
 """What the report takes from the code, and its tables."""
 
 import ast
+import math
 import re
 
 import pandas as pd
@@ -8,7 +9,18 @@ import pytest
 
 from labcore import LabError, report
 from labcore.artifacts import ROOT
-from labcore.report import _beyond_chance, _errors, _gap, _groups_changed, _meets, markdown_table, source_of
+from labcore.report import (
+    _beyond_chance,
+    _cells_changed,
+    _changed,
+    _errors,
+    _foretold,
+    _gap,
+    _meets,
+    _middle_zero_point,
+    markdown_table,
+    source_of,
+)
 
 
 def parsed(module: str, name: str) -> ast.AST:
@@ -129,9 +141,41 @@ def test_a_group_counts_only_beyond_the_chance_of_all_tests_together():
         return {"extra_drop_pp": {"mean": mean, "low": mean - half, "high": mean + half}}
 
     # Two tests: p < 0.025, so 2.24 standard errors, where 1.96 are half an interval.
-    found = _groups_changed({"noise": {"ptq": cost(-2.3, 1.96), "qat": cost(2.2, 1.96)}})
-    assert found == {"groups_changed": ["*noise* with PTQ, -2.30 points (p = 0.02)"], "group_tests": 2}
-    assert _groups_changed({"noise": {"ptq": cost(0.0, 0.0)}})["groups_changed"] == []
+    found = _changed({"noise": {"ptq": cost(-2.3, 1.96), "qat": cost(2.2, 1.96)}})
+    assert found == (["*noise* with PTQ, -2.30 points (p = 0.02)"], 2)
+    assert _changed({"noise": {"ptq": cost(0.0, 0.0)}}) == ([], 1)
+
+
+def test_single_cells_are_judged_by_their_own_test_and_the_clean_one_is_none_of_them():
+    def cell(name: str, p_value: float) -> dict:
+        return {"corruption": name, "severity": 5, "drop_pp_ptq": 4.1, "drop_pp_qat": 0.2, "p_value_ptq": p_value, "p_value_qat": 1.0}
+
+    found = _cells_changed([cell("clean", 0.0), cell("zoom_blur", 0.0124), cell("fog", 0.0126)])
+    assert found == {"cells_changed": ["zoom blur 5 with PTQ, +4.1"], "cell_tests": 4}
+
+
+@pytest.mark.parametrize(("rounds", "known"), [(5, False), (6, True), (20, True)])
+def test_a_zero_point_in_the_middle_is_slower_where_the_median_surely_is(rounds, known):
+    times = {"affine": 0.7, "ptq": 0.8, "qat": 0.6, "float_scales": 0.7}
+    rows = [{"round": n, "model": name, "latency_ms": ms} for n in range(rounds) for name, ms in times.items()]
+    found = _middle_zero_point(pd.DataFrame(rows))
+    assert found["known"] == known and found["slower"] == 1
+    assert found["rows"]["PTQ"]["speed"] == pytest.approx(0.875)
+    assert [row["high"] for row in found["rows"].values()] == (pytest.approx([0.875, 7 / 6, 1.0]) if known else [math.inf] * 3)
+
+
+def test_what_the_solver_foretells_is_the_sum_over_layers_and_the_rise_that_over_eight_bits():
+    found = _foretold(
+        {
+            "cost": {"8": {"a": 0.0, "b": 0.0}, "4": {"a": 0.1, "b": 0.25}},
+            "allocations": {"60%": {"a": 8, "b": 4}, "40%": {"a": 4, "b": 4}},
+            "front": [
+                {"family": family, "name": name, "loss": loss}
+                for family, name, loss in (("mixed", "60%", 0.9), ("mixed", "40%", 1.2), ("uniform", "8 bits", 0.5))
+            ],
+        }
+    )
+    assert found.to_numpy().tolist() == [["0.250", "0.400"], ["0.350", "0.700"]]
 
 
 def test_schemes_that_meet_the_target_are_counted_by_drop_and_by_interval():
@@ -140,10 +184,10 @@ def test_schemes_that_meet_the_target_are_counted_by_drop_and_by_interval():
 
 
 def test_the_noisiest_tensors_come_first_and_what_is_clipped_of_the_images_is_said(tmp_path):
-    columns = "layer,tensor,raw_scale,exponent,share_clipped,snr_db"
+    columns = "layer,tensor,raw_scale,exponent,share_clipped,snr_db,min,max"
     (tmp_path / "ptq").mkdir()
     (tmp_path / "ptq/qparams.csv").write_text(
-        f"{columns}\nconv1,weight,0.004,-8,0,30\nquant,activation,0.0216,-6,0.114,19.6\nfc,weight,0.003,-8,0,25\n"
+        f"{columns}\nconv1,weight,0.004,-8,0,30,-1,1\nquant,activation,0.0216,-6,0.114,19.6,-2.429066,2.753731\nfc,weight,0.003,-8,0,25,-1,1\n"
     )
     found = _errors(tmp_path)
     assert [line.split(" | ")[0] for line in found["noisiest_table"].splitlines()[2:]] == [
@@ -151,9 +195,15 @@ def test_the_noisiest_tensors_come_first_and_what_is_clipped_of_the_images_is_sa
         "| `fc`, weight",
         "| `conv1`, weight",
     ]
-    assert found["clipped_input"] == {"raw_scale": 0.0216, "exponent": -6, "share_clipped": 0.114, "is_worst": True}
+    assert found["clipped_input"] == {
+        "raw_scale": 0.0216,
+        "exponent": -6,
+        "share_clipped": 0.114,
+        "is_worst": True,
+        "is_normalization": True,  # (0 - 0.4914) / 0.2023 and (1 - 0.4465) / 0.2010
+    }
     (tmp_path / "observers").mkdir()
-    (tmp_path / "observers/qparams.csv").write_text(f"{columns}\nquant,activation,0.0216,-5,0,42.8\n")
+    (tmp_path / "observers/qparams.csv").write_text(f"{columns}\nquant,activation,0.0216,-5,0,42.8,-2.4,2.7\n")
     assert _errors(tmp_path)["clipped_input"]["best_exponent"] == -5
     text = (tmp_path / "ptq/qparams.csv").read_text()
     (tmp_path / "ptq/qparams.csv").write_text(text.replace("0.114", "0.001"))
