@@ -21,7 +21,7 @@ FASTER = 1.02  # a ratio of times whose lower quartile is above it counts as fas
 MUCH_PP = 1.0  # a drop that is called suffering
 # Schemes of notebook 05 and their peers, all else the same: a scale that is rounded or not, an exponent that is clamped or not.
 # A float scale spans the whole range; where an exponent is chosen by its error, it may also clip.
-PEERS = {"no_clamp": "float_same", "best_ptq": "float_best", "reference": "no_clamp"}
+PEERS = {"no_clamp": "float_same", "input_up": "float_same", "best_ptq": "float_best", "reference": "no_clamp"}
 
 
 @dataclass(frozen=True)
@@ -63,15 +63,18 @@ def evidence(run: Run) -> dict[str, dict | None]:
     return found
 
 
-def rounding_costs(logits: Callable[[str], tuple[np.ndarray, np.ndarray]]) -> dict[str, dict]:
+def rounding_costs(
+    schemes: Iterable[str], logits: Callable[[str], tuple[np.ndarray, np.ndarray]]
+) -> dict[str, dict]:
     """What rounding the scale costs, and clamping the exponent: each scheme of PEERS against its peer, paired by image.
 
     Args:
-        logits: from a scheme's name in notebook 05's verdict to its logits (N, classes) and labels (N,) on test images.
+        schemes: those of notebook 05's verdict; what an older one lacks is left out.
+        logits: from a scheme's name there to its logits (N, classes) and labels (N,) on test images.
     """
     costs = {}
-    for name, peer in PEERS.items():
-        before, labels = logits(peer)
+    for name in (name for name in PEERS if name in schemes):
+        before, labels = logits(PEERS[name])
         costs[name] = compare_paired(before, logits(name)[0], labels)
     return costs
 
@@ -217,6 +220,8 @@ def _r6(found: dict, checks: dict, reference: dict) -> Claim:
         f"Each against the same scheme with float scales: the nearest exponent, the reference's way, costs {_drop(nearest)}, "
         f"{_WORDS[_small(nearest)]}; the least-error exponent, per channel, {_drop(least)}, {_WORDS[_small(least)]}."
     )
+    if "input_up" in checks["rounding"]:
+        value += f" The nearest again, but the scale of the images rounded up: {_drop(checks['rounding']['input_up'])}."
     return Claim("R6", claim, verdict, value, "claims", "checks.rounding", "05_rules")
 
 
@@ -407,7 +412,10 @@ def _r14(found: dict, checks: dict, reference: dict) -> Claim:
         "first two."
     )
     if alone not in seen:
-        value += " Counted by shares, which is usual, mixup would hide more: the smaller share's label is never answered."
+        value += (
+            " Counted by shares, which is usual, mixup would hide more: the smaller share's label is never answered. So this is not "
+            "yet the reference's situation."
+        )
     verdict = CONFIRMED if min(mixed, rounded) > 1 else CONDITION if max(mixed, rounded) > 1 else UNDECIDED
     return Claim("R14", claim, verdict, value, "training", "hidden")
 

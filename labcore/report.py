@@ -44,6 +44,7 @@ KEPT = ("metrics.json", "provenance.json", "*.csv", "logits*.npz", "answers.npz"
 VERDICT = {
     "reference": "PTQ, the reference's scheme",
     "no_clamp": "PTQ, the same without the clamp",
+    "input_up": "PTQ, without the clamp, the images' scale rounded up",
     "float_same": "PTQ, float scales, otherwise the same",
     "torch_default": "PTQ, torch's default",
     "best_ptq": "PTQ, best power of two",
@@ -462,7 +463,7 @@ def _study_tables(stages: dict[str, dict], arch: str) -> dict:
                 key for key in study[name][0] if isinstance(study[name][0][key], str) or key.endswith("bits")
             ]
             tables[f"{name}_table"] = table(study[name], keys, shown)
-        verdict = [{"network": title} | study["verdict"][name] for name, title in VERDICT.items()]
+        verdict = [{"network": title} | study["verdict"][name] for name, title in VERDICT.items() if name in study["verdict"]]
         tables["verdict_table"] = table(verdict, ["network"], [*shown, "p_value"])
         tables["kernels_table"] = table(study["kernels"], ["activation bits", "sums"], [*shown, "logit_mse"])
         tables["overflow_table"] = table(

@@ -158,9 +158,7 @@ class Study:
         for watcher in network.modules():
             if isinstance(watcher, FakeQuantizeBase):
                 watcher.activation_post_process.max_shift_amount = activation.max_shift_amount
-                scale, zero_point = watcher.calculate_qparams()
-                watcher.scale.copy_(scale)
-                watcher.zero_point.copy_(zero_point)
+                _apply_qparams(watcher)
         return network
 
     def eager(self, weight: Scheme, activation: Scheme) -> nn.Module:
@@ -170,6 +168,14 @@ class Study:
     def quantized(self, weight: Scheme, activation: Scheme, **options) -> nn.Module:
         """PTQ with these schemes, computed exactly."""
         return run_exactly(simulate(self.prepared(weight, activation, **options)), activation.bits)
+
+    def with_input_up(self, weight: Scheme, activation: Scheme) -> nn.Module:
+        """The same but for the scale of the images, which is rounded up, so that none of their values is clipped."""
+        network = self.prepared(weight, activation)
+        watcher = network.quant.activation_post_process
+        watcher.activation_post_process.rule = "ceil"
+        _apply_qparams(watcher)
+        return run_exactly(simulate(network), activation.bits)
 
     def torch_default(self, model: nn.Module | None = None) -> nn.Module:
         """PTQ with torch's own configuration for this machine, whose 7-bit activations never saturate; on int8 kernels."""
@@ -314,6 +320,13 @@ class Study:
         return pd.DataFrame(rows)[list(models)]
 
 
+def _apply_qparams(watcher: FakeQuantizeBase) -> None:
+    """Scale and zero point again, from what was observed, after the observer's rule has changed."""
+    scale, zero_point = watcher.calculate_qparams()
+    watcher.scale.copy_(scale)
+    watcher.zero_point.copy_(zero_point)
+
+
 def _stored(path: Path) -> dict | None:
     """The result that a cell's file holds, or None."""
     with contextlib.suppress(LabError, KeyError, TypeError):
@@ -395,6 +408,9 @@ def _use_onednn(threads: int) -> None:
 def layer_codes(simulated: nn.Module, name: str, batch: Tensor, rows: int = 256) -> tuple[Tensor, Tensor]:
     """What an int8 kernel multiplies: activation codes (N, K) of a convolution's windows, and weight codes (M, K).
 
+    Activation codes are unsigned, with zero point 0 where no value is negative and 128 elsewhere. K counts channels fastest, as the
+    kernels do that add neighbours in pairs, and their number is made even with zeros.
+
     Args:
         name: of a layer in `layers(simulated)` whose input comes from `batch` (B, 3, H, W).
         rows: how many windows, evenly spaced.
@@ -403,10 +419,16 @@ def layer_codes(simulated: nn.Module, name: str, batch: Tensor, rows: int = 256)
     hook = layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     simulated(batch)
     hook.remove()
-    windows = torch.nn.functional.unfold(seen[0], layer.kernel_size, padding=layer.padding)  # (B, K, L)
+    windows = torch.nn.functional.unfold(seen[0], layer.kernel_size, padding=layer.padding)  # (B, C k, L)
     windows = windows.transpose(1, 2).flatten(0, 1)
     windows = windows[:: max(1, len(windows) // rows)][:rows]
-    step = windows[
-        windows > 0
-    ].min()  # of a tensor behind a ReLU, whose zero point is 0 and whose grid is hit densely
-    return torch.round(windows / step).long(), codes(layer).flatten(1).long()
+    step = windows[windows > 0].min()  # the grid is hit densely
+    activations = torch.round(windows / step).long() + (128 if (windows < 0).any() else 0)
+    channels = layer.in_channels // layer.groups
+    return _in_pairs(activations, channels), _in_pairs(codes(layer).flatten(1).long(), channels)
+
+
+def _in_pairs(codes: Tensor, channels: int) -> Tensor:
+    """(N, C k) with channels slowest -> (N, k C') with channels fastest, C' even."""
+    by_channel = codes.unflatten(1, (channels, -1)).transpose(1, 2)  # (N, k, C)
+    return torch.nn.functional.pad(by_channel, (0, channels % 2)).flatten(1)

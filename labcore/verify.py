@@ -204,7 +204,8 @@ class Results:
     def ledger(self) -> dict:
         """What 08_claims saves, from the other stages' metrics and what that notebook measured itself."""
         found = {stage: self.stages.get(stage) for stage in NOTEBOOKS if stage != "claims"}
-        rounding = rounding_costs(partial(self.logits, "observers")) if found["observers"] else {}
+        study = found["observers"]
+        rounding = rounding_costs(study["verdict"], partial(self.logits, "observers")) if study else {}
         checks = self.stages["claims"]["checks"] | {"rounding": rounding}
         rows = ledger(found, checks, read_json(REFERENCE))
         return {"rows": rows, "checks": checks, "counts": dict(Counter(row["verdict"] for row in rows))}

@@ -278,10 +278,17 @@ def test_rounding_costs_what_a_scheme_loses_against_its_peer():
         values[:right] = 1.0, 0.0
         return values
 
-    right = {"float_same": 90, "no_clamp": 85, "reference": 80, "float_best": 90, "best_ptq": 91}
-    costs = rounding_costs(lambda name: (logits(right[name]), labels))
-    drops = {name: round(cost["acc_drop_pp"], 9) for name, cost in costs.items()}
-    assert drops == {"no_clamp": 5.0, "best_ptq": -1.0, "reference": 5.0}, "not against FP32"
+    right = {"float_same": 90, "no_clamp": 85, "reference": 80, "float_best": 90, "best_ptq": 91, "input_up": 88}
+    expected = {"no_clamp": 5.0, "input_up": 2.0, "best_ptq": -1.0, "reference": 5.0}
+    for schemes in (set(right), set(right) - {"input_up"}):
+        costs = rounding_costs(schemes, lambda name: (logits(right[name]), labels))
+        drops = {name: round(cost["acc_drop_pp"], 9) for name, cost in costs.items()}
+        assert drops == {name: expected[name] for name in expected if name in schemes}, "not against FP32"
+
+
+def test_what_the_images_scale_alone_costs_is_told_where_it_was_measured():
+    assert "images rounded up" not in rows()["R6"]["value"]
+    assert "images rounded up: +0.20 points" in rows({}, {"rounding.input_up": pair(0.2)})["R6"]["value"]
 
 
 def test_a_rate_is_judged_at_both_batches():

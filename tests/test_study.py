@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import os
 from dataclasses import replace
 
@@ -17,8 +18,8 @@ from labcore.evaluate import predict
 from labcore.mixed import overrides
 from labcore.qconfig import Scheme, make_qconfig
 from labcore.qparams import inspect_qparams
-from labcore.quantize import calibrate, calibration_batches, prepare_ptq, simulate
-from labcore.study import Study, _stored, grid, on_onednn, predict_ptq, run_exactly, saturated_16_bits
+from labcore.quantize import calibrate, calibration_batches, layers, prepare_ptq, simulate
+from labcore.study import Study, _stored, grid, layer_codes, on_onednn, predict_ptq, run_exactly, saturated_16_bits
 from labcore.transforms import normalize
 
 
@@ -135,6 +136,32 @@ def test_one_calibration_serves_all_weights_and_clamps(rule, study, tiny_data, t
     assert len(study._calibrated) == 1
     assert not torch.equal(outputs[0], outputs[3]), "other weights"
     assert rule == "none" or not torch.equal(outputs[0], outputs[1]), "the clamp bites"
+
+
+@pytest.mark.parametrize(("name", "zero_point"), [("conv1", 128), ("layer2.0.0", 0)])
+def test_an_integer_product_of_a_layers_codes_is_its_convolution(name, zero_point, study, tiny_data):
+    network = simulate(study.prepared(Scheme(rule="ceil"), Scheme(rule="ceil", zero_point="unsigned")))
+    layer, seen = layers(network)[name], []
+    layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    codes, weights = layer_codes(network, name, normalize(torch.from_numpy(tiny_data.test_images[:4])), rows=50)
+    outputs = torch.nn.functional.conv2d(seen[0], layer.weight, padding=1).permute(0, 2, 3, 1).flatten(0, 2)
+    outputs = outputs[:: len(outputs) // 50][:50]  # (N, M)
+    sums = (codes - zero_point) @ weights.T
+    size = outputs.abs().max() / sums.abs().max()
+    assert torch.allclose(outputs, sums * size, atol=1e-4 * outputs.abs().max().item())
+    assert codes.shape[1] == 9 * 4 and 0 <= codes.min() and codes.max() <= 255
+    if name == "conv1":  # three colours and a zero: neighbours are of one place
+        assert (weights.unflatten(1, (9, 4))[:, :, 3] == 0).all()
+
+
+def test_with_its_scale_rounded_up_nothing_of_the_images_is_clipped_and_all_else_stays(study, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)  # the simulation itself
+    monkeypatch.setattr("labcore.study.simulate", lambda network: network)
+    up, plain = study.with_input_up(Scheme(), Scheme()), study.prepared(Scheme(), Scheme())
+    high = max(batch.abs().max().item() for batch in calibration_batches(study.data, study.split))
+    assert up.quant.activation_post_process.scale.item() == 2 ** math.ceil(math.log2(high / 127.5))
+    before, after = (inspect_qparams(network, []) for network in (plain, up))
+    assert before[before["layer"] != "quant"].equals(after[after["layer"] != "quant"])
 
 
 def test_a_cell_that_a_notebook_builds_depends_on_the_notebooks_code_and_not_on_its_prose(study, tmp_path, monkeypatch):
