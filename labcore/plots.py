@@ -198,6 +198,7 @@ def values_on_grids(panels: dict[str, dict[str, tuple[np.ndarray, float, int, tu
                 if start < end:
                     axis.axvspan(start, end, color=COLORS["qat"], alpha=0.35, linewidth=0)
             axis.set_xlim(edges[0] - margin, edges[1] + margin)
+            axis.xaxis.set_major_locator(MaxNLocator(4))
             axis.grid(False)
             used = np.count_nonzero((codes >= edges[0] - scale / 2) & (codes <= edges[1] + scale / 2))
             axis.set_title(
@@ -389,9 +390,9 @@ def class_change(change_pp: pd.DataFrame) -> Figure:
 
 
 def drop_heatmap(panels: dict[str, pd.DataFrame]) -> Figure:
-    """Accuracy drops in points, one panel per table; rows and columns are choices. Lost points are dark."""
+    """Accuracy drops in points, one panel per table; rows and columns are choices. Lost points are dark, two and more alike."""
     figure, axes = _figure(len(panels), height=3.3, width=8.4)
-    top = max(1.0, min(5.0, max(float(table.to_numpy(dtype=float).max()) for table in panels.values())))
+    top = max(1.0, min(2.0, max(float(table.to_numpy(dtype=float).max()) for table in panels.values())))
     for position, (axis, (title, table)) in enumerate(zip(axes.flat, panels.items(), strict=True)):
         sns.heatmap(
             table.astype(float),
@@ -407,6 +408,7 @@ def drop_heatmap(panels: dict[str, pd.DataFrame]) -> Figure:
             yticklabels=position == 0,
         )
         axis.set(title=title, xlabel=table.columns.name or "", ylabel=table.index.name or "")
+        axis.grid(False)  # it would show where a cell is empty
         if position:
             axis.set_ylabel("")
         axis.tick_params(labelsize=7)
@@ -517,9 +519,9 @@ def pareto(points: pd.DataFrame, reference: float) -> Figure:
 
 
 def differences(tables: dict[str, pd.DataFrame]) -> Figure:
-    """Differences to a baseline in points, one panel per question: dots are means over seeds, bars their spread.
+    """Differences to a baseline in points, one panel per question: dots are means over seeds, bars how far these are sure.
 
-    Index: recipes, the baseline first; columns diff_pp, diff_pp_std.
+    Index: recipes, the baseline first; columns diff_pp, sure_pp (half an interval).
     """
     heights = [len(table) + 1.5 for table in tables.values()]
     figure, axes = _figure(
@@ -530,7 +532,7 @@ def differences(tables: dict[str, pd.DataFrame]) -> Figure:
         axis.errorbar(
             table["diff_pp"].astype(float),
             places,
-            xerr=table["diff_pp_std"].astype(float),
+            xerr=table["sure_pp"].astype(float),
             fmt="o",
             color=COLORS["fp32"],
             markersize=5,
@@ -548,15 +550,16 @@ def differences(tables: dict[str, pd.DataFrame]) -> Figure:
 def reliability(tables: dict[str, pd.DataFrame], errors: dict[str, float]) -> Figure:
     """Accuracy against confidence, one panel per stage; on the diagonal a network is as sure as it is right.
 
-    Columns low, high, confidence, accuracy, count; the share of the images in a bin is the line at the foot.
+    Columns low, high, confidence, accuracy, count; the share of the images in a bin is the line at the foot. A bin of fewer
+    than ten images has no bar.
     """
     figure, axes = _figure(len(tables), height=3.2, width=8.4, sharey=True)
     for axis, (name, table) in zip(axes.flat, tables.items(), strict=True):
-        width = table["high"] - table["low"]
+        bars = table[table["count"] >= 10]
         axis.bar(
-            table["low"],
-            table["accuracy"],
-            width,
+            bars["low"],
+            bars["accuracy"],
+            bars["high"] - bars["low"],
             align="edge",
             color=_color(name),
             edgecolor="white",

@@ -70,6 +70,7 @@ LATENCY_NAMES = {
     "float_scales": "PTQ, float scales",
     "affine": "PTQ, affine activations",
     "default": "PTQ, torch's default",
+    "recommended": "PTQ, the recommended scheme",
     "ptq": "PTQ",
     "qat": "QAT",
 }
@@ -813,7 +814,7 @@ def _latency(latency: pd.DataFrame) -> pd.DataFrame:
                 "speed-up": f"{row['speedup']:.2f}",
                 "its quartiles": f"{row['speedup_low']:.2f} … {row['speedup_high']:.2f}",
             }
-            for name, row in latency.loc[list(LATENCY_NAMES)].iterrows()
+            for name, row in latency.reindex(LATENCY_NAMES).dropna().iterrows()
         }
     ).T
 

@@ -89,11 +89,11 @@ def lost_image_grid(
         axis.set_title(
             f"true: {names[row.true]}\n"
             f"FP32: {names[row.before]} ({row.margin_before:.2f})\n"
-            f"INT8: {names[row.after]} ({row.margin_after:.2f})",
+            f"PTQ: {names[row.after]} ({row.margin_after:.2f})",
             fontsize=7,
             fontweight="normal",
             pad=3,
         )
     if lost.empty:
-        figure.text(0.5, 0.5, "INT8 loses no image that FP32 gets right", ha="center", va="center")
+        figure.text(0.5, 0.5, "PTQ loses no image that FP32 gets right", ha="center", va="center")
     return figure

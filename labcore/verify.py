@@ -129,6 +129,10 @@ class Results:
             yield from differences(
                 f"compare.bootstrap.{name}", compare["bootstrap"][name], bootstrap_drop(*pair)
             )
+        if "recommended" in compare:
+            found = self.logits("compare", "recommended")[0]
+            again = summarize(found, labels) | compare_paired(logits["fp32"], found, labels)
+            yield from differences("compare.recommended", compare["recommended"], again)
         errors = {name: calibration(values, labels)[0] for name, values in logits.items()}
         yield from differences("compare.ece", compare["ece"], errors)
         rounds = pd.read_csv(self.folder / "compare" / "latency.csv")
