@@ -341,7 +341,7 @@ def _finalists(folder: Path, study: dict | None) -> dict:
             "lost": f"{row['only_before']:,}",
             "won": f"{row['only_after']:,}",
             "drop (points)": f"{row['acc_drop_pp']:+.2f} ({row['acc_drop_pp_low']:+.2f} … {row['acc_drop_pp_high']:+.2f})",
-            "McNemar p": f"{row['p_value']:.2g}",
+            "p": f"{row['p_value']:.2g}",
             "more loss (nats)": f"{row['loss_rise']:+.4f} ({row['loss_rise_low']:+.4f} … {row['loss_rise_high']:+.4f})",
         }
     losses = {
@@ -350,7 +350,7 @@ def _finalists(folder: Path, study: dict | None) -> dict:
         if row["granularity"] == "channel" and row["zero point"] == "symmetric"
     }
     return {
-        "finalists_table": markdown_table(pd.DataFrame(rows).T, "first → second", (37, 7, 7, 19, 9, 21)),
+        "finalists_table": markdown_table(pd.DataFrame(rows).T, "first → second", (32, 6, 6, 23, 8, 25)),
         "rounded_down": {
             f"{rule}{end}": losses[rule, clamp]
             for rule in ("floor", "ceil")
