@@ -421,9 +421,10 @@ def layer_codes(simulated: nn.Module, name: str, batch: Tensor, rows: int = 256)
     hook.remove()
     windows = torch.nn.functional.unfold(seen[0], layer.kernel_size, padding=layer.padding)  # (B, C k, L)
     windows = windows.transpose(1, 2).flatten(0, 1)
-    windows = windows[:: max(1, len(windows) // rows)][:rows]
-    step = windows[windows > 0].min()  # the grid is hit densely
-    activations = torch.round(windows / step).long() + (128 if (windows < 0).any() else 0)
+    # The first, the last, and between them no step of whole rows, which would look at one column of the images only.
+    windows = windows[torch.linspace(0, len(windows) - 1, min(rows, len(windows))).round().long()]
+    step = seen[0][seen[0] > 0].min()  # the grid is hit densely
+    activations = torch.round(windows / step).long() + (128 if (seen[0] < 0).any() else 0)
     channels = layer.in_channels // layer.groups
     return _in_pairs(activations, channels), _in_pairs(codes(layer).flatten(1).long(), channels)
 
