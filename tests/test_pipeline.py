@@ -8,6 +8,8 @@ import signal
 import time
 
 import nbformat
+import numpy as np
+import onnxruntime
 import pandas as pd
 import pytest
 from project import NOTEBOOKS, ROOT, STAGES, STUDIES, Project
@@ -78,6 +80,21 @@ def test_the_network_learned_and_quantization_kept_it(built):
     accuracy = {stage: built.metrics(stage)["test"]["acc"] for stage in ("fp32", "ptq", "qat")}
     assert accuracy["fp32"] > 0.9
     assert min(accuracy.values()) > accuracy["fp32"] - 0.05
+
+
+@pytest.mark.parametrize("name", ["ptq", "qat", "recommended"])
+def test_an_engine_needs_nothing_but_the_file_to_give_the_examples_logits(built, name):
+    folder = built.root / "runs/smoke/compare"
+    session = onnxruntime.InferenceSession(folder / f"{name}.onnx", providers=["CPUExecutionProvider"])
+    told = session.get_modelmeta().custom_metadata_map
+    examples = np.load(folder / "examples.npz")
+    mean, std = (np.array(json.loads(told[key]), np.float32)[:, None, None] for key in ("mean", "std"))
+    images = (examples["images"].astype(np.float32) / 255 - mean) / std
+    (logits,) = session.run(["logits"], {"images": images})
+    assert len(json.loads(told["classes"])) == logits.shape[1] == 10
+    assert (logits == examples[name]).mean() > 0.9, "a pixel that normalisation leaves on an edge may fall the other way"
+    scales = pd.read_csv(built.root / f"report/smoke/results/compare/qparams_{name}.csv")
+    assert (scales["exponent"] == scales["exponent"].round()).all() and set(scales["tensor"]) == {"weight", "activation"}
 
 
 def test_without_studies_the_report_says_how_to_run_them(built):

@@ -41,6 +41,10 @@ def test_the_report_has_a_section_for_each_study_with_its_numbers(studied):
     training = studied.metrics("training")
     for rows in training["tables"].values():
         assert all(f"| {row['recipe']} | {row['seeds']} | {row['acc']:.2%} |" in report for row in rows)
+    assert len(training["longer"]) == 4
+    assert all(f"| {name} | {row['seeds']} | {row['acc']:.2%} |" in report for name, row in training["longer"].items())
+    assert "The nearest again, but the scale of the images rounded up" in report, "R6 with the images' scale alone"
+    assert len(re.findall(r"^\| impulse noise \| ", report, re.MULTILINE)) == 1, "corruptions one by one"
 
 
 def test_numbers_of_studies_are_verified_too(studied):
