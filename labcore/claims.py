@@ -409,13 +409,10 @@ def _r14(found: dict, checks: dict, reference: dict) -> Claim:
         value = f"The reference's mixup, on images that its augmentation changed before, hides {mixed:+.2f} points where the larger share counts"
     value += (
         f"; its augmentation {plain - augmented:.2f}, fake quantization {rounded:+.2f}. The network was trained with neither of the "
-        "first two."
+        "first two, so this is not the reference's situation."
     )
     if alone not in seen:
-        value += (
-            " Counted by shares, which is usual, mixup would hide more: the smaller share's label is never answered. So this is not "
-            "yet the reference's situation."
-        )
+        value += " Counted by shares, which is usual, mixup would hide more: the smaller share's label is never answered."
     verdict = CONFIRMED if min(mixed, rounded) > 1 else CONDITION if max(mixed, rounded) > 1 else UNDECIDED
     return Claim("R14", claim, verdict, value, "training", "hidden")
 
@@ -493,15 +490,18 @@ def _r18(found: dict, checks: dict, reference: dict) -> Claim:
         for network, (worst, best) in extremes.items()
     )
     suffers = [network for network, (worst, _) in extremes.items() if worst["acc_drop_pp_low"] > MUCH_PP]
-    lasting = [network for network in suffers if extremes[network][1]["acc_drop_pp_high"] >= MUCH_PP]
+    best = {network: extremes[network][1] for network in suffers}
+    lasting = [network for network in suffers if best[network]["acc_drop_pp_low"] > MUCH_PP]
+    repaired = all(row["acc_drop_pp_high"] < MUCH_PP for row in best.values())
     unharmed = [worst["acc_drop_pp_high"] < MUCH_PP for worst, _ in extremes.values()]
     if suffers:
-        verdict = CONFIRMED if lasting else CONDITION
-        value += (
-            f". No scheme here keeps the accuracy of {' and '.join(lasting)}, which was trained once"
-            if lasting
-            else ". With the right scheme they keep their accuracy"
-        )
+        verdict = CONFIRMED if lasting else CONDITION if repaired else UNDECIDED
+        if lasting:
+            value += f". No scheme here keeps the accuracy of {' and '.join(lasting)}, which was trained once"
+        elif repaired:
+            value += ". With the right scheme they keep their accuracy"
+        else:
+            value += ". Whether the best scheme keeps it, too few images tell"
     else:
         verdict = REFUTED if all(unharmed) else UNDECIDED
     if checks["arch"] != "resnet50":

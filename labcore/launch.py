@@ -3,7 +3,7 @@
 The same command on every machine, here two with eight GPUs each; `--node-rank` is 0 on HOST, 1 on the other:
 
     .venv/bin/torchrun --nnodes=2 --node-rank=0 --master-addr=HOST --master-port=29500 --nproc-per-node=8 \\
-        -m labcore.launch --profile full --stage fp32
+        -m labcore.launch --profile full --stage fp32 --data cifar10
 
 The machine of node 0 keeps the checkpoints; `make report PROFILE=full` there finds the finished training and goes on.
 """

@@ -322,6 +322,7 @@ def _middle_zero_point(rounds: pd.DataFrame) -> dict:
 # Schemes of notebook 05 that are held against each other, and not only against FP32.
 FINALISTS = (
     ("reference", "best_ptq"),
+    ("no_clamp", "input_up"),
     ("float_best", "best_ptq"),
     ("torch_default", "best_ptq"),
     ("best_ptq", "best_qat"),
@@ -332,11 +333,13 @@ def _finalists(folder: Path, study: dict | None) -> dict:
     """Networks of study 1 held against each other on the test images, and the loss where rounding is always down or up."""
     if not study:
         return {}
-    rows = {}
+    rows, found = {}, {}
     for before, after in FINALISTS:
+        if not {before, after} <= set(study["verdict"]):
+            continue
         first, labels = load_logits(folder / "observers" / f"logits_{before}.npz")
         second = load_logits(folder / "observers" / f"logits_{after}.npz")[0]
-        row = compare_paired(first, second, labels) | paired_loss(first, second, labels)
+        row = found[before, after] = compare_paired(first, second, labels) | paired_loss(first, second, labels)
         rows[f"{VERDICT[before]} → {VERDICT[after]}"] = {
             "lost": f"{row['only_before']:,}",
             "won": f"{row['only_after']:,}",
@@ -351,6 +354,9 @@ def _finalists(folder: Path, study: dict | None) -> dict:
     }
     return {
         "finalists_table": markdown_table(pd.DataFrame(rows).T, "first → second", (32, 6, 6, 23, 8, 25)),
+        "input_up": found.get(("no_clamp", "input_up")),
+        "qat_over_ptq": found["best_ptq", "best_qat"],
+        "least_over_float": found["float_best", "best_ptq"],
         "rounded_down": {
             f"{rule}{end}": losses[rule, clamp]
             for rule in ("floor", "ceil")
@@ -548,6 +554,8 @@ def _study_tables(stages: dict[str, dict], arch: str) -> dict:
         tables["training_trained_on_table"] = table(trained_on, ["trained on as"], columns)
         if "longer" in study:  # sorted by name in the file, FP32 first
             rows = [{"trained on as": name} | row for name, row in study["longer"].items()]
+            once = {"diff_pp": 0.0, "seeds": rows[0]["seeds"]}
+            tables["longer_sure_pp"] = seed_interval(once, seed_spread([rows]))[1]
             tables["training_longer_table"] = table(rows, ["trained on as"], columns[:5])
             end = f", {study['longer_times']} times as long"
             tables["longer_gain_pp"] = {
@@ -587,7 +595,6 @@ def _study_tables(stages: dict[str, dict], arch: str) -> dict:
         }
         tables["groups_changed"], tables["group_tests"] = _changed(study["group_cost"])
         tables["robustness_groups_table"] = markdown_table(pd.DataFrame(groups).T, "group")
-        tables |= _cells_changed(study["cells"])
     return tables
 
 
@@ -631,30 +638,24 @@ def _changed(costs: dict[str, dict]) -> tuple[list[str], int]:
     return changed, len(tests)
 
 
-def _cells_changed(cells: list[dict]) -> dict:
-    """Corruptions of one severity that cost or gain more than chance explains (McNemar), in view of how many are tested."""
-    tests = [(row, name) for row in cells if row["corruption"] != "clean" for name in ("ptq", "qat")]
-    changed = [
-        f"{row['corruption'].replace('_', ' ')} {row['severity']} with {NAMES[name]}, {row[f'drop_pp_{name}']:+.1f}"
-        for row, name in tests
-        if row[f"p_value_{name}"] < 0.05 / len(tests)
-    ]
-    return {"cells_changed": changed, "cell_tests": len(tests)}
-
-
 def _one_by_one(folder: Path) -> dict:
-    """What each corruption adds to the cost of quantization, from the answers of study 5; nothing where that did not run."""
+    """What each corruption, and each severity of one, adds to the cost of quantization, from the answers of study 5; nothing where
+    that did not run.
+    """
     if not (folder / "robustness" / "answers.npz").exists():
         return {}
     from labcore.corruptions import CORRUPTIONS, corruption_cost, load_answers
 
     found, labels = load_answers(folder / "robustness" / "answers.npz")
-    costs = {
-        name.replace("_", " "): {
-            network: corruption_cost(found[found["corruption"].isin(["clean", name])], labels, network)
-            for network in ("ptq", "qat")
-        }
-        for name in CORRUPTIONS
+    clean = found["corruption"] == "clean"
+
+    def cost(chosen: pd.Series) -> dict[str, dict]:
+        return {network: corruption_cost(found[clean | chosen], labels, network) for network in ("ptq", "qat")}
+
+    costs = {name.replace("_", " "): cost(found["corruption"] == name) for name in CORRUPTIONS}
+    cells = {
+        f"{row.corruption.replace('_', ' ')} {row.severity}": cost(found.index == row.Index)
+        for row in found[~clean].itertuples()
     }
     interval = "{mean:+.2f} ({low:+.2f} … {high:+.2f})"
     table = {
@@ -663,10 +664,13 @@ def _one_by_one(folder: Path) -> dict:
         for name, by in costs.items()
     }
     changed, tests = _changed(costs)
+    cells_changed, cell_tests = _changed(cells)
     return {
         "corruptions_table": markdown_table(pd.DataFrame(table).T, "corruption"),
         "corruptions_changed": changed,
         "corruption_tests": tests,
+        "cells_changed": cells_changed,
+        "cell_tests": cell_tests,
     }
 
 

@@ -79,7 +79,7 @@ class Trainings(Study):
         """A cell: the run's FP32 network trained on by the profile's QAT recipe, nothing frozen; its best epoch, in float32.
         `times` multiplies the recipe's epochs.
 
-        `acc` is that of the network as it trained. For what the training did to the weights, `acc_unrounded` and, on training images,
+        `acc` is that of the network as it trained, `acc_last` that of its last epoch. For what the training did to the weights, `acc_unrounded` and, on training images,
         `train_acc_unrounded` are scored with fake quantization off.
 
         Kinds: "fp32" goes on as it was; "qat" is fake-quantized by the reference's scheme, BatchNorm kept; "qat_folded" the
@@ -95,14 +95,17 @@ class Trainings(Study):
         return self._fit(recipe, seed, builds[kind], kind, self._with_and_without_rounding)
 
     def longer(self) -> pd.DataFrame:
-        """QAT, and FP32 that trains on, as long as the profile's QAT and LONGER times as long, as `over_seeds` gives them."""
+        """QAT, and FP32 that trains on, as long as the profile's QAT and LONGER times as long, as `over_seeds` gives them.
+
+        The last epoch counts: the best of more epochs would be better by choice alone.
+        """
         todo = {
             (name if times == 1 else f"{name}, {times} times as long", seed): self.continued(kind, seed, times)
             for kind, name in {"fp32": "FP32", "qat": "QAT"}.items()
             for times in (1, LONGER)
             for seed in self.seeds[:FIRST_SEEDS]
         }
-        table = self.cells(todo, "longer QAT")["acc"].astype(float).unstack()
+        table = self.cells(todo, "longer QAT")["acc_last"].astype(float).unstack()
         return over_seeds(table.loc[list(dict.fromkeys(name for name, _ in todo))])
 
     def _with_and_without_rounding(self, result: Result) -> dict:
@@ -111,6 +114,7 @@ class Trainings(Study):
         seen = predict(model, self.data.train_images[sample], description="training images")
         return {
             "acc": found["acc"],
+            "acc_last": result.history.iloc[-1]["val_acc"],
             "loss": found["loss"],
             "acc_unrounded": summarize(self.logits(model), self.labels)["acc"],
             "train_acc_unrounded": summarize(seen, self.data.train_labels[sample])["acc"],

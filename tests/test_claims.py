@@ -262,7 +262,8 @@ def test_a_claim_without_its_study_says_so(claim, study):
         ("R18", {}, {}, CONFIRMED),  # a repair of one network is none of another
         ("R18", {"mixed.architectures": mobile(0.1)}, {}, REFUTED),
         ("R18", {"mixed.architectures": mobile(1.1)}, {}, UNDECIDED),
-        ("R18", {"mixed.architectures": mobile(5.0, 0.9)}, {}, CONFIRMED),
+        ("R18", {"mixed.architectures": mobile(5.0, 1.3)}, {}, CONFIRMED),
+        ("R18", {"mixed.architectures": mobile(5.0, 0.9)}, {}, UNDECIDED),
         ("R18", {"mixed.architectures": mobile(5.0, 0.7)}, {}, CONDITION),
     ],
 )

@@ -11,7 +11,6 @@ from labcore import LabError, report
 from labcore.artifacts import ROOT
 from labcore.report import (
     _beyond_chance,
-    _cells_changed,
     _changed,
     _errors,
     _foretold,
@@ -146,20 +145,12 @@ def test_a_group_counts_only_beyond_the_chance_of_all_tests_together():
     assert _changed({"noise": {"ptq": cost(0.0, 0.0)}}) == ([], 1)
 
 
-def test_single_cells_are_judged_by_their_own_test_and_the_clean_one_is_none_of_them():
-    def cell(name: str, p_value: float) -> dict:
-        return {"corruption": name, "severity": 5, "drop_pp_ptq": 4.1, "drop_pp_qat": 0.2, "p_value_ptq": p_value, "p_value_qat": 1.0}
-
-    found = _cells_changed([cell("clean", 0.0), cell("zoom_blur", 0.0124), cell("fog", 0.0126)])
-    assert found == {"cells_changed": ["zoom blur 5 with PTQ, +4.1"], "cell_tests": 4}
-
-
 @pytest.mark.parametrize(("rounds", "known"), [(5, False), (6, True), (20, True)])
 def test_a_zero_point_in_the_middle_is_slower_where_the_median_surely_is(rounds, known):
     times = {"affine": 0.7, "ptq": 0.8, "qat": 0.6, "float_scales": 0.7}
     rows = [{"round": n, "model": name, "latency_ms": ms} for n in range(rounds) for name, ms in times.items()]
     found = _middle_zero_point(pd.DataFrame(rows))
-    assert found["known"] == known and found["slower"] == 1
+    assert (found["known"], found["slower"]) == (known, int(known))
     assert found["rows"]["PTQ"]["speed"] == pytest.approx(0.875)
     assert [row["high"] for row in found["rows"].values()] == (pytest.approx([0.875, 7 / 6, 1.0]) if known else [math.inf] * 3)
 
