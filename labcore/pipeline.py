@@ -327,7 +327,7 @@ class Pipeline:
         parts = {
             f"report/{path.name}": sha256_file(path) for path in sorted((ROOT / "report").glob("template*"))
         }
-        for name in ("report", "tables"):
+        for name in ("report", "report_studies", "tables"):
             parts[f"labcore/{name}.py"] = code_hash(ROOT / "labcore" / f"{name}.py")
         for name in ("model", "observer"):  # printed with their comments
             parts[f"the source of labcore/{name}.py"] = sha256_file(ROOT / "labcore" / f"{name}.py")

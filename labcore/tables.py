@@ -1,6 +1,10 @@
-"""Numbers to text: the one place that says how many digits each kind of number gets."""
+"""Numbers and names to text: the one place that says how many digits each kind of number gets, and tables in Markdown."""
+
+import re
 
 import pandas as pd
+
+STAGE_NAMES = {"fp32": "FP32", "ptq": "PTQ", "qat": "QAT"}
 
 FORMATS = {
     "acc": "{:.2%}",
@@ -67,3 +71,26 @@ def formatted(table: pd.DataFrame) -> pd.DataFrame:
         if name in FORMATS:
             text[name] = ["–" if pd.isna(value) else FORMATS[name].format(value) for value in table[name]]
     return text
+
+
+def markdown_table(table: pd.DataFrame, index: str = "", widths: tuple[int, ...] = ()) -> str:
+    """A pipe table of a table of texts, the index first. Columns of numbers are set right, all others left.
+
+    `widths` are the columns' shares of the page in percent, the index's first, for tables of long texts.
+    """
+    header = [index, *map(str, table.columns)]
+    numbers = [all(value[:1] in "+-–0123456789" for value in table[name]) for name in table.columns]
+    rule = [":---", *("---:" if number else ":---" for number in numbers)]
+    if widths:
+        # pandoc heeds the lengths of these dashes in lines beyond its --columns
+        ends = ["", *(":" if number else "" for number in numbers)]
+        rule = [":"[bool(end) :] + "-" * 12 * width + end for width, end in zip(widths, ends, strict=True)]
+    rows = [[str(label), *values] for label, values in zip(table.index, table.to_numpy(), strict=True)]
+    return "\n".join(
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in [header, rule, *rows]
+    )
+
+
+def escaped(text: str) -> str:
+    """Text from outside, such as the name of a class or a folder, that Markdown shall show as it is."""
+    return re.sub(r"([\\`*_{}\[\]<>#$|~^])", r"\\\1", text)

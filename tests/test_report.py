@@ -9,17 +9,9 @@ import pytest
 
 from labcore import LabError, report
 from labcore.artifacts import ROOT
-from labcore.report import (
-    _beyond_chance,
-    _changed,
-    _errors,
-    _foretold,
-    _gap,
-    _meets,
-    _middle_zero_point,
-    markdown_table,
-    source_of,
-)
+from labcore.report import _errors, _gap, _meets, _middle_zero_point, source_of
+from labcore.report_studies import _beyond_chance, _changed, _foretold
+from labcore.tables import markdown_table
 
 
 def parsed(module: str, name: str) -> ast.AST:
