@@ -1,7 +1,8 @@
 """The files that engines load: one trained network, FP32 and INT8, in every engine's own format. Nothing is trained here.
 
 All files called "power2" hold the integers and scales of notebook 02; "float" has the same ranges of the same calibration images
-and does not round its scales to powers of two. "own" lets torchao's X86InductorQuantizer choose its scales.
+and does not round its scales to powers of two. "own" lets torchao's X86InductorQuantizer choose its scales. "recommended" has the
+powers of two that study 1 recommends.
 """
 
 import copy
@@ -22,7 +23,7 @@ from labcore.checkpoint import first_line
 from labcore.export import convert_export, prepare_export, quiet
 from labcore.onnx_export import INPUT, OUTPUT, build_onnx, save_onnx
 from labcore.progress import progress
-from labcore.qconfig import FLOAT, REFERENCE, CustomQConfig, has_vnni, make_qconfig
+from labcore.qconfig import FLOAT, RECOMMENDED, REFERENCE, CustomQConfig, has_vnni, make_qconfig
 from labcore.quantize import (
     calibrate,
     calibration_batches,
@@ -79,8 +80,9 @@ def write_files(run: Run, folder: Path) -> tuple[dict[str, Path], dict[str, str]
     folder.mkdir(parents=True)
     model = load_float(run.path("fp32", "weights.pt"), run.model())
     power2 = load_int8(run.path("ptq", "int8.pt"), run.model(), CustomQConfig.POWER2.value)
-    float_scales = convert(
-        calibrate(prepare_ptq(model, make_qconfig(FLOAT, FLOAT)), run.data, run.split)
+    float_scales, recommended = (
+        convert(calibrate(prepare_ptq(model, make_qconfig(*schemes)), run.data, run.split))
+        for schemes in ((FLOAT, FLOAT), RECOMMENDED)
     )
     batches = calibration_batches(run.data, run.split)
     shape = run.data.test_images.shape[1:]
@@ -88,6 +90,7 @@ def write_files(run: Run, folder: Path) -> tuple[dict[str, Path], dict[str, str]
     writers: dict[str, Callable[[Path], object]] = {
         "fp32.pt": lambda path: shutil.copyfile(run.path("fp32", "weights.pt"), path),
         "fp32.onnx": lambda path: _float_onnx(path, model, shape),
+        "recommended.onnx": partial(_save_onnx, network=recommended, shape=shape),
         "own.pt2": lambda path: _save_program(path, _own(model, batches), batches[0]),
     }
     for name, network in networks.items():

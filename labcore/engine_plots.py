@@ -5,7 +5,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, PercentFormatter
 
-from labcore.engines import FLOAT, FP32, OWN, POWER2, parts
+from labcore.engines import BEST, FLOAT, FP32, OWN, POWER2, parts
 from labcore.plots import COLORS, _figure
 
 LOOKS = {
@@ -13,6 +13,7 @@ LOOKS = {
     POWER2: (COLORS["ptq"], "s"),
     FLOAT: (COLORS["qat"], "D"),
     OWN: ("#6c7a89", "^"),
+    BEST: ("#4f8a5b", "P"),
 }
 
 

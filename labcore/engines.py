@@ -26,6 +26,7 @@ from labcore.evaluate import summarize
 from labcore.progress import progress
 
 FP32, POWER2, FLOAT, OWN = "FP32", "INT8, power of two", "INT8, float scales", "INT8, its own scales"
+BEST = "INT8, recommended"
 _DOT = " · "  # between the two parts of a title
 SECONDS = 600  # that a worker may take for one answer; Inductor's first compilation is the longest
 
@@ -36,7 +37,8 @@ class Engine:
 
     Args:
         name: what readers see.
-        numbers: FP32, POWER2 (the reference's scales), FLOAT (the same without rounding to a power of two) or OWN.
+        numbers: FP32, POWER2 (the reference's scales), FLOAT (the same without rounding to a power of two), OWN
+            or BEST (the powers of two that study 1 recommends).
         kind: the function of labcore.engine_worker that runs it.
         file: which of the files of `engine_files.write_files` it runs.
         options: for that function.
@@ -82,8 +84,10 @@ ENGINES = (
     Engine(COMPILED, OWN, "torch_export", "own.pt2"),
     Engine("ONNX Runtime", POWER2, "onnx_runtime", "power2.onnx"),
     Engine("ONNX Runtime", FLOAT, "onnx_runtime", "float.onnx"),
+    Engine("ONNX Runtime", BEST, "onnx_runtime", "recommended.onnx"),
     Engine("OpenVINO", POWER2, "openvino", "power2.onnx"),
     Engine("OpenVINO", FLOAT, "openvino", "float.onnx"),
+    Engine("OpenVINO", BEST, "openvino", "recommended.onnx"),
 )
 FIRST = ENGINES[0].title  # what all speeds are held against
 ROOFS = {"FP32": "matrix_fp32", "INT8": "matrix_int8"}

@@ -320,6 +320,7 @@ def _engines(study: dict) -> dict:
     }
     return {
         "engine_ties": ties,
+        "engine_recommended": any(row["engine"].endswith("recommended") for row in study["answers"]),
         "engine_speed_tables": {
             title: markdown_table(table, "engine", (24, 8, 16, 10, 17, 17, 8)) for title, table in speeds.items()
         },
