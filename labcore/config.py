@@ -201,7 +201,7 @@ class Profile:
     latency_rounds: int = 20
     latency_runs: int = 10
     study_seeds: int = 3
-    verdict_seeds: int = 8  # where a claim's verdict rests on the differences between trainings
+    verdict_seeds: int = 5  # where a claim's verdict rests on the differences between trainings
     processes: int = 0  # that train together; 0 means one for every GPU, or one on a CPU
 
     def __post_init__(self):
