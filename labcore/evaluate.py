@@ -162,6 +162,17 @@ def paired_loss(before: np.ndarray, after: np.ndarray, labels: np.ndarray) -> di
     return {"loss_rise": float(rise.mean()), "loss_rise_low": float(low), "loss_rise_high": float(high)}
 
 
+def paired_error(target: np.ndarray, before: np.ndarray, after: np.ndarray) -> dict[str, float]:
+    """How much larger the squared error of `after` is than that of `before`, both against the logits `target` (N, classes).
+
+    Returns:
+        error_rise, the mean over images and classes, with the 95 % t interval over images: error_rise_low, error_rise_high.
+    """
+    rise = (np.square(after - target) - np.square(before - target)).mean(axis=1, dtype=np.float64)
+    low, high = DescrStatsW(rise).tconfint_mean() if rise.any() else (0.0, 0.0)
+    return {"error_rise": float(rise.mean()), "error_rise_low": float(low), "error_rise_high": float(high)}
+
+
 def median_interval(values: np.ndarray) -> tuple[float, float]:
     """The 95 % interval of a median by order statistics, which is wider than it need be and assumes no distribution.
 

@@ -25,7 +25,7 @@ from labcore.artifacts import ROOT, modules_hash, notebook_sources, read_json, s
 from labcore.checkpoint import state_hash
 from labcore.config import NOTEBOOKS, Recipe
 from labcore.data import ImageData, Split
-from labcore.evaluate import compare_paired, load_logits, predict, save_logits, summarize
+from labcore.evaluate import compare_paired, load_logits, paired_error, predict, save_logits, summarize
 from labcore.mixed import codes, overrides, save_packed
 from labcore.progress import progress
 from labcore.qconfig import CustomQConfig, Scheme, has_vnni, make_qconfig
@@ -248,6 +248,22 @@ class Study:
                 )
             ),
         )
+
+    def fusing(self, weight: Scheme, activation: Scheme) -> Cell:
+        """A cell: the squared error of the logits with Conv-BN-ReLU fused, against that with the three apart (`paired_error`)."""
+
+        def compute() -> dict:
+            apart, fused = (
+                convert(
+                    calibrate(
+                        prepare_ptq(self.model, make_qconfig(weight, activation), fused=fused), self.data, self.split
+                    )
+                )
+                for fused in (False, True)
+            )
+            return paired_error(self.reference, self.logits(apart), self.logits(fused))
+
+        return Cell({"fusing": [asdict(weight), asdict(activation)]}, compute)
 
     def other(self, name: str, build: Callable[[], nn.Module]) -> Cell:
         """A cell: any quantized network, judged on validation images. How it is built stands in the stage's notebook, so the

@@ -52,6 +52,14 @@ def unrounded(difference: float) -> dict[str, dict]:
     return {kind: row | {"diff_unrounded_pp": value} for kind, value in differences.items()}
 
 
+def fusing(*rises: float) -> dict[str, dict]:
+    """Differences of squared errors, each sure to 0.001."""
+    return {
+        f"scheme {number}": {"error_rise": rise, "error_rise_low": rise - 0.001, "error_rise_high": rise + 0.001}
+        for number, rise in enumerate(rises)
+    }
+
+
 def by_shares(counted: float) -> dict[str, dict]:
     """Images of which mixup hides nothing where the larger share counts."""
     rows = {"as they are": 0.9, "augmented as in the reference": 0.75, "… and its mixup": 0.75, "mixup alone": 0.9}
@@ -238,6 +246,9 @@ def test_a_claim_without_its_study_says_so(claim, study):
         ("R9", {}, {}, REFUTED),
         ("R10", {}, {}, CONFIRMED),
         ("R10", {"observers.fusing_speed": speed(1.02)}, {}, CONDITION),
+        ("R10", {"observers.fusing_errors": fusing(-0.002, -0.003)}, {}, CONFIRMED),
+        ("R10", {"observers.fusing_errors": fusing(-0.002, -0.0009)}, {}, CONDITION),
+        ("R10", {"observers.fusing_errors": fusing(0.002, -0.002), "observers.fusing_speed": speed(1.02)}, {}, REFUTED),
         # A spread of 0.2 from 7 degrees of freedom: three seeds are sure to 2.365 * 0.2 / sqrt(3) = 0.273 points, two to 0.334.
         ("R12", {}, {}, UNDECIDED),
         ("R12", {"training.tables.schedule": schedules(-3.0, -0.28)}, {}, REFUTED),

@@ -26,6 +26,7 @@ from labcore.evaluate import (
     load_logits,
     median_interval,
     paired_by_class,
+    paired_error,
     paired_loss,
     predict,
     save_logits,
@@ -149,6 +150,16 @@ def test_the_rise_of_the_loss_is_that_of_torchs_cross_entropy_with_its_t_interva
     half = t.ppf(0.975, len(rise) - 1) * rise.std(ddof=1) / math.sqrt(len(rise))
     assert list(found.values()) == pytest.approx([rise.mean(), rise.mean() - half, rise.mean() + half])
     assert set(paired_loss(first, first, labels).values()) == {0.0}
+
+
+def test_the_rise_of_the_squared_error_is_by_image():
+    rng = np.random.default_rng(3)
+    target, before, after = (rng.normal(size=(50, 4)).astype(np.float32) for _ in range(3))
+    found = paired_error(target, before, after)
+    each = [((after[i] - target[i]) ** 2).mean() - ((before[i] - target[i]) ** 2).mean() for i in range(50)]
+    half = t.ppf(0.975, 49) * np.std(each, ddof=1) / math.sqrt(50)
+    assert list(found.values()) == pytest.approx([np.mean(each), np.mean(each) - half, np.mean(each) + half], rel=1e-5)
+    assert set(paired_error(target, before, before).values()) == {0.0}
 
 
 def test_the_interval_of_a_median_lies_between_the_order_statistics_of_the_binomial():
