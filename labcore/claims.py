@@ -322,9 +322,14 @@ def seed_spread(tables: Iterable[list[dict]]) -> tuple[float, int]:
 
 def seed_interval(row: dict, spread: tuple[float, int]) -> tuple[float, float]:
     """95 % interval of a mean difference over seeds, in points, by Student's t with the pooled spread of `seed_spread`."""
-    std, free = spread
-    half = stats.t.ppf(0.975, free) * std / math.sqrt(row["seeds"]) if free else math.inf
+    half = sure_pp(row["seeds"], spread)
     return row["diff_pp"] - half, row["diff_pp"] + half
+
+
+def sure_pp(seeds: int, spread: tuple[float, int]) -> float:
+    """Half of that interval: how far a mean difference of so many seeds is sure, in points."""
+    std, free = spread
+    return stats.t.ppf(0.975, free) * std / math.sqrt(seeds) if free else math.inf
 
 
 def _helps(row: dict, spread: tuple[float, int]) -> bool | None:

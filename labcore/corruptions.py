@@ -24,14 +24,13 @@ from kornia.filters import motion_blur
 from kornia.geometry.transform import scale
 from PIL import Image
 from PIL.Image import Resampling
-from statsmodels.stats.weightstats import DescrStatsW
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as F
 
 from labcore import LabError
 from labcore.artifacts import UNREADABLE, modules_hash, read_npz, sha256_file, write_npz
 from labcore.config import nearest
-from labcore.evaluate import compare_paired, predict
+from labcore.evaluate import compare_paired, mean_over_images, predict
 from labcore.progress import progress
 from labcore.study import Cell, Study
 
@@ -346,20 +345,6 @@ def cell_table(found: pd.DataFrame, labels: np.ndarray, classes: int) -> pd.Data
             values[f"p_value_{network}"] = paired["p_value"]
         rows.append(values)
     return pd.DataFrame(rows)
-
-
-def mean_over_images(values_pp: np.ndarray) -> dict[str, float]:
-    """Mean of one value per image, with its 95 % t interval over images: {"mean", "low", "high"}.
-
-    Raises LabError for fewer than two images, which have no interval.
-    """
-    if len(values_pp) < 2:
-        raise LabError(f"an interval needs at least 2 images, found {len(values_pp)}; add test images.")
-    mean = float(np.mean(values_pp))
-    if np.ptp(values_pp) == 0:
-        return {"mean": mean, "low": mean, "high": mean}
-    low, high = DescrStatsW(values_pp).tconfint_mean(alpha=0.05)
-    return {"mean": mean, "low": float(low), "high": float(high)}
 
 
 def corruption_cost(found: pd.DataFrame, labels: np.ndarray, network: str) -> dict:

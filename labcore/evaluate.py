@@ -115,6 +115,20 @@ def compare_paired(before: np.ndarray, after: np.ndarray, labels: np.ndarray) ->
     }
 
 
+def mean_over_images(values: np.ndarray) -> dict[str, float]:
+    """Mean of one value per image, with its 95 % t interval over images: {"mean", "low", "high"}.
+
+    Raises LabError for fewer than two images, which have no interval.
+    """
+    if len(values) < 2:
+        raise LabError(f"an interval needs at least 2 images, found {len(values)}; add test images.")
+    mean = float(np.mean(values))
+    if np.ptp(values) == 0:
+        return {"mean": mean, "low": mean, "high": mean}
+    low, high = DescrStatsW(values).tconfint_mean(alpha=0.05)
+    return {"mean": mean, "low": float(low), "high": float(high)}
+
+
 def paired_by_class(
     before: np.ndarray, after: np.ndarray, labels: np.ndarray, classes: Sequence[str]
 ) -> pd.DataFrame:
@@ -158,8 +172,7 @@ def paired_loss(before: np.ndarray, after: np.ndarray, labels: np.ndarray) -> di
     """
     rows = np.arange(len(labels))
     rise = (log_softmax(before.astype(np.float64), 1) - log_softmax(after.astype(np.float64), 1))[rows, labels]
-    low, high = DescrStatsW(rise).tconfint_mean() if rise.any() else (0.0, 0.0)
-    return {"loss_rise": float(rise.mean()), "loss_rise_low": float(low), "loss_rise_high": float(high)}
+    return _named("loss_rise", mean_over_images(rise))
 
 
 def paired_error(target: np.ndarray, before: np.ndarray, after: np.ndarray) -> dict[str, float]:
@@ -169,8 +182,11 @@ def paired_error(target: np.ndarray, before: np.ndarray, after: np.ndarray) -> d
         error_rise, the mean over images and classes, with the 95 % t interval over images: error_rise_low, error_rise_high.
     """
     rise = (np.square(after - target) - np.square(before - target)).mean(axis=1, dtype=np.float64)
-    low, high = DescrStatsW(rise).tconfint_mean() if rise.any() else (0.0, 0.0)
-    return {"error_rise": float(rise.mean()), "error_rise_low": float(low), "error_rise_high": float(high)}
+    return _named("error_rise", mean_over_images(rise))
+
+
+def _named(name: str, found: dict[str, float]) -> dict[str, float]:
+    return {name: found["mean"], f"{name}_low": found["low"], f"{name}_high": found["high"]}
 
 
 def median_interval(values: np.ndarray) -> tuple[float, float]:

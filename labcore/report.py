@@ -197,7 +197,6 @@ def context(name: str) -> dict:
         "data": provenance["fp32"]["data"],
         "training_numbers": provenance["fp32"].get("training_numbers"),
         "gap": _gap(stages["fp32"], provenance["fp32"]["data"]),
-        "qat_seen": min(provenance["qat"]["data"]["n_train"], provenance["qat"]["data"]["n_validation"]),  # Split.train_sample
         "middle_zero_point": _middle_zero_point(pd.read_csv(folder / "compare" / "latency.csv")),
         "qat_epochs": _chosen(pd.read_csv(folder / "qat" / "history.csv"), stages["qat"]["best_epoch"]),
         "threads": provenance["compare"]["threads"],

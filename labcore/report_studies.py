@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 from scipy.stats import norm, spearmanr
 
-from labcore.claims import MUCH_PP, scheme_extremes, seed_interval, seed_spread
+from labcore.claims import MUCH_PP, scheme_extremes, seed_interval, seed_spread, sure_pp
 from labcore.evaluate import compare_paired, load_logits, paired_loss
 from labcore.tables import STAGE_NAMES, escaped, formatted, markdown_table
 
@@ -42,6 +42,7 @@ MIXED = {
     "uniform8": "8 bits throughout",
 }
 _SHOWN = ["acc", "acc_drop_pp", "acc_drop_pp_low", "acc_drop_pp_high", "loss"]
+_INTERVAL = "{mean:+.2f} ({low:+.2f} … {high:+.2f})"
 _TITLES = {
     "acc": "accuracy",
     "acc_drop_pp": "drop (points)",
@@ -228,7 +229,7 @@ def _training(study: dict) -> dict:
     spread = seed_spread(study["tables"].values())
     tables["seed_spread"], tables["seed_spread_df"] = spread
     counts = sorted({row["seeds"] for rows in study["tables"].values() for row in rows})
-    tables["seed_sure"] = {count: seed_interval({"diff_pp": 0.0, "seeds": count}, spread)[1] for count in counts}
+    tables["seed_sure"] = {count: sure_pp(count, spread) for count in counts}
     tables["seed_comparisons"] = sum(len(rows) - 1 for rows in study["tables"].values())
     for question, rows in study["tables"].items():
         tables[f"training_{question}_table"] = _table(rows, ["recipe"], columns)
@@ -239,8 +240,7 @@ def _training(study: dict) -> dict:
     tables["training_trained_on_table"] = _table(trained_on, ["trained on as"], columns)
     if "longer" in study:  # sorted by name in the file, FP32 first
         rows = [{"trained on as": name} | row for name, row in study["longer"].items()]
-        once = {"diff_pp": 0.0, "seeds": rows[0]["seeds"]}
-        tables["longer_sure_pp"] = seed_interval(once, seed_spread([rows]))[1]
+        tables["longer_sure_pp"] = sure_pp(rows[0]["seeds"], seed_spread([rows]))
         tables["training_longer_table"] = _table(rows, ["trained on as"], columns[:5])
         end = f", {study['longer_times']} times as long"
         tables["longer_gain_pp"] = {
@@ -343,7 +343,6 @@ def _with_quartiles(row: dict, name: str, digits: int = 2) -> str:
 def _robustness(study: dict) -> dict:
     """Tables of study 5: the means."""
     tables = {}
-    interval = "{mean:+.2f} ({low:+.2f} … {high:+.2f})"
     tables["robustness_table"] = markdown_table(
         pd.DataFrame(
             {
@@ -352,7 +351,7 @@ def _robustness(study: dict) -> dict:
                     "accuracy, corrupted": f"{cost['acc']:.2%}",
                 }
                 | {
-                    title: interval.format(**cost[key])
+                    title: _INTERVAL.format(**cost[key])
                     for key, title in (
                         ("clean_drop_pp", "drop, clean"),
                         ("corrupted_drop_pp", "drop, corrupted"),
@@ -364,7 +363,7 @@ def _robustness(study: dict) -> dict:
         ).T
     )
     groups = {
-        group: {STAGE_NAMES[name]: interval.format(**cost["extra_drop_pp"]) for name, cost in costs.items()}
+        group: {STAGE_NAMES[name]: _INTERVAL.format(**cost["extra_drop_pp"]) for name, cost in costs.items()}
         for group, costs in study["group_cost"].items()
     }
     tables["groups_changed"], tables["group_tests"] = _changed(study["group_cost"])
@@ -403,10 +402,9 @@ def _one_by_one(folder: Path) -> dict:
         f"{row.corruption.replace('_', ' ')} {row.severity}": cost(found.index == row.Index)
         for row in found[~clean].itertuples()
     }
-    interval = "{mean:+.2f} ({low:+.2f} … {high:+.2f})"
     table = {
         name: {"FP32": f"{by['ptq']['fp32_acc']:.1%}"}
-        | {STAGE_NAMES[network]: interval.format(**cost["extra_drop_pp"]) for network, cost in by.items()}
+        | {STAGE_NAMES[network]: _INTERVAL.format(**cost["extra_drop_pp"]) for network, cost in by.items()}
         for name, by in costs.items()
     }
     changed, tests = _changed(costs)

@@ -9,15 +9,13 @@ from small import network, used
 from labcore import LabError
 from labcore.mobile import build_mobile
 from labcore.onnx_export import build_onnx, load_onnx, predict_onnx, save_onnx
-from labcore.qconfig import CustomQConfig, Scheme, make_qconfig
+from labcore.qconfig import RECOMMENDED, CustomQConfig, Scheme, make_qconfig
 from labcore.quantize import calibrate, convert, prepare_ptq
 from labcore.transforms import normalize
 
 QCONFIGS = {
     "reference": CustomQConfig.POWER2.value,
-    "best": make_qconfig(
-        Scheme(rule="least_error", per_channel=True), Scheme(rule="least_error", zero_point="unsigned")
-    ),
+    "best": make_qconfig(*RECOMMENDED),
     "affine": make_qconfig(Scheme(), Scheme(zero_point="affine")),
 }
 SHAPE = (3, 16, 16)
