@@ -53,5 +53,5 @@ $(VENV)/.installed: requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo 'error: Python 3.11 or newer is needed, found '"$$($(PYTHON) --version)"'; give another with PYTHON=python3.12' >&2; exit 1; }
 	@echo 'installing requirements.txt into $(VENV) (a few minutes, about 5 GB on Linux)'
 	@$(PYTHON) -m venv $(VENV)
-	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -e . || { echo 'error: the packages could not be installed; is there a network, and space for 5 GB?' >&2; exit 1; }
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -r requirements.txt -e . || { echo 'error: the packages could not be installed; is there a network, and space for 5 GB?' >&2; exit 1; }
 	@touch $@

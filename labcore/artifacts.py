@@ -200,6 +200,7 @@ def git_commit() -> str:
         return "unknown"
 
 
+@lru_cache(maxsize=1)  # every training asks
 def versions() -> dict[str, str]:
     """Python and the packages that numbers depend on, without importing them."""
     packages = (

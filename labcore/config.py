@@ -269,10 +269,10 @@ _smoke = replace(
         augment=replace(_reflected, flip_prob=0.0),
     ),
     qat=Recipe(
-        epochs=1, batch_size=64, lr=0.02, freeze_at=0.67, augment=replace(_reflected, flip_prob=0.0)
+        epochs=1, epoch_images=640, batch_size=64, lr=0.02, freeze_at=0.67, augment=replace(_reflected, flip_prob=0.0)
     ),
     calibration_images=128,
-    latency_rounds=5,
+    latency_rounds=3,
     latency_runs=3,
     study_seeds=2,
     verdict_seeds=2,

@@ -1,6 +1,7 @@
 """Looking inside a quantized network: scales, exponents, and where the error comes from."""
 
 import copy
+from collections.abc import Iterator
 
 import numpy as np
 import pandas as pd
@@ -147,25 +148,39 @@ def inspect_qparams(calibrated: nn.Module, batches: list[Tensor]) -> pd.DataFram
     """
     network = copy.deepcopy(calibrated)
     found: dict[tuple[str, str], _Errors] = {}
-    for name, layer in layers(network).items():
-        watcher = observer_of(layer.qconfig.weight()) if getattr(layer, "qconfig", None) else None
-        if isinstance(watcher, PowerOfTwoObserver):
-            watcher(layer.weight)
-            found[name, "weight"] = _Errors(watcher, *watcher.calculate_qparams())
-            found[name, "weight"].add(layer.weight)
-    network.apply(disable_fake_quant)
-    network.apply(disable_observer)
-    for name, module in network.named_modules():
-        watcher = observer_of(getattr(module, "activation_post_process", None))
-        if isinstance(watcher, PowerOfTwoObserver) and not isinstance(module, FakeQuantizeBase):
-            errors = found[name, "activation"] = _Errors(watcher, *watcher.calculate_qparams())
-            # Before the module, since an observer would widen its range first.
+    for name, tensor, watcher, module in _watched(network):
+        errors = found[name, tensor] = _Errors(watcher, *watcher.calculate_qparams())
+        if tensor == "weight":
+            errors.add(module.weight)
+        else:  # before the module, since an observer would widen its range first
             module.activation_post_process.register_forward_pre_hook(
                 lambda _, inputs, errors=errors: errors.add(inputs[0])
             )
+    network.apply(disable_fake_quant)
+    network.apply(disable_observer)
     for batch in batches:
         network(batch)
     return pd.DataFrame([errors.row(*key) for key, errors in found.items()])
+
+
+@torch.no_grad()
+def count_clamped(calibrated: nn.Module) -> dict[str, int]:
+    """{"clamped", "scales"}: how many scales the clamp changed, of how many; the sums of two columns of `inspect_qparams`."""
+    changed = [watcher.clamped() for _, _, watcher, _ in _watched(calibrated)]
+    return {"clamped": sum(int(some.sum()) for some in changed), "scales": sum(len(some) for some in changed)}
+
+
+def _watched(calibrated: nn.Module) -> Iterator[tuple[str, str, PowerOfTwoObserver, nn.Module]]:
+    """(layer, "weight" or "activation", its observer, the module) of what PowerOfTwoObservers watch; weights are shown to theirs."""
+    for name, layer in layers(calibrated).items():
+        watcher = observer_of(layer.qconfig.weight()) if getattr(layer, "qconfig", None) else None
+        if isinstance(watcher, PowerOfTwoObserver):
+            watcher(layer.weight)
+            yield name, "weight", watcher, layer
+    for name, module in calibrated.named_modules():
+        watcher = observer_of(getattr(module, "activation_post_process", None))
+        if isinstance(watcher, PowerOfTwoObserver) and not isinstance(module, FakeQuantizeBase):
+            yield name, "activation", watcher, module
 
 
 @torch.no_grad()

@@ -5,12 +5,12 @@ A cell of a study is a function of its own key, the trained weights, the images,
 
 import contextlib
 import copy
+import multiprocessing
 import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from multiprocessing import get_context
 from pathlib import Path
 from time import perf_counter
 
@@ -29,7 +29,7 @@ from labcore.evaluate import compare_paired, load_logits, paired_error, predict,
 from labcore.mixed import codes, overrides, save_packed
 from labcore.progress import progress
 from labcore.qconfig import CustomQConfig, Scheme, has_vnni, make_qconfig
-from labcore.qparams import inspect_qparams
+from labcore.qparams import count_clamped
 from labcore.quantize import (
     calibrate,
     calibration_batches,
@@ -187,10 +187,8 @@ class Study:
 
         def compute() -> dict:
             prepared = self.prepared(weight, activation)
-            model = simulate(prepared)
-            table = inspect_qparams(prepared, [])
-            counts = {"clamped": int(table["clamped"].sum()), "scales": int(table["channels"].sum())}
-            return self.judge(self.logits(run_exactly(model, activation.bits))) | counts
+            found = self.judge(self.logits(run_exactly(simulate(prepared), activation.bits)))
+            return found | count_clamped(prepared)
 
         return Cell({"ptq": [asdict(weight), asdict(activation)]}, compute)
 
@@ -403,20 +401,14 @@ def on_onednn(call: Callable[..., np.ndarray], *args, isa: str = "DEFAULT") -> n
         call: a function of a module, since it is named to the other process.
         isa: the highest instruction set that oneDNN may use; "AVX2" has no VNNI. oneDNN reads it once per process.
     """
-    before = os.environ.get("ONEDNN_MAX_CPU_ISA")
+    multiprocessing.set_forkserver_preload([__name__])  # its imports take seconds, and are made once for all calls
+    context = multiprocessing.get_context("forkserver")
+    with ProcessPoolExecutor(1, context, initializer=_use_onednn, initargs=(isa, torch.get_num_threads())) as pool:
+        return pool.submit(call, *args).result()
+
+
+def _use_onednn(isa: str, threads: int) -> None:
     os.environ["ONEDNN_MAX_CPU_ISA"] = isa
-    try:
-        with ProcessPoolExecutor(
-            1, get_context("spawn"), initializer=_use_onednn, initargs=(torch.get_num_threads(),)
-        ) as pool:
-            return pool.submit(call, *args).result()
-    finally:
-        os.environ.pop("ONEDNN_MAX_CPU_ISA")
-        if before is not None:
-            os.environ["ONEDNN_MAX_CPU_ISA"] = before
-
-
-def _use_onednn(threads: int) -> None:
     torch.set_num_threads(threads)
     torch.backends.quantized.engine = "onednn"
 

@@ -7,7 +7,7 @@ from small import network, snapshot, unchanged
 
 from labcore.observer import PowerOfTwoObserver
 from labcore.qconfig import FLOAT, REFERENCE, CustomQConfig, Scheme, make_qconfig
-from labcore.qparams import errors_alone, inspect_qparams, qparams, values_and_grid
+from labcore.qparams import count_clamped, errors_alone, inspect_qparams, qparams, values_and_grid
 from labcore.quantize import calibrate, calibration_batches, convert, layers, prepare_ptq, simulate
 
 POWER2, DEFAULT = CustomQConfig.POWER2, CustomQConfig.DEFAULT
@@ -202,14 +202,15 @@ def test_the_clamped_channels_are_counted(limit, tiny_data, tiny_split):
     prepared = prepare_ptq(network(), make_qconfig(scheme, Scheme()))
     factors = torch.tensor([2.0**-12, 1, 1, 2.0**12])
     prepared.fc.weight.data *= (factors / prepared.fc.weight.detach().abs().amax(1))[:, None]
-    row = (
-        observed(calibrate(prepared, tiny_data, tiny_split), tiny_data, tiny_split)
-        .set_index(["layer", "tensor"])
-        .loc["fc", "weight"]
-    )
+    prepared = calibrate(prepared, tiny_data, tiny_split)
+    before = snapshot(prepared)
+    table = observed(prepared, tiny_data, tiny_split)
+    row = table.set_index(["layer", "tensor"]).loc["fc", "weight"]
     exponents = np.round(np.log2(factors.numpy() / 127.5))
     expected = 0 if limit is None else int((np.abs(exponents) > limit).sum())
     assert (row["clamped"], row["channels"]) == (expected, 4)
+    assert count_clamped(prepared) == {"clamped": table["clamped"].sum(), "scales": table["channels"].sum()}
+    assert unchanged(prepared, before)
 
 
 def test_fewer_bits_have_a_worse_ratio_and_float_scales_clip_nothing(tiny_data, tiny_split):
