@@ -21,6 +21,9 @@ export LAB_VARIABLES := $(MAKEOVERRIDES)
 export MALLOC_MMAP_THRESHOLD_ ?= 1073741824
 export MALLOC_TRIM_THRESHOLD_ ?= 4294967296
 export MALLOC_TOP_PAD_ ?= 268435456
+# pip does not compile what it installs, which takes a minute or more for packages of which few files are used. Python compiles
+# those when they are first imported, and must be allowed to keep what it compiled.
+unexport PYTHONDONTWRITEBYTECODE
 OPTIONS = --profile "$$LAB_PROFILE" --data "$$LAB_DATA" --seed "$$LAB_SEED" --set "$$LAB_SET" --studies "$$LAB_STUDIES" --make-variables "$$LAB_VARIABLES"
 
 .PHONY: help report studies verify test lab status clean
