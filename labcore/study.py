@@ -161,9 +161,9 @@ class Study:
                 _apply_qparams(watcher)
         return network
 
-    def eager(self, weight: Scheme, activation: Scheme) -> nn.Module:
-        """Calibrated for PTQ by torch's eager mode, to be converted."""
-        return calibrate(prepare_ptq(self.model, make_qconfig(weight, activation)), self.data, self.split)
+    def eager(self, weight: Scheme, activation: Scheme, **options) -> nn.Module:
+        """Calibrated for PTQ by torch's eager mode, to be converted; `options` are prepare_ptq's."""
+        return calibrate(prepare_ptq(self.model, make_qconfig(weight, activation), **options), self.data, self.split)
 
     def quantized(self, weight: Scheme, activation: Scheme, **options) -> nn.Module:
         """PTQ with these schemes, computed exactly."""
@@ -251,14 +251,7 @@ class Study:
         """A cell: the squared error of the logits with Conv-BN-ReLU fused, against that with the three apart (`paired_error`)."""
 
         def compute() -> dict:
-            apart, fused = (
-                convert(
-                    calibrate(
-                        prepare_ptq(self.model, make_qconfig(weight, activation), fused=fused), self.data, self.split
-                    )
-                )
-                for fused in (False, True)
-            )
+            apart, fused = (convert(self.eager(weight, activation, fused=fused)) for fused in (False, True))
             return paired_error(self.reference, self.logits(apart), self.logits(fused))
 
         return Cell({"fusing": [asdict(weight), asdict(activation)]}, compute)

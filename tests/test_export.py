@@ -13,14 +13,14 @@ from torch import nn
 from labcore import LabError
 from labcore.export import convert_export, export_scales, prepare_export
 from labcore.model import QuantizableBottleneck, QuantizableResNet, build_model
-from labcore.qconfig import FLOAT, REFERENCE, Scheme, make_qconfig
+from labcore.qconfig import FLOAT, RECOMMENDED, REFERENCE, Scheme, make_qconfig
 from labcore.qparams import qparams
 from labcore.quantize import calibrate, calibration_batches, convert, prepare_ptq
 from labcore.transforms import normalize
 
 SCHEMES = {
     "reference": (REFERENCE, REFERENCE),
-    "best": (Scheme(rule="least_error", per_channel=True), Scheme(rule="least_error", zero_point="unsigned")),
+    "best": RECOMMENDED,
     "affine": (Scheme(rule="ceil"), Scheme(range="percentile", zero_point="affine")),
     "histogram": (Scheme(range="moving_average"), Scheme(range="histogram", rule="floor")),
     "float": (FLOAT, FLOAT),
