@@ -80,30 +80,56 @@ STAGES = (
 _REFERENCE = sha256_json(asdict(PROFILES["reference"]))
 
 
-def imported_modules(*cells: str, name: str = "the code") -> set[str]:
-    """The modules of labcore that cells of code import, and those that they import, by name.
+def imported_modules(*cells: str, name: str = "the code", root: Path = ROOT) -> dict[str, Path]:
+    """Return the modules of labcore that cells of code import, and those that they import: dotted name -> file.
 
-    Raises LabError, about `name` or the module, where something is no Python.
+    Packages are followed, and their `__init__.py` counts wherever a module inside is imported.
+
+    Raises LabError, about `name` or the module, where something is no Python or imports a module that is not there.
     """
-    found, todo = set(), set().union(*(_imports(code, name) for code in cells))
+    found: dict[str, Path] = {}
+    todo = [(dotted, name) for code in cells for dotted in _imports(code, name, root)]
     while todo:
-        module = todo.pop()
-        path = ROOT / "labcore" / f"{module}.py"
-        if module not in found and path.exists():
-            found.add(module)
-            todo |= _imports(path.read_text(encoding="utf-8"), path.name)
+        dotted, importer = todo.pop()
+        if dotted in found:
+            continue
+        path = _module_file(dotted, root)
+        if path is None:
+            raise LabError(f"{importer} imports {dotted}, which is no module of labcore; correct the name.")
+        found[dotted] = path
+        importer = path.relative_to(root).as_posix()
+        todo += [(inner, importer) for inner in _imports(path.read_text(encoding="utf-8"), importer, root)]
     return found
 
 
+def _module_file(dotted: str, root: Path) -> Path | None:
+    base = root.joinpath(*dotted.split("."))
+    return next((p for p in (base / "__init__.py", base.with_suffix(".py")) if p.is_file()), None)
+
+
+def _imports(code: str, name: str, root: Path) -> set[str]:
+    """Dotted names of the modules that code imports, the packages around them included."""
+    modules = set()
+    for module, names in _import_statements(code, name):
+        modules.add(module)
+        # What a package gives by name is a module, or something that its __init__.py defines.
+        modules |= {f"{module}.{part}" for part in names if _module_file(f"{module}.{part}", root)}
+    parents = {module.rsplit(".", level)[0] for module in modules for level in range(1, module.count(".") + 1)}
+    return modules | parents
+
+
 @cache
-def _imports(code: str, name: str) -> frozenset[str]:
-    names = set()
+def _import_statements(code: str, name: str) -> frozenset[tuple[str, tuple[str, ...]]]:
+    """(module, the names taken from it) of every import of labcore, wherever in the code it stands."""
+    found = set()
     for node in ast.walk(parse(code, name)):
-        if isinstance(node, ast.ImportFrom) and node.module == "labcore":
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("labcore."):
-            names.add(node.module.split(".")[1])
-    return frozenset(names)
+        if isinstance(node, ast.Import):
+            found |= {(alias.name, ()) for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            if node.level:
+                raise LabError(f"{name} imports relatively in line {node.lineno}; write labcore.… in full.")
+            found.add((node.module, tuple(alias.name for alias in node.names)))
+    return frozenset((module, names) for module, names in found if module.split(".")[0] == "labcore")
 
 
 class Pipeline:
@@ -131,8 +157,9 @@ class Pipeline:
         code, _ = notebook_sources(self.notebook(stage))
         parts = {f"code cells of notebooks/{stage.notebook}.ipynb": sha256_json(code)}
         # config.py is left out: what counts is the profile it gives, so that a change of `full` leaves `cpu` alone.
-        for name in sorted(imported_modules(*code, name=f"{stage.notebook}.ipynb") - {"config"}):
-            parts[f"labcore/{name}.py"] = code_hash(ROOT / "labcore" / f"{name}.py")
+        for name, path in sorted(imported_modules(*code, name=f"{stage.notebook}.ipynb").items()):
+            if name != "labcore.config":
+                parts[path.relative_to(ROOT).as_posix()] = code_hash(path)
         parts |= {
             "the profile": sha256_json(asdict(self.profile)),
             "the images": self.data_sha256(),

@@ -423,7 +423,7 @@ def test_a_magic_in_a_notebook_is_a_change_of_its_code_and_a_slip_is_one_line(pr
     project.edit("labcore/observer.py", lambda text: text + "def f(:\n")
     result = project.run("status")
     assert result.returncode == 1
-    assert re.fullmatch(r"error: observer\.py is no Python: .* in line \d+ \(def f\(:\); correct it\.\n", result.stderr)
+    assert re.fullmatch(r"error: labcore/observer\.py is no Python: .* in line \d+ \(def f\(:\); correct it\.\n", result.stderr)
 
 
 def test_a_comment_in_printed_source_makes_only_the_report_stale(project):
@@ -461,8 +461,53 @@ def test_the_seconds_of_a_training_are_those_of_all_its_epochs(built):
 
 def test_modules_are_found_through_other_modules():
     found = pipeline.imported_modules("from labcore.quantize import fuse")
-    assert {"quantize", "observer", "model", "checkpoint"} <= found
-    assert "observer" not in pipeline.imported_modules("from labcore.train import fit")
-    assert {"plots", "artifacts"} <= pipeline.imported_modules(
+    assert {"labcore.quantize", "labcore.observer", "labcore.model", "labcore.checkpoint"} <= found.keys()
+    assert "labcore.observer" not in pipeline.imported_modules("from labcore.train import fit")
+    assert {"labcore.plots", "labcore.artifacts"} <= pipeline.imported_modules(
         "from labcore import LabError, plots\nfrom labcore.run import open_run"
-    )
+    ).keys()
+
+
+@pytest.fixture
+def package(tmp_path):
+    """A labcore of two packages: top -> rooms.a -> rooms.deep.b, inside a function."""
+    files = {
+        "__init__.py": "class LabError(Exception): pass",
+        "top.py": "from labcore.rooms import a, NAME",
+        "rooms/__init__.py": "NAME = 1",
+        "rooms/a.py": "def f():\n    import labcore.rooms.deep.b",
+        "rooms/deep/__init__.py": "",
+        "rooms/deep/b.py": "import torch",
+        "rooms/alone.py": "",
+        "wrong.py": "from labcore.rooms.gone import x",
+        "relative.py": "from .top import a",
+    }
+    for name, text in files.items():
+        path = tmp_path / "labcore" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "cell",
+    ["from labcore.top import a", "from labcore import top", "import labcore.top as t", "if 1:\n  import os, labcore.top"],
+)
+def test_imports_are_followed_into_packages(package, cell):
+    found = pipeline.imported_modules(cell, root=package)
+    expected = ["", ".top", ".rooms", ".rooms.a", ".rooms.deep", ".rooms.deep.b"]
+    assert found.keys() == {f"labcore{name}" for name in expected}
+    assert found["labcore.rooms"] == package / "labcore/rooms/__init__.py"
+
+
+@pytest.mark.parametrize(
+    ("cell", "message"),
+    [
+        ("from labcore.gone import x", "the code imports labcore.gone, which is no module"),
+        ("from labcore.wrong import x", "labcore/wrong.py imports labcore.rooms.gone, which is no module"),
+        ("import labcore.relative", "labcore/relative.py imports relatively in line 1"),
+    ],
+)
+def test_an_import_that_leads_nowhere_is_an_error(package, cell, message):
+    with pytest.raises(LabError, match=message):
+        pipeline.imported_modules(cell, root=package)
