@@ -8,7 +8,7 @@ PORT ?= 8888
 PYTHON ?= python3
 VENV ?= .venv
 
-RUN = $(VENV)/bin/python -m labcore.pipeline
+RUN = $(VENV)/bin/python -m labcore.lab.pipeline
 # Through the environment, so that a path may hold blanks and quotes.
 export LAB_PROFILE := $(PROFILE)
 export LAB_DATA := $(DATA)
@@ -44,7 +44,7 @@ report studies status clean: $(VENV)/.installed
 	@$(RUN) $@ $(OPTIONS)
 
 verify: $(VENV)/.installed
-	@$(VENV)/bin/python -m labcore.verify --profile "$$LAB_PROFILE"
+	@$(VENV)/bin/python -m labcore.report.verify --profile "$$LAB_PROFILE"
 
 test: $(VENV)/.installed
 	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder

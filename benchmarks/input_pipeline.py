@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from labcore.artifacts import cpu_name, versions
 from labcore.config import PROFILES, Augment
-from labcore.transforms import MEAN, STD, augment
+from labcore.files.provenance import cpu_name, versions
+from labcore.images.transforms import MEAN, STD, augment
 
 SIDE = 32
 REFERENCE = PROFILES["reference"].fp32.augment

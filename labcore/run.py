@@ -9,11 +9,13 @@ from IPython.display import Image
 from matplotlib.figure import Figure
 
 from labcore import LabError
-from labcore.artifacts import ROOT, atomic_path, provenance, read_json, write_json
 from labcore.config import NOTEBOOKS, Profile, check_seed, get_profile, parse_overrides
 from labcore.data import ImageData, Split, load_data, load_split, make_split, save_split
-from labcore.model import QuantizableResNet, build_model, initialize
-from labcore.steps import multiplies_bfloat16
+from labcore.files.artifacts import ROOT, atomic_path, read_json, write_json
+from labcore.files.provenance import provenance
+from labcore.model import QuantizableResNet, build_model
+from labcore.training.first_weights import initialize
+from labcore.training.steps import multiplies_bfloat16
 
 
 @dataclass(frozen=True)

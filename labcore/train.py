@@ -19,14 +19,18 @@ from torch import Tensor, nn
 from torch.ao.quantization import FakeQuantizeBase
 
 from labcore import LabError
-from labcore.artifacts import modules_hash, sha256_json, versions, write_text
-from labcore.checkpoint import differences, load_checkpoint, save_checkpoint, state_hash
 from labcore.config import Recipe
 from labcore.data import ImageData, Split
-from labcore.distributed import current_world, from_first, same_buffers, sum_over_processes
-from labcore.optim import learning_rate
-from labcore.progress import progress
-from labcore.steps import (
+from labcore.files.artifacts import sha256_json, write_text
+from labcore.files.code import modules_hash
+from labcore.files.progress import progress
+from labcore.files.provenance import versions
+from labcore.files.tensors import state_hash
+from labcore.images.transforms import normalize
+from labcore.training.checkpoint import differences, load_checkpoint, save_checkpoint
+from labcore.training.distributed import current_world, from_first, same_buffers, sum_over_processes
+from labcore.training.optim import learning_rate
+from labcore.training.steps import (
     Diverged,
     Loop,
     autocast,
@@ -37,11 +41,18 @@ from labcore.steps import (
     new_loop,
     run_epoch,
 )
-from labcore.transforms import normalize
-
 
 # What every training runs.
-MODULES = ("train", "steps", "optim", "distributed", "transforms", "policy", "pixels", "model")
+MODULES = (
+    "train",
+    "training.steps",
+    "training.optim",
+    "training.distributed",
+    "images.transforms",
+    "images.policy",
+    "images.pixels",
+    "model",
+)
 
 
 @dataclass(frozen=True)
@@ -104,7 +115,7 @@ def about(recipe: Recipe, data: ImageData, split: Split, seed: int, model: nn.Mo
     """
     modules = MODULES
     if is_fake_quantized(model):
-        modules += ("observer", "qconfig", "quantize")
+        modules += ("observer", "quantizers.learned", "qconfig", "quantize")
     return {
         "recipe": asdict(recipe),
         "data": data.sha256[:16],

@@ -13,7 +13,6 @@ from labcore.data import ImageData, Split
 from labcore.qconfig import CustomQConfig
 from labcore.quantize import calibrate, convert, prepare_ptq
 
-
 FIRST = ("test_pipeline_studies", "test_distributed", "test_artifacts", "test_pipeline_engines", "test_pipeline")
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import nbformat
 
-from labcore import verify
+from labcore.report import verify
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ["01_fp32_train", "02_ptq", "03_qat", "04_compare", "08_claims"]
@@ -65,7 +65,7 @@ class Project:
         project.root = root
         return project
 
-    def start(self, *arguments: str, module: str = "pipeline") -> subprocess.Popen:
+    def start(self, *arguments: str, module: str = "lab.pipeline") -> subprocess.Popen:
         environment = {**os.environ, "PYTHONPATH": str(self.root)}
         command = [sys.executable, "-m", f"labcore.{module}", *arguments]
         return subprocess.Popen(

@@ -5,9 +5,9 @@ import copy
 import torch
 from torch import nn
 
-from labcore import steps
+from labcore.images.transforms import normalize
 from labcore.model import build_model
-from labcore.transforms import normalize
+from labcore.training import steps
 
 
 def network(arch: str = "resnet9", width: int = 4, classes: int = 4) -> nn.Module:

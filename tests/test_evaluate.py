@@ -14,25 +14,23 @@ from sklearn.metrics import confusion_matrix
 from torch import nn
 
 from labcore import LabError
-from labcore.evaluate import (
+from labcore.evaluate import latency, predict
+from labcore.files.artifacts import load_logits, save_logits
+from labcore.images.transforms import MEAN, STD
+from labcore.stats import (
     bootstrap_drop,
     calibration,
     class_accuracy,
     compare_paired,
     confusion,
     images_needed,
-    latency,
     latency_table,
-    load_logits,
     median_interval,
     paired_by_class,
     paired_error,
     paired_loss,
-    predict,
-    save_logits,
     summarize,
 )
-from labcore.transforms import MEAN, STD
 
 
 def scores(count: int = 200, classes: int = 5, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

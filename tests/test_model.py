@@ -8,8 +8,9 @@ import torchvision
 from torch import nn
 
 from labcore import LabError
-from labcore.model import QuantizableBottleneck, build_model, initialize, load_weights, whitening_filters
-from labcore.transforms import normalize
+from labcore.images.transforms import normalize
+from labcore.model import QuantizableBottleneck, build_model, load_weights
+from labcore.training.first_weights import initialize, whitening_filters
 from tests.small import used
 
 ARCHITECTURES = ["resnet9", "resnet18", "resnet34", "resnet50"]

@@ -10,14 +10,8 @@ from torch.ao.quantization import observer as torch_observers
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from labcore import LabError, observer
-from labcore.observer import (
-    RANGES,
-    RULES,
-    CusQuantObserver,
-    LearnedFakeQuantize,
-    PowerOfTwoObserver,
-    scale_approximate,
-)
+from labcore.observer import RANGES, RULES, CusQuantObserver, PowerOfTwoObserver, scale_approximate
+from labcore.quantizers.learned import LearnedFakeQuantize
 
 INF, NAN = float("inf"), float("nan")
 TENSOR = [torch.per_tensor_affine, torch.per_tensor_symmetric]

@@ -8,7 +8,7 @@ from torch.ao.quantization import FakeQuantize
 from torch.ao.quantization._learnable_fake_quantize import _LearnableFakeQuantize
 
 from labcore import LabError
-from labcore.observer import LearnedFakeQuantize, PowerOfTwoObserver
+from labcore.observer import PowerOfTwoObserver
 from labcore.qconfig import (
     FLOAT,
     MODES,
@@ -19,6 +19,7 @@ from labcore.qconfig import (
     has_vnni,
     make_qconfig,
 )
+from labcore.quantizers.learned import LearnedFakeQuantize
 
 
 @pytest.mark.parametrize(

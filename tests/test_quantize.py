@@ -12,27 +12,24 @@ from torch import nn
 from torch.ao.nn.quantized import Conv2d, QFunctional
 
 from labcore import LabError, quantize
-from labcore.checkpoint import load_tensors, save_tensors
-from labcore.data import Split
+from labcore.data import Split, calibration_batches
+from labcore.engines.eager import load_float, load_int8, save_int8
+from labcore.files.tensors import load_tensors, save_tensors
+from labcore.images.transforms import normalize
 from labcore.model import build_model
 from labcore.qconfig import REFERENCE, CustomQConfig, Scheme, has_vnni, make_qconfig
-from labcore.qparams import inspect_qparams, qparams
 from labcore.quantize import (
     RoundedAverage,
     calibrate,
-    calibration_batches,
     convert,
     fuse,
     layers,
-    load_float,
-    load_int8,
     on_grid,
     prepare_ptq,
     prepare_qat,
-    save_int8,
     simulate,
 )
-from labcore.transforms import normalize
+from labcore.studies.errors import inspect_qparams, qparams
 
 POWER2, DEFAULT = CustomQConfig.POWER2, CustomQConfig.DEFAULT
 exact_sums = pytest.mark.skipif(
@@ -322,7 +319,7 @@ def test_calibration_is_done_in_eval_mode(tiny_data, tiny_split):
 
 def test_calibration_normalises_like_evaluation(monkeypatch, tiny_data, tiny_split):
     prepared, seen = prepare_ptq(network(), POWER2.value), []
-    monkeypatch.setattr(quantize, "normalize", lambda images: seen.append(len(images)) or normalize(images))
+    monkeypatch.setattr("labcore.data.normalize", lambda images: seen.append(len(images)) or normalize(images))
     calibrate(prepared, tiny_data, tiny_split, batch_size=6)
     assert seen == [6, 6, 4]
 

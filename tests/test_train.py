@@ -22,11 +22,13 @@ import torch
 from small import counted_updates, spoil_weights
 from torchvision.transforms.v2.functional import resize
 
-from labcore import LabError, checkpoint, evaluate, steps, train
+from labcore import LabError, evaluate, train
 from labcore.config import PROFILES, Augment, Recipe
 from labcore.model import build_model
 from labcore.qconfig import REFERENCE, CustomQConfig, make_qconfig
 from labcore.quantize import calibrate, convert, prepare_qat
+from labcore.stats import summarize
+from labcore.training import checkpoint, steps
 
 RECIPE = Recipe(epochs=3, batch_size=16, lr=0.05, augment=Augment(crop_padding=2))
 
@@ -445,7 +447,7 @@ def test_the_recipe_of_profile_full_trains_a_narrow_resnet50_and_its_qat(tmp_pat
     )
     images, labels = (torch.from_numpy(part) for part in (tiny_data.test_images, tiny_data.test_labels))
     simulated = train.score(qat.model, images, labels, 16)
-    kernels = evaluate.summarize(evaluate.predict(convert(qat.model), tiny_data.test_images), tiny_data.test_labels)
+    kernels = summarize(evaluate.predict(convert(qat.model), tiny_data.test_images), tiny_data.test_labels)
     assert kernels["acc"] == pytest.approx(simulated[1], abs=2 / len(labels))
 
 

@@ -1,0 +1,121 @@
+"""Files that stages hand to each other: written whole or not at all, hashed, with their provenance."""
+
+import contextlib
+import errno
+import hashlib
+import json
+import lzma
+import os
+import tarfile
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from labcore import LabError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def sha256_json(value) -> str:
+    """SHA-256 of a JSON value, independent of the order of keys, in hex."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path):
+    """Yield a temporary path beside `path`; rename it to `path` on success, remove it otherwise.
+
+    A reader sees the old file or the whole new one, never a part. Raises LabError where the disk is full.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield partial
+        with open(partial, "rb") as stream:
+            os.fsync(stream.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise LabError(
+                f"no space left to write {path}: free some disk space and run again; what was there is kept."
+            ) from error
+        raise
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically, with Unix line ends on every system."""
+    with atomic_path(path) as partial:
+        partial.write_text(text, encoding="utf-8", newline="\n")
+
+
+def write_json(path: Path, value) -> None:
+    """Write a JSON file atomically, in a form that reads well and differs little from run to run."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
+
+
+def read_json(path: Path):
+    """Read a JSON file; LabError names the file and the step that makes it when it is missing or damaged."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise LabError(
+            f"{path} is missing: run the stage that writes it first (make report does all in order)."
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise LabError(f"{path} is damaged ({error}): delete it and run make report again.") from None
+
+
+# What readers of damaged or foreign files raise: archives, .npz files, images.
+UNREADABLE = (
+    OSError,
+    KeyError,
+    ValueError,
+    TypeError,
+    EOFError,
+    MemoryError,  # a forged size
+    OverflowError,
+    RuntimeError,
+    tarfile.TarError,
+    zipfile.BadZipFile,
+    lzma.LZMAError,
+    zlib.error,
+)
+
+
+def write_npz(path: Path, **arrays: np.ndarray) -> None:
+    """Write arrays by name, atomically; the same arrays give the same bytes."""
+    with atomic_path(path) as partial, open(partial, "wb") as stream:
+        np.savez(stream, **arrays)
+
+
+def read_npz(path: Path) -> dict[str, np.ndarray]:
+    """All arrays of a file, read whole; no pickle is executed. Raises one of UNREADABLE where it is damaged."""
+    with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as stored:
+        if isinstance(stored, np.ndarray):
+            raise ValueError("one array instead of several by name")
+        return {name: stored[name] for name in stored.files}
+
+
+def save_logits(path: Path, logits: np.ndarray, labels: np.ndarray) -> None:
+    """Write logits with the labels they belong to."""
+    write_npz(path, logits=logits, labels=labels)
+
+
+def load_logits(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """(logits, labels); LabError when the file is missing or damaged."""
+    try:
+        stored = read_npz(path)
+        return stored["logits"], stored["labels"]
+    except UNREADABLE as error:
+        raise LabError(f"{path} cannot be read ({error}): run the stage that writes it again.") from None

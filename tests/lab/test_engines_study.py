@@ -1,0 +1,52 @@
+"""The study of the engines on profile smoke, alone, in a copy of the project."""
+
+import platform
+import shutil
+
+import nbformat
+import pytest
+from project import Project
+
+from labcore.engines.bench import ENGINES
+
+
+@pytest.fixture(scope="module")
+def studied(built, tmp_path_factory) -> Project:
+    copy = Project.copy(built, tmp_path_factory.mktemp("engines") / "lab")
+    result = copy.run("studies", "--studies", "09")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "09_engines: done" in result.stdout and "05_observers" not in result.stdout
+    return copy
+
+
+def test_every_cell_of_the_study_was_run(studied):
+    notebook = nbformat.read(studied.root / "report/smoke/notebooks/09_engines.ipynb", as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+
+
+def test_every_engine_answers_and_has_its_row(studied):
+    report = (studied.root / "report/smoke/report.md").read_text(encoding="utf-8")
+    study = studied.metrics("engines")
+    answers = {row["engine"]: row for row in study["answers"]}
+    if platform.machine() in ("x86_64", "AMD64") and shutil.which("g++"):
+        assert study["skipped"] == {} and len(answers) == len(ENGINES)
+    for title, row in answers.items():
+        assert f"| {title} | {row['acc']:.2%} |" in report
+        if title.startswith("PyTorch") and title.endswith("power of two"):
+            assert row["agree"] > 0.99, f"{title} runs the eager network's integers"
+    for rows in study["speeds"].values():
+        assert {row["engine"] for row in rows} == set(answers)
+        assert all(f"| {row['engine']} | {row['latency_ms']:.2f} |" in report for row in rows)
+
+
+def test_numbers_of_the_engines_are_verified_too(studied):
+    assert studied.verify() == (0, "")
+    for pattern, message in (
+        (r'(?<="agree": 0\.9)\d', "engines.answers."),
+        (r'(?<="speedup": )\d', "engines."),
+        (r'(?<="n_tied": )\d', "engines.answers."),
+    ):
+        status, errors = studied.verify_with_another_digit("results/engines/metrics.json", pattern)
+        assert status == 1 and f"error: {message}" in errors
+    assert studied.verify() == (0, "")
