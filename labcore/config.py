@@ -266,7 +266,12 @@ _smoke = replace(
         augment=replace(_reflected, flip_prob=0.0),
     ),
     qat=Recipe(
-        epochs=1, epoch_images=640, batch_size=64, lr=0.02, freeze_at=0.67, augment=replace(_reflected, flip_prob=0.0)
+        epochs=1,
+        epoch_images=640,
+        batch_size=64,
+        lr=0.02,
+        freeze_at=0.67,
+        augment=replace(_reflected, flip_prob=0.0),
     ),
     calibration_images=128,
     latency_rounds=3,
@@ -391,7 +396,7 @@ def get_profile(name: str, /, **overrides) -> Profile:
 
 
 def parse_overrides(text: str | None) -> dict[str, str]:
-    """ "fp32.epochs=2 width=16" -> {"fp32.epochs": "2", "width": "16"}."""
+    """Return what SET= says: "fp32.epochs=2 width=16" -> {"fp32.epochs": "2", "width": "16"}."""
     pairs = {}
     for part in (text or "").split():
         name, sign, value = part.partition("=")

@@ -70,7 +70,9 @@ class Split:
     @property
     def train_sample(self) -> np.ndarray:
         """Evenly spaced training images, as many as there are validation images: those that are scored like them."""
-        return self.train[np.linspace(0, len(self.train) - 1, min(len(self.train), len(self.validation))).astype(int)]
+        return self.train[
+            np.linspace(0, len(self.train) - 1, min(len(self.train), len(self.validation))).astype(int)
+        ]
 
     @property
     def sha256(self) -> str:
@@ -164,9 +166,7 @@ def _digits(image_size: int) -> ImageData:
     for digit in range(10):
         members = target == digit
         rank[members] = np.arange(members.sum())
-    return _image_data(
-        "Digits (scikit-learn)", images, target, rank % 5 == 4, np.array(list("0123456789"))
-    )
+    return _image_data("Digits (scikit-learn)", images, target, rank % 5 == 4, np.array(list("0123456789")))
 
 
 def _cifar(name: str, image_size: int) -> ImageData:
@@ -178,7 +178,7 @@ def _cifar(name: str, image_size: int) -> ImageData:
 
 
 def _download_cifar(label: str, image_size: int) -> tuple[str, dict]:
-    """torchvision's own download and checksums; LabError without network or with damaged files."""
+    """Torchvision's own download and checksums; LabError without network or with damaged files."""
     from torchvision import datasets
 
     kind = {"CIFAR-10": datasets.CIFAR10, "CIFAR-100": datasets.CIFAR100}[label]

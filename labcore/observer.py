@@ -276,7 +276,10 @@ class PowerOfTwoObserver(UniformQuantizationObserverBase):
         if self.averaging_constant != 1 or self.qscheme not in _SYMMETRIC or self.unsigned:
             return _N_EXPONENTS
         steps = self.quant_max - self.quant_min
-        at_most, ends = 2 * math.sqrt(n_values) / steps, [2.0 ** (1 - j) * (1 + 1 / steps) for j in range(_N_EXPONENTS)]
+        at_most, ends = (
+            2 * math.sqrt(n_values) / steps,
+            [2.0 ** (1 - j) * (1 + 1 / steps) for j in range(_N_EXPONENTS)],
+        )
         smaller = next((j for j, end in enumerate(ends) if 1 - end > at_most), _N_EXPONENTS)
         return min(_HEADROOM + smaller, _N_EXPONENTS)
 

@@ -5,6 +5,7 @@ Reference: Krishnamoorthi (2018), "Quantizing deep convolutional networks for ef
 
 import copy
 import warnings
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -15,14 +16,13 @@ from torch.ao.quantization._learnable_fake_quantize import _LearnableFakeQuantiz
 
 from labcore import LabError
 from labcore.config import nearest
-from labcore.data import ImageData, Split, calibration_batches
 from labcore.files.progress import progress
 from labcore.model import QuantizableResNet
 from labcore.quantizers.learned import LearnedFakeQuantize
 
 
 def _quiet(call, *args, **kwargs):
-    """torch announces on every call that this API will move to torchao; requirements.txt pins the version that has it."""
+    """Torch announces on every call that this API will move to torchao; requirements.txt pins the version that has it."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*torch.ao.quantization is deprecated.*")
         warnings.filterwarnings("ignore", message=".*quantized tensor.*")
@@ -133,15 +133,13 @@ def prepare_qat(
 
 
 @torch.no_grad()
-def calibrate(prepared: nn.Module, data: ImageData, split: Split, batch_size: int = 128) -> nn.Module:
-    """Let the observers see the calibration images: training images, evaluation transforms, float32. In place.
+def calibrate(prepared: nn.Module, batches: Sequence[Tensor]) -> nn.Module:
+    """Let the observers see normalised images, batches of shape (B, 3, H, W) in float32. In place.
 
     Fake quantization is off meanwhile, and on afterwards. Learned scales start from what was seen, and are free then.
 
-    Raises LabError for an empty calibration set, one with validation or test images, and where an observer meets NaN or
-    infinity, naming the layer.
+    Raises LabError where an observer meets NaN or infinity, naming the layer.
     """
-    batches = calibration_batches(data, split, batch_size)
     prepared.eval()
     prepared.apply(tq.disable_fake_quant)
     for module in _learnable(prepared):
@@ -251,7 +249,7 @@ class _Known(tq.ObserverBase):
         return self.known
 
 
-def lower(simulated: nn.Module) -> nn.Module:
+def convert_simulated(simulated: nn.Module) -> nn.Module:
     """The int8 network of a simulated one: int8 kernels run weights of fewer bits too, since their codes fit.
 
     Activations must have 8 bits, because the kernels use all of quint8.

@@ -153,7 +153,9 @@ def paired_loss(before: np.ndarray, after: np.ndarray, labels: np.ndarray) -> di
         loss_rise, loss_rise_low, loss_rise_high.
     """
     rows = np.arange(len(labels))
-    rise = (log_softmax(before.astype(np.float64), 1) - log_softmax(after.astype(np.float64), 1))[rows, labels]
+    rise = (log_softmax(before.astype(np.float64), 1) - log_softmax(after.astype(np.float64), 1))[
+        rows, labels
+    ]
     return _named("loss_rise", mean_over_images(rise))
 
 
@@ -178,7 +180,8 @@ def median_interval(values: np.ndarray) -> tuple[float, float]:
     """
     found = stats.quantile_test(values, p=0.5).confidence_interval(0.95)
     return tuple(
-        float(bound) if np.isfinite(bound) else side * np.inf for bound, side in ((found.low, -1), (found.high, 1))
+        float(bound) if np.isfinite(bound) else side * np.inf
+        for bound, side in ((found.low, -1), (found.high, 1))
     )
 
 

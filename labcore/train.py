@@ -34,10 +34,10 @@ from labcore.training.steps import (
     Diverged,
     Loop,
     autocast,
+    autocast_dtype,
     device,
     freeze,
     is_fake_quantized,
-    multiplies_in,
     new_loop,
     run_epoch,
 )
@@ -109,7 +109,9 @@ def score(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int) -> 
     return loss / count, correct / count
 
 
-def about(recipe: Recipe, data: ImageData, split: Split, seed: int, model: nn.Module) -> dict[str, object]:
+def training_identity(
+    recipe: Recipe, data: ImageData, split: Split, seed: int, model: nn.Module
+) -> dict[str, object]:
     """What decides the weights: recipe, images, split, seed, first weights, code, torch, kind of device and of the numbers it
     multiplies; as JSON values.
     """
@@ -126,7 +128,7 @@ def about(recipe: Recipe, data: ImageData, split: Split, seed: int, model: nn.Mo
         "code": modules_hash(*modules)[:16],
         "torch": versions()["torch"],
         "device": device().type,
-        "multiplies in": multiplies_in(model),
+        "autocast dtype": str(autocast_dtype(model)),
     }
 
 
@@ -134,7 +136,7 @@ def finished(
     model: nn.Module, recipe: Recipe, data: ImageData, split: Split, seed: int, folder: Path
 ) -> bool:
     """Whether `fit` would only load the result."""
-    state = load_checkpoint(folder, about(recipe, data, split, seed, model))
+    state = load_checkpoint(folder, training_identity(recipe, data, split, seed, model))
     return state is not None and len(state["rows"]) == recipe.epochs
 
 
@@ -164,7 +166,7 @@ def fit(
         LabError: too few images for one batch, a batch that the processes cannot share, or too little memory for one image.
     """
     place = device()
-    description_of_run = about(recipe, data, split, seed, model)
+    description_of_run = training_identity(recipe, data, split, seed, model)
     _check_the_same(description_of_run)
     model = copy.deepcopy(model).to(place, memory_format=torch.channels_last)
     images, labels = (
@@ -213,7 +215,9 @@ def fit(
                 from_first(partial(_save, folder, description_of_run, loop, rows, best))
                 loop.saved, saved_at = epoch + 1, time.perf_counter()
                 saving = saved_at - began
-    from_first(partial(_write_history, folder, rows))  # where training was loaded, another run's may lie there
+    from_first(
+        partial(_write_history, folder, rows)
+    )  # where training was loaded, another run's may lie there
     model.load_state_dict(best["model"])
     if is_fake_quantized(model):
         freeze(model)  # what follows only scores it

@@ -9,11 +9,17 @@ import pytest
 from project import Project
 from small import network
 
-from labcore.data import ImageData, Split
+from labcore.data import ImageData, Split, calibration_batches
 from labcore.qconfig import CustomQConfig
 from labcore.quantize import calibrate, convert, prepare_ptq
 
-FIRST = ("test_pipeline_studies", "test_distributed", "test_artifacts", "test_pipeline_engines", "test_pipeline")
+FIRST = (
+    "test_pipeline_studies",
+    "test_distributed",
+    "test_artifacts",
+    "test_pipeline_engines",
+    "test_pipeline",
+)
 
 
 def pytest_collection_modifyitems(items):
@@ -44,7 +50,9 @@ def tiny_split() -> Split:
 def int8(tiny_data, tiny_split, request):
     """A calibrated and converted network; POWER2 where the test names no other configuration."""
     config = getattr(request, "param", CustomQConfig.POWER2)
-    return convert(calibrate(prepare_ptq(network(), config.value), tiny_data, tiny_split))
+    return convert(
+        calibrate(prepare_ptq(network(), config.value), calibration_batches(tiny_data, tiny_split))
+    )
 
 
 @pytest.fixture(scope="session")

@@ -90,14 +90,20 @@ class Project:
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
     def run(self, command: str = "report", *arguments: str) -> subprocess.CompletedProcess:
-        return self.finish(self.start(command, "--profile", "smoke", *arguments), 1800)  # all studies take the longest
+        return self.finish(
+            self.start(command, "--profile", "smoke", *arguments), 1800
+        )  # all studies take the longest
 
     def verify(self, *arguments: str) -> tuple[int, str]:
         """Status and stderr of labcore.verify in this project, in a fork of this process: what it imports is there already."""
         context = multiprocessing.get_context("fork")
         receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=_verify, args=(self.root, ["--profile", "smoke", *arguments], sender))
-        with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # this process has threads; they stay idle
+        process = context.Process(
+            target=_verify, args=(self.root, ["--profile", "smoke", *arguments], sender)
+        )
+        with warnings.catch_warnings(
+            action="ignore", category=DeprecationWarning
+        ):  # this process has threads; they stay idle
             process.start()
         sender.close()
         with receiver:

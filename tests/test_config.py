@@ -218,9 +218,7 @@ def test_resnet9_gets_images_that_survive_its_poolings():
             get_profile("cpu", **values)
 
 
-@pytest.mark.parametrize(
-    "edge", [("width", 4), ("width", 1024), ("image_size", 512), ("latency_rounds", 3)]
-)
+@pytest.mark.parametrize("edge", [("width", 4), ("width", 1024), ("image_size", 512), ("latency_rounds", 3)])
 def test_the_ends_of_a_range_are_inside(edge):
     assert getattr(get_profile("cpu", **dict([edge])), edge[0]) == edge[1]
 

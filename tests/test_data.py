@@ -669,7 +669,10 @@ def test_a_full_disk_and_a_damaged_index_are_errors_and_no_reason_for_other_imag
 
         return fail
 
-    for number, text in [(errno.ENOSPC, "no space is left; free some"), (errno.EROFS, "its disk is read-only")]:
+    for number, text in [
+        (errno.ENOSPC, "no space is left; free some"),
+        (errno.EROFS, "its disk is read-only"),
+    ]:
         monkeypatch.setattr("torchvision.datasets.CIFAR10", failing(number))
         for source in (None, "cifar10"):
             with pytest.raises(LabError, match=f"CIFAR-10 cannot be written into .*: {text}"):
@@ -830,7 +833,9 @@ def test_a_name_that_is_no_utf8_is_read_and_a_class_of_such_a_name_is_refused(tm
     assert len(odd.train_images) == len(plain.train_images) and odd.classes == plain.classes
     name = os.fsdecode(b"caf\xe9")
     both = {f"{split}/{name}/0.png": encode(pixels(7)) for split in ("train", "test")}
-    assert "has a name that cannot be printed" in refusal(write_folder(tmp_path / "class", small_tree() | both))
+    assert "has a name that cannot be printed" in refusal(
+        write_folder(tmp_path / "class", small_tree() | both)
+    )
 
 
 @pytest.mark.parametrize("size", [2**33, 2**62, 2**70])

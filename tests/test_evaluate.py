@@ -156,15 +156,22 @@ def test_the_rise_of_the_squared_error_is_by_image():
     found = paired_error(target, before, after)
     each = [((after[i] - target[i]) ** 2).mean() - ((before[i] - target[i]) ** 2).mean() for i in range(50)]
     half = t.ppf(0.975, 49) * np.std(each, ddof=1) / math.sqrt(50)
-    assert list(found.values()) == pytest.approx([np.mean(each), np.mean(each) - half, np.mean(each) + half], rel=1e-5)
+    assert list(found.values()) == pytest.approx(
+        [np.mean(each), np.mean(each) - half, np.mean(each) + half], rel=1e-5
+    )
     assert set(paired_error(target, before, before).values()) == {0.0}
 
 
 def test_the_interval_of_a_median_lies_between_the_order_statistics_of_the_binomial():
     values = np.arange(20.0) ** 2
     low = int(binom.ppf(0.025, 20, 0.5))  # the 6th smallest and the 6th largest leave out 4.1 %
-    assert median_interval(np.random.default_rng(0).permutation(values)) == (values[low - 1], values[20 - low])
-    assert median_interval(np.arange(5.0)) == (-np.inf, np.inf), "two equal halves in 5 values leave out 6.25 %"
+    assert median_interval(np.random.default_rng(0).permutation(values)) == (
+        values[low - 1],
+        values[20 - low],
+    )
+    assert median_interval(np.arange(5.0)) == (-np.inf, np.inf), (
+        "two equal halves in 5 values leave out 6.25 %"
+    )
 
 
 def test_a_network_compared_with_itself_has_no_drop():
@@ -457,7 +464,10 @@ def test_each_class_is_compared_alone_and_classes_without_images_have_no_row():
     after = voting([0] + [1] * 8 + [1] * 4 + [0] * 2)
     found = paired_by_class(before, after, labels, ["cat", "dog", "absent"])
     assert list(found.index) == ["cat", "dog"]
-    assert found[["only_before", "only_after", "both", "neither"]].to_numpy().tolist() == [[7, 0, 1, 1], [2, 0, 4, 0]]
+    assert found[["only_before", "only_after", "both", "neither"]].to_numpy().tolist() == [
+        [7, 0, 1, 1],
+        [2, 0, 4, 0],
+    ]
     for name, discordant in {"cat": 7, "dog": 2}.items():
         assert found.p_value[name] == pytest.approx(binomtest(discordant, discordant).pvalue)
     assert found.acc_drop_pp.tolist() == pytest.approx([100 * 7 / 9, 100 * 2 / 6])

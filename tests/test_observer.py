@@ -557,14 +557,18 @@ def test_least_error_of_the_last_batch_alone(kind, factors, bits, outlier):
 @pytest.mark.parametrize("bits", [8, 4])
 def test_candidates_that_are_left_out_are_never_best(size, bits):
     torch.manual_seed(size)
-    values = torch.randn(6, size) ** torch.tensor([1, 3, 5, 7, 9, 1])[:, None]  # tails, and in the last one value alone
+    values = (
+        torch.randn(6, size) ** torch.tensor([1, 3, 5, 7, 9, 1])[:, None]
+    )  # tails, and in the last one value alone
     values[5] = 0
     values[5, 0] = -1.0
     last = watched(make("channel", bits, rule="least_error", averaging_constant=1.0), values)
     every = watched(make("channel", bits, rule="least_error"), values)
     assert torch.equal(last.calculate_qparams()[0], every.calculate_qparams()[0])
     left_out = last.squared_error.isinf().any()
-    assert left_out == (2 * math.sqrt(size) < 0.99 * (2**bits - 1)), "and some are left out where that is sure"
+    assert left_out == (2 * math.sqrt(size) < 0.99 * (2**bits - 1)), (
+        "and some are left out where that is sure"
+    )
 
 
 def test_a_tensor_in_channels_last_is_observed_without_a_copy():

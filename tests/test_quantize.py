@@ -11,7 +11,7 @@ from small import logits, network, snapshot, unchanged
 from torch import nn
 from torch.ao.nn.quantized import Conv2d, QFunctional
 
-from labcore import LabError, quantize
+from labcore import LabError
 from labcore.data import Split, calibration_batches
 from labcore.engines.eager import load_float, load_int8, save_int8
 from labcore.files.tensors import load_tensors, save_tensors
@@ -61,7 +61,7 @@ def test_every_step_works_on_a_copy(step):
 
 
 def test_convert_works_on_a_copy(tiny_data, tiny_split):
-    prepared = calibrate(prepare_ptq(network(), POWER2.value), tiny_data, tiny_split)
+    prepared = calibrate(prepare_ptq(network(), POWER2.value), calibration_batches(tiny_data, tiny_split))
     before = snapshot(prepared)
     convert(prepared)
     assert unchanged(prepared, before) and isinstance(prepared.fc, nn.Linear)
@@ -77,7 +77,10 @@ def test_only_fusion_for_training_leaves_the_network_in_train_mode(is_qat):
 def test_the_int8_network_is_close_to_the_float_one(arch, config, tiny_data, tiny_split):
     model = network(arch, width=8)
     expected = logits(model, tiny_data)
-    found = logits(convert(calibrate(prepare_ptq(model, config.value), tiny_data, tiny_split)), tiny_data)
+    found = logits(
+        convert(calibrate(prepare_ptq(model, config.value), calibration_batches(tiny_data, tiny_split))),
+        tiny_data,
+    )
     centred = [values - values.mean(0) for values in (expected, found)]
     least = 0.9 if has_vnni() else 0.8  # activations of 7 bits
     assert torch.corrcoef(torch.stack([values.flatten() for values in centred]))[0, 1] > least
@@ -132,7 +135,7 @@ def test_a_converted_convolution_computes_what_integers_give_by_hand(name, relu,
 def test_every_addition_of_a_shortcut_becomes_a_quantized_module(arch, is_qat, tiny_data, tiny_split):
     model = network(arch)
     prepared = prepare_qat(model, POWER2.qat) if is_qat else prepare_ptq(model, POWER2.value)
-    converted = convert(calibrate(prepared, tiny_data, tiny_split))
+    converted = convert(calibrate(prepared, calibration_batches(tiny_data, tiny_split)))
     names = [name for name, _ in model.named_modules() if name.endswith("add_relu")]
     assert names and all(isinstance(converted.get_submodule(name), QFunctional) for name in names)
 
@@ -275,7 +278,7 @@ def test_float_weights_survive_the_file(tiny_data, tmp_path):
 def test_an_empty_calibration_set_is_refused(tiny_data):
     nothing = Split(np.arange(64), np.arange(64, 96), np.arange(0))
     assert "calibration set is empty" in refused(
-        lambda: calibrate(prepare_ptq(network(), POWER2.value), tiny_data, nothing)
+        lambda: calibrate(prepare_ptq(network(), POWER2.value), calibration_batches(tiny_data, nothing))
     )
 
 
@@ -284,7 +287,9 @@ def test_an_empty_calibration_set_is_refused(tiny_data):
 def test_weights_that_are_not_finite_make_calibration_name_a_layer(config, bad, tiny_data, tiny_split):
     model = network()
     model.get_submodule("layer4.2.conv2").weight.data[0] = bad
-    assert "layer4.2" in refused(lambda: calibrate(prepare_ptq(model, config.value), tiny_data, tiny_split))
+    assert "layer4.2" in refused(
+        lambda: calibrate(prepare_ptq(model, config.value), calibration_batches(tiny_data, tiny_split))
+    )
 
 
 def test_calibration_looks_at_the_calibration_images_only(tiny_data, tiny_split):
@@ -292,9 +297,7 @@ def test_calibration_looks_at_the_calibration_images_only(tiny_data, tiny_split)
     images[tiny_split.calibration] = tiny_data.train_images[tiny_split.calibration] // 2
     prepared = calibrate(
         prepare_ptq(network(), POWER2.value),
-        replace(tiny_data, train_images=images),
-        tiny_split,
-        batch_size=5,
+        calibration_batches(replace(tiny_data, train_images=images), tiny_split, batch_size=5),
     )
     expected = normalize(torch.from_numpy(images[tiny_split.calibration]))
     watcher = prepared.quant.activation_post_process
@@ -305,7 +308,7 @@ def test_calibration_looks_at_the_calibration_images_only(tiny_data, tiny_split)
 def test_the_batch_size_of_calibration_changes_no_range(tiny_data, tiny_split):
     ranges = [
         inspect_qparams(
-            calibrate(prepare_ptq(network(), POWER2.value), tiny_data, tiny_split, size),
+            calibrate(prepare_ptq(network(), POWER2.value), calibration_batches(tiny_data, tiny_split, size)),
             calibration_batches(tiny_data, tiny_split),
         )[["raw_scale"]]
         for size in (3, 16)
@@ -314,13 +317,17 @@ def test_the_batch_size_of_calibration_changes_no_range(tiny_data, tiny_split):
 
 
 def test_calibration_is_done_in_eval_mode(tiny_data, tiny_split):
-    assert not calibrate(prepare_ptq(network(), POWER2.value).train(), tiny_data, tiny_split).training
+    assert not calibrate(
+        prepare_ptq(network(), POWER2.value).train(), calibration_batches(tiny_data, tiny_split)
+    ).training
 
 
 def test_calibration_normalises_like_evaluation(monkeypatch, tiny_data, tiny_split):
     prepared, seen = prepare_ptq(network(), POWER2.value), []
-    monkeypatch.setattr("labcore.data.normalize", lambda images: seen.append(len(images)) or normalize(images))
-    calibrate(prepared, tiny_data, tiny_split, batch_size=6)
+    monkeypatch.setattr(
+        "labcore.data.normalize", lambda images: seen.append(len(images)) or normalize(images)
+    )
+    calibrate(prepared, calibration_batches(tiny_data, tiny_split, batch_size=6))
     assert seen == [6, 6, 4]
 
 
@@ -329,7 +336,10 @@ def test_seven_bit_activations_stay_seven_bits_on_the_calibration_images(monkeyp
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
     monkeypatch.setattr(torch.backends.quantized, "engine", "x86")
     model = convert(
-        calibrate(prepare_ptq(network(), make_qconfig(REFERENCE, REFERENCE)), tiny_data, tiny_split)
+        calibrate(
+            prepare_ptq(network(), make_qconfig(REFERENCE, REFERENCE)),
+            calibration_batches(tiny_data, tiny_split),
+        )
     )
     largest = {}
 
@@ -350,7 +360,9 @@ def test_calibration_refuses_images_that_judge(known, tiny_data, tiny_split):
         split = replace(split, calibration=np.array([3, 64]))
     else:
         data = replace(data, test_images=data.train_images[split.calibration])
-    message = refused(lambda: calibrate(prepare_ptq(network(), POWER2.value), data, split))
+    message = refused(
+        lambda: calibrate(prepare_ptq(network(), POWER2.value), calibration_batches(data, split))
+    )
     assert (f"calibration images are also {known}" if known == "validation" else "16 of 16") in message
     assert "training images only" in message
 
@@ -399,7 +411,7 @@ def simulated_qconfig(bits: int = 8, per_channel: bool = False):
 
 def calibrated(data, split, mode="simulated", per_channel=False, **kwargs) -> nn.Module:
     qconfig = make_qconfig(Scheme(per_channel=per_channel), Scheme(), mode)
-    return calibrate(prepare_ptq(network(width=8), qconfig, **kwargs), data, split)
+    return calibrate(prepare_ptq(network(width=8), qconfig, **kwargs), calibration_batches(data, split))
 
 
 @pytest.mark.parametrize("per_channel", [False, True])
@@ -506,7 +518,7 @@ def test_a_simulated_linear_layer_computes_what_integers_give_by_hand(bits):
 @pytest.mark.parametrize("mode", ["qat", "learned", "lsq"])
 def test_every_training_mode_calibrates_and_then_trains(mode, tiny_data, tiny_split):
     prepared = prepare_qat(network(), make_qconfig(REFERENCE, REFERENCE, mode))
-    calibrate(prepared, tiny_data, tiny_split)
+    calibrate(prepared, calibration_batches(tiny_data, tiny_split))
     fakes = [part for part in prepared.modules() if isinstance(part, torch.ao.quantization.FakeQuantizeBase)]
     assert all(part.fake_quant_enabled.item() for part in fakes)
     before = {name: value.detach().clone() for name, value in prepared.named_parameters()}
@@ -525,7 +537,8 @@ def test_every_training_mode_calibrates_and_then_trains(mode, tiny_data, tiny_sp
 def test_an_average_is_rounded_in_simulation_as_its_int8_kernel_rounds_it(arch, mode, tiny_data, tiny_split):
     prepare = prepare_ptq if mode == "simulated" else prepare_qat
     prepared = calibrate(
-        prepare(network(arch), make_qconfig(REFERENCE, REFERENCE, mode)), tiny_data, tiny_split
+        prepare(network(arch), make_qconfig(REFERENCE, REFERENCE, mode)),
+        calibration_batches(tiny_data, tiny_split),
     )
     simulated = simulate(prepared) if mode == "simulated" else prepared.eval()
     saved = simulated.state_dict()
@@ -556,7 +569,9 @@ def test_an_average_is_rounded_in_simulation_as_its_int8_kernel_rounds_it(arch, 
 def test_a_rounded_average_follows_the_grid_of_its_own_copy(tiny_data, tiny_split):
     """A copy that rounded to the grid of its original would pass every test but this one."""
     qconfig = make_qconfig(REFERENCE, REFERENCE, "simulated")
-    original = calibrate(prepare_ptq(network("resnet18"), qconfig), tiny_data, tiny_split)
+    original = calibrate(
+        prepare_ptq(network("resnet18"), qconfig), calibration_batches(tiny_data, tiny_split)
+    )
     copied = simulate(original)
     x = torch.rand(3, 32, 4, 4, generator=torch.Generator().manual_seed(0))
     before = original.avgpool(x)

@@ -24,6 +24,7 @@ from torchvision.transforms.v2.functional import resize
 
 from labcore import LabError, evaluate, train
 from labcore.config import PROFILES, Augment, Recipe
+from labcore.data import calibration_batches
 from labcore.model import build_model
 from labcore.qconfig import REFERENCE, CustomQConfig, make_qconfig
 from labcore.quantize import calibrate, convert, prepare_qat
@@ -102,7 +103,7 @@ def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(
         if kind == "qat":
             return prepare_qat(network(), CustomQConfig.POWER2.qat)
         learned = prepare_qat(network(), make_qconfig(REFERENCE, REFERENCE, "learned"))
-        return calibrate(learned, tiny_data, tiny_split)
+        return calibrate(learned, calibration_batches(tiny_data, tiny_split))
 
     whole = fit(tmp_path / "whole", tiny_data, tiny_split, recipe, model=model())
     update, calls = steps.update, []
@@ -123,7 +124,9 @@ def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(
     assert bool(learned) == (kind == "learned")
     if learned:
         first = model().state_dict()
-        assert any(not torch.equal(first[name], resumed.state[name]) for name in learned), "exponents were trained"
+        assert any(not torch.equal(first[name], resumed.state[name]) for name in learned), (
+            "exponents were trained"
+        )
 
 
 LONG = replace(RECIPE, epochs=16, ema_decay=0.9, mixup_alpha=0.2, mixup_prob=0.5)
@@ -155,7 +158,7 @@ def test_kills_at_random_moments_change_no_weight(tmp_path, tiny_data, tiny_spli
         process.kill()
         process.join()
         assert process.exitcode == -signal.SIGKILL
-    about = train.about(LONG, tiny_data, tiny_split, 0, network())
+    about = train.training_identity(LONG, tiny_data, tiny_split, 0, network())
     done = len(checkpoint.load_checkpoint(folder, about)["rows"])
     calls = counted_updates(monkeypatch)
     resumed = fit(folder, tiny_data, tiny_split, LONG)
@@ -217,7 +220,9 @@ def test_a_checkpoint_is_read_before_it_is_replaced_unless_this_process_left_it_
     tmp_path, tiny_data, tiny_split, monkeypatch
 ):
     read, asked = checkpoint.load_tensors, []
-    monkeypatch.setattr(checkpoint, "load_tensors", lambda path, mmap=False: asked.append(path) or read(path, mmap))
+    monkeypatch.setattr(
+        checkpoint, "load_tensors", lambda path, mmap=False: asked.append(path) or read(path, mmap)
+    )
     fit(tmp_path, tiny_data, tiny_split)
     assert asked == []
     newest = checkpoints(tmp_path)[0]
@@ -227,7 +232,9 @@ def test_a_checkpoint_is_read_before_it_is_replaced_unless_this_process_left_it_
     assert asked == [newest]
 
 
-def test_a_kill_while_a_changed_checkpoint_is_replaced_keeps_the_good_one(tmp_path, tiny_data, tiny_split, monkeypatch):
+def test_a_kill_while_a_changed_checkpoint_is_replaced_keeps_the_good_one(
+    tmp_path, tiny_data, tiny_split, monkeypatch
+):
     fit(tmp_path, tiny_data, tiny_split)
     newest, previous = checkpoints(tmp_path)
     content, good = bytearray(newest.read_bytes()), previous.read_bytes()
@@ -250,7 +257,9 @@ def test_a_kill_while_a_changed_checkpoint_is_replaced_keeps_the_good_one(tmp_pa
 
 
 @pytest.mark.parametrize("content", [torch.ones(3), {"about": 1}, ["about"]])
-def test_tensors_that_are_no_checkpoint_are_named_and_not_used(tmp_path, tiny_data, tiny_split, capsys, content):
+def test_tensors_that_are_no_checkpoint_are_named_and_not_used(
+    tmp_path, tiny_data, tiny_split, capsys, content
+):
     whole = fit(tmp_path, tiny_data, tiny_split)
     for path in checkpoints(tmp_path):
         torch.save(content, path)
@@ -259,7 +268,9 @@ def test_tensors_that_are_no_checkpoint_are_named_and_not_used(tmp_path, tiny_da
     assert "cannot be used (it holds no checkpoint of a training)" in capsys.readouterr().out
 
 
-def test_a_checkpoint_under_the_name_of_another_training_is_told_apart(tmp_path, tiny_data, tiny_split, capsys):
+def test_a_checkpoint_under_the_name_of_another_training_is_told_apart(
+    tmp_path, tiny_data, tiny_split, capsys
+):
     fit(tmp_path / "a", tiny_data, tiny_split)
     other = replace(tiny_data, sha256="f" * 64)
     whole = fit(tmp_path / "b", other, tiny_split)
@@ -269,13 +280,18 @@ def test_a_checkpoint_under_the_name_of_another_training_is_told_apart(tmp_path,
     assert f"data is {tiny_data.sha256[:16]} there and {'f' * 16} here" in capsys.readouterr().out
 
 
-def test_bfloat16_and_float32_do_not_continue_each_other(tmp_path, tiny_data, tiny_split, monkeypatch, capsys):
+def test_bfloat16_and_float32_do_not_continue_each_other(
+    tmp_path, tiny_data, tiny_split, monkeypatch, capsys
+):
     here, other = ("bfloat16", "float32") if steps.multiplies_bfloat16() else ("float32", "bfloat16")
     fit(tmp_path, tiny_data, tiny_split, replace(RECIPE, epochs=1))
     monkeypatch.setattr(steps, "multiplies_bfloat16", lambda: other == "bfloat16")
     calls = counted_updates(monkeypatch)
     fit(tmp_path, tiny_data, tiny_split, replace(RECIPE, epochs=1))
-    assert len(calls) == 4 and f"multiplies in is {here} there and {other} here" in capsys.readouterr().out
+    assert (
+        len(calls) == 4
+        and f"autocast dtype is torch.{here} there and torch.{other} here" in capsys.readouterr().out
+    )
 
 
 def test_what_killed_writes_left_is_removed(tmp_path, tiny_data, tiny_split):
@@ -383,7 +399,9 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_checkpoint(
         return update(*args)[0] * (float("nan") if len(calls) == 3 else 1), torch.tensor(0)
 
     monkeypatch.setattr(steps, "update", broken)
-    with pytest.raises(steps.Diverged, match=r"finite in epoch 1 at step 3 of 4, learning rate 0\.\d+; .* clip_norm\.$"):
+    with pytest.raises(
+        steps.Diverged, match=r"finite in epoch 1 at step 3 of 4, learning rate 0\.\d+; .* clip_norm\.$"
+    ):
         fit(tmp_path, tiny_data, tiny_split, seed=5)
     assert checkpoints(tmp_path)[0].read_bytes() == before
 
@@ -399,14 +417,18 @@ def test_of_a_training_that_diverges_the_last_good_epoch_is_kept(
         return loss * (float("nan") if len(calls) == 4 + 2 else 1), hits
 
     monkeypatch.setattr(steps, "update", broken)
-    with pytest.raises(steps.Diverged, match=r"in epoch 2 at step 2 of 4, .* The checkpoint of epoch 1 is kept\."):
+    with pytest.raises(
+        steps.Diverged, match=r"in epoch 2 at step 2 of 4, .* The checkpoint of epoch 1 is kept\."
+    ):
         fit(tmp_path, tiny_data, tiny_split)
     monkeypatch.setattr(steps, "update", update)
     again = fit(tmp_path, tiny_data, tiny_split)
     assert len(again.history) == 3 and equal(again.state, fit(tmp_path / "b", tiny_data, tiny_split).state)
 
 
-def test_a_checkpoint_that_is_slow_to_write_is_written_less_often(tmp_path, tiny_data, tiny_split, monkeypatch):
+def test_a_checkpoint_that_is_slow_to_write_is_written_less_often(
+    tmp_path, tiny_data, tiny_split, monkeypatch
+):
     saved, written, update, calls = [], checkpoint.save_checkpoint, steps.update, []
 
     def slow(folder, state):
@@ -421,7 +443,9 @@ def test_a_checkpoint_that_is_slow_to_write_is_written_less_often(tmp_path, tiny
 
     monkeypatch.setattr(train, "save_checkpoint", slow)
     monkeypatch.setattr(steps, "update", broken)
-    with pytest.raises(steps.Diverged, match=r"in epoch 3 at step 1 of 4, .* The checkpoint of epoch 1 is kept\."):
+    with pytest.raises(
+        steps.Diverged, match=r"in epoch 3 at step 1 of 4, .* The checkpoint of epoch 1 is kept\."
+    ):
         fit(tmp_path, tiny_data, tiny_split)
     assert saved == [1]
     monkeypatch.setattr(steps, "update", update)
@@ -627,7 +651,9 @@ def gradients(tiny_data, micro: int, **values) -> tuple[list[torch.Tensor], floa
 @pytest.mark.parametrize("micro", [1, 5, 6])
 @pytest.mark.parametrize("values", [{}, {"cutmix_alpha": 1.0, "cutmix_prob": 0.7}], ids=["plain", "cutmix"])
 def test_gradients_of_small_parts_add_up_to_those_of_the_batch(tiny_data, micro, values, monkeypatch):
-    monkeypatch.setattr(steps, "multiplies_bfloat16", lambda: False)  # its products are rounded in another order
+    monkeypatch.setattr(
+        steps, "multiplies_bfloat16", lambda: False
+    )  # its products are rounded in another order
     (whole, loss), (parts, same) = gradients(tiny_data, 0, **values), gradients(tiny_data, micro, **values)
     assert same == pytest.approx(loss, rel=1e-5)
     for expected, found in zip(whole, parts, strict=True):

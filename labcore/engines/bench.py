@@ -284,7 +284,9 @@ class Bench(contextlib.AbstractContextManager):
                     time.sleep(pause)
                     with self._or_skipped(title):
                         for batch in self._sizes(title):
-                            found = self._workers[title].time(batch, runs if batch == 1 else max(3, runs // 4))
+                            found = self._workers[title].time(
+                                batch, runs if batch == 1 else max(3, runs // 4)
+                            )
                             row = {"round": number, "engine": title, "batch": batch}
                             rows.append(row | {"latency_ms": float(np.median(found))})
                 bar.update()
@@ -410,7 +412,9 @@ def agreement(found: np.ndarray, eager: np.ndarray) -> dict[str, float]:
 def save_answers(path: Path, logits: dict[str, np.ndarray], labels: np.ndarray) -> None:
     """Write the logits of all engines by their titles, and the labels."""
     titles = list(logits)
-    write_npz(path, labels=labels, engines=np.array(titles), logits=np.stack([logits[name] for name in titles]))
+    write_npz(
+        path, labels=labels, engines=np.array(titles), logits=np.stack([logits[name] for name in titles])
+    )
 
 
 def load_answers(path: Path) -> tuple[dict[str, np.ndarray], np.ndarray]:

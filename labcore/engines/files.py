@@ -73,7 +73,9 @@ def write_files(run: Run, folder: Path) -> tuple[dict[str, Path], dict[str, str]
     model = load_float(run.path("fp32", "weights.pt"), run.model())
     power2 = load_int8(run.path("ptq", "int8.pt"), run.model(), CustomQConfig.POWER2.value)
     float_scales, recommended = (
-        convert(calibrate(prepare_ptq(model, make_qconfig(*schemes)), run.data, run.split))
+        convert(
+            calibrate(prepare_ptq(model, make_qconfig(*schemes)), calibration_batches(run.data, run.split))
+        )
         for schemes in ((FLOAT, FLOAT), RECOMMENDED)
     )
     batches = calibration_batches(run.data, run.split)
@@ -141,7 +143,9 @@ def _save_exported(path: Path, model: nn.Module, scheme, batches: list[Tensor]) 
 @torch.no_grad()
 def _own(model: nn.Module, batches: list[Tensor]) -> fx.GraphModule:
     """PTQ as torchao's documentation has it for x86: its own quantizer with its default configuration."""
-    quantizer = X86InductorQuantizer().set_global(get_default_x86_inductor_quantization_config(reduce_range=not has_vnni()))
+    quantizer = X86InductorQuantizer().set_global(
+        get_default_x86_inductor_quantization_config(reduce_range=not has_vnni())
+    )
     program = torch.export.export(fuse(model), (batches[0][:2].clone(),), dynamic_shapes=_BATCH)
     prepared = prepare_pt2e(program.module(), quantizer)
     for batch in batches:
@@ -174,9 +178,7 @@ def weights_per_channel(converted: fx.GraphModule) -> fx.GraphModule:
             with graph.inserting_before(node):
                 inputs.append(graph.get_attr(name))
         with graph.inserting_before(node):
-            new = graph.call_function(
-                _DECOMPOSED.dequantize_per_channel.default, (stored, *inputs, 0, *rest)
-            )
+            new = graph.call_function(_DECOMPOSED.dequantize_per_channel.default, (stored, *inputs, 0, *rest))
         new.meta = dict(node.meta)
         node.replace_all_uses_with(new)
         graph.erase_node(node)

@@ -23,7 +23,7 @@ Network = Callable[[np.ndarray], np.ndarray]
 
 
 def _torch(spec: dict):
-    """torch with the threads and the int8 kernels that were asked for, without gradients."""
+    """Torch with the threads and the int8 kernels that were asked for, without gradients."""
     import torch
 
     import labcore.quantize  # noqa: F401  # what all kinds of torch need, or none: memory is compared
@@ -44,9 +44,9 @@ def _through_torch(torch, model) -> Network:
 def torch_eager(spec: dict) -> Iterator[Network | None]:
     """torch, operation by operation: the FP32 network channels_last, perhaps fused, or an int8 network as `convert` made it."""
     torch = _torch(spec)
+    from labcore.engines.eager import load_float, load_int8
     from labcore.model import build_model
     from labcore.qconfig import CustomQConfig
-    from labcore.engines.eager import load_float, load_int8
     from labcore.quantize import fuse
 
     yield None
@@ -62,8 +62,8 @@ def torch_eager(spec: dict) -> Iterator[Network | None]:
 def torch_compiled(spec: dict) -> Iterator[Network | None]:
     """torch.compile: Inductor turns the FP32 network into C++ once for every batch size."""
     torch = _torch(spec)
-    from labcore.model import build_model
     from labcore.engines.eager import load_float
+    from labcore.model import build_model
 
     torch._inductor.config.freezing = True  # weights are constants
     yield None
@@ -92,7 +92,9 @@ def torch_export(spec: dict) -> Iterator[Network | None]:
     model = torch.compile(program.module(), dynamic=False)
     _, code = run_and_get_code(model, torch.zeros(1, *spec["image_shape"]))
     wanted = sum("conv2d" in str(node.target) for node in program.graph.nodes if node.op == "call_function")
-    found = len(re.findall(r"= torch\.ops\.onednn\.qconv|^\s+torch\.ops\.onednn\.qconv", "".join(code), re.MULTILINE))
+    found = len(
+        re.findall(r"= torch\.ops\.onednn\.qconv|^\s+torch\.ops\.onednn\.qconv", "".join(code), re.MULTILINE)
+    )
     if found < wanted:
         raise RuntimeError(f"Inductor made {found} of {wanted} convolutions int8")
     yield _through_torch(torch, model)

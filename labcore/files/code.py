@@ -53,7 +53,9 @@ def _hash_of_code(text: str, name: str) -> str:
 
 def modules_hash(*names: str) -> str:
     """Return one hash for what several modules of labcore do, named as in "images.transforms"."""
-    return sha256_json({name: code_hash(ROOT.joinpath("labcore", *name.split(".")).with_suffix(".py")) for name in names})
+    return sha256_json(
+        {name: code_hash(ROOT.joinpath("labcore", *name.split(".")).with_suffix(".py")) for name in names}
+    )
 
 
 def notebook_sources(path: Path) -> tuple[list[str], list[str]]:

@@ -217,5 +217,7 @@ def _check_classes(source: Path, places: list[tuple[str, str, str]], left_out: i
         )
     for name in sorted(counts["train"]):
         if not name.isprintable():  # bytes that are no UTF-8 too
-            raise LabError(f"DATA={source}: the class {name!r} has a name that cannot be printed; rename its folder.")
+            raise LabError(
+                f"DATA={source}: the class {name!r} has a name that cannot be printed; rename its folder."
+            )
     return sorted(counts["train"])

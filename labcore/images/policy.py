@@ -121,7 +121,7 @@ def _each(x: Tensor, values: np.ndarray, dtype: torch.dtype = torch.float32) -> 
 
 
 def _blend(x: Tensor, other: Tensor, magnitude: np.ndarray) -> Tensor:
-    """x + magnitude (x - other), cut off to 0 … 255 and to whole numbers."""
+    """X + magnitude (x - other), cut off to 0 … 255 and to whole numbers."""
     factor = 1 + magnitude
     # addcmul rounds once, like torchvision's sum with a factor; two roundings would put some pixels one level lower
     return _whole(torch.addcmul(x * _each(x, factor), other, _each(x, 1 - factor)))

@@ -39,7 +39,9 @@ BUILD = {"fp32": Run.fresh_model, "qat": qat_model}
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line of every process. Returns the exit status; an error is one line on stderr."""
-    parser = argparse.ArgumentParser(prog="torchrun … -m labcore.lab.launch", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="torchrun … -m labcore.lab.launch", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--profile", default="full", help="smoke, cpu, cpu-long, full or reference")
     parser.add_argument("--stage", choices=BUILD, default="fp32")
     parser.add_argument("--data", default=None, help="cifar10, cifar100, digits, or a path to images")

@@ -67,7 +67,9 @@ def _one_per_gpu(recipe: Recipe) -> int:
     processes = max(count for count in range(1, gpus + 1) if shares_evenly(recipe, count))
     if processes < gpus:
         parts = "equal parts of an even number of images" if recipe.mixes else "equal parts"
-        print(f"note: {processes} of {gpus} GPUs are used, since they must get {parts} of batch_size {recipe.batch_size}.")
+        print(
+            f"note: {processes} of {gpus} GPUs are used, since they must get {parts} of batch_size {recipe.batch_size}."
+        )
     return processes
 
 
@@ -78,5 +80,7 @@ def train_worker(
     """What each process does; its error, if any, is written down for the process that started it."""
     with process_group():
         run = Run(profile, source, seed)
-        first_on_machine(lambda: run.split)  # the images are downloaded, read and cached, the split is written
+        first_on_machine(
+            lambda: run.split
+        )  # the images are downloaded, read and cached, the split is written
         fit(build(run), *_arguments(run, stage), profile.eval_batch_size, stage.upper())

@@ -106,7 +106,9 @@ def _imports(code: str, name: str, root: Path) -> set[str]:
         modules.add(module)
         # What a package gives by name is a module, or something that its __init__.py defines.
         modules |= {f"{module}.{part}" for part in names if _module_file(f"{module}.{part}", root)}
-    parents = {module.rsplit(".", level)[0] for module in modules for level in range(1, module.count(".") + 1)}
+    parents = {
+        module.rsplit(".", level)[0] for module in modules for level in range(1, module.count(".") + 1)
+    }
     return modules | parents
 
 
@@ -404,7 +406,9 @@ def chosen_studies(text: str) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line: report, studies, status or clean. Returns the exit status; an error is one line on stderr."""
-    parser = argparse.ArgumentParser(prog="python -m labcore.lab.pipeline", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m labcore.lab.pipeline", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("command", choices=("report", "studies", "status", "clean"))
     parser.add_argument("--profile", default="cpu", help="smoke, cpu, cpu-long, full or reference")
     parser.add_argument("--data", default=None, help="cifar10, cifar100, digits, or a path to images")
@@ -412,7 +416,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--set", default="", dest="overrides", help="name=value pairs that replace values of the profile"
     )
-    parser.add_argument("--studies", default="", help="which of the studies, by number: '05 09'; all without it")
+    parser.add_argument(
+        "--studies", default="", help="which of the studies, by number: '05 09'; all without it"
+    )
     parser.add_argument("--make-variables", default="", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     try:

@@ -31,11 +31,20 @@ def engine_bars(tables: dict[str, pd.DataFrame], bounds: dict[str, dict[str, flo
     for axis, (title, table) in zip(axes.flat, tables.items(), strict=True):
         rows = table.set_index("engine").loc[order]
         colors = [LOOKS[parts(engine)[1]][0] for engine in order]
-        ends = [rows["images_per_s"] * rows["latency_ms"] / rows[f"latency_ms_{end}"] for end in ("high", "low")]
+        ends = [
+            rows["images_per_s"] * rows["latency_ms"] / rows[f"latency_ms_{end}"] for end in ("high", "low")
+        ]
         errors = np.stack([rows["images_per_s"] - ends[0], ends[1] - rows["images_per_s"]]).clip(min=0)
         axis.barh(places, rows["images_per_s"], color=colors, zorder=3)
         axis.errorbar(
-            rows["images_per_s"], places, xerr=errors, fmt="none", ecolor="0.55", capsize=2, zorder=4, linewidth=1
+            rows["images_per_s"],
+            places,
+            xerr=errors,
+            fmt="none",
+            ecolor="0.55",
+            capsize=2,
+            zorder=4,
+            linewidth=1,
         )
         for name, bound in bounds[title].items():
             color, line = {"FP32": (LOOKS[FP32][0], "--"), "INT8": (LOOKS[POWER2][0], ":")}[name]
@@ -108,7 +117,8 @@ def engine_front(table: pd.DataFrame) -> Figure:
     axis.set(xlabel="latency of one image (ms)", ylabel="test accuracy")
     axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
     key = "\n".join(
-        f"{number}  {parts(row.engine)[0]}, {parts(row.engine)[1]}" for number, row in enumerate(numbered.itertuples(), start=1)
+        f"{number}  {parts(row.engine)[0]}, {parts(row.engine)[1]}"
+        for number, row in enumerate(numbered.itertuples(), start=1)
     )
     axis.text(1.02, 1.0, key, transform=axis.transAxes, fontsize=7, va="top", linespacing=1.35)
     legend = figure.legend(loc="outside upper center", ncols=4, fontsize=8)

@@ -201,7 +201,9 @@ def errors_alone(simulated: nn.Module, images: Tensor) -> pd.DataFrame:
         for name, module in network.named_modules()
         if isinstance(getattr(module, "activation_post_process", None), FakeQuantizeBase)
     }
-    widths: dict[str, float] = {}  # of those that are used: a block without a sum has a watcher for it all the same
+    widths: dict[
+        str, float
+    ] = {}  # of those that are used: a block without a sum has a watcher for it all the same
 
     def measure(name: str, values: Tensor) -> None:
         widths[name] = ((values.max() - values.min()) / values.std()).item()

@@ -31,7 +31,7 @@ from labcore.files.progress import progress
 from labcore.files.provenance import versions
 from labcore.files.tensors import state_hash
 from labcore.qconfig import CustomQConfig, Scheme, has_vnni, make_qconfig
-from labcore.quantize import calibrate, convert, layers, lower, prepare_ptq, prepare_qat, simulate
+from labcore.quantize import calibrate, convert, convert_simulated, layers, prepare_ptq, prepare_qat, simulate
 from labcore.run import Run
 from labcore.stats import compare_paired, paired_error, summarize
 from labcore.studies.errors import count_clamped
@@ -143,11 +143,14 @@ class Study:
         """
         qconfig = make_qconfig(weight, activation, "simulated")
         if model is not None or options:
-            return calibrate(prepare_ptq(model or self.model, qconfig, **options), self.data, self.split)
+            return calibrate(
+                prepare_ptq(model or self.model, qconfig, **options),
+                calibration_batches(self.data, self.split),
+            )
         free = replace(activation, max_shift_amount=None)
         if free not in self._calibrated:
             prepared = prepare_ptq(self.model, make_qconfig(weight, free, "simulated"))
-            self._calibrated[free] = calibrate(prepared, self.data, self.split)
+            self._calibrated[free] = calibrate(prepared, calibration_batches(self.data, self.split))
         network = copy.deepcopy(self._calibrated[free])
         for layer in layers(network).values():
             layer.qconfig = qconfig
@@ -159,7 +162,10 @@ class Study:
 
     def eager(self, weight: Scheme, activation: Scheme, **options) -> nn.Module:
         """Calibrated for PTQ by torch's eager mode, to be converted; `options` are prepare_ptq's."""
-        return calibrate(prepare_ptq(self.model, make_qconfig(weight, activation), **options), self.data, self.split)
+        return calibrate(
+            prepare_ptq(self.model, make_qconfig(weight, activation), **options),
+            calibration_batches(self.data, self.split),
+        )
 
     def quantized(self, weight: Scheme, activation: Scheme, **options) -> nn.Module:
         """PTQ with these schemes, computed exactly."""
@@ -176,7 +182,7 @@ class Study:
     def torch_default(self, model: nn.Module | None = None) -> nn.Module:
         """PTQ with torch's own configuration for this machine, whose 7-bit activations never saturate; on int8 kernels."""
         prepared = prepare_ptq(model or self.model, CustomQConfig.DEFAULT.value)
-        return convert(calibrate(prepared, self.data, self.split))
+        return convert(calibrate(prepared, calibration_batches(self.data, self.split)))
 
     def ptq(self, weight: Scheme, activation: Scheme) -> Cell:
         """A cell: PTQ with these schemes, judged on validation images; how many scales the clamp changed."""
@@ -267,7 +273,7 @@ class Study:
         key = [asdict(weight), asdict(activation), mode, asdict(recipe)]
         folder = self.run.path(self.stage, f"qat/{sha256_json(self.base | {'qat': key})[:24]}")
         prepared = prepare_qat(self.model, make_qconfig(weight, activation, mode, full_range=True))
-        calibrate(prepared, self.data, self.split)
+        calibrate(prepared, calibration_batches(self.data, self.split))
         title = f"{mode} W{weight.bits}A{activation.bits}"
         return fit(
             prepared, recipe, self.data, self.quick_split, self.run.seed, folder, description=title
@@ -372,7 +378,7 @@ def run_exactly(simulated: nn.Module, activation_bits: int = 8) -> nn.Module:
     """What a simulated network computes, without saturation: on int8 kernels where activations have 8 bits and the processor
     adds exactly, else the simulation itself. A scheme is judged so, whatever the machine.
     """
-    return lower(simulated) if activation_bits == 8 and has_vnni() else simulated
+    return convert_simulated(simulated) if activation_bits == 8 and has_vnni() else simulated
 
 
 def predict_ptq(
@@ -380,7 +386,7 @@ def predict_ptq(
 ) -> np.ndarray:
     """Logits (N, classes) of an FP32 network after PTQ with these schemes, on int8 kernels; images uint8 (N, 3, H, W)."""
     prepared = prepare_ptq(model, make_qconfig(weight, activation, "simulated"))
-    return predict(lower(simulate(calibrate(prepared, data, split))), images)
+    return predict(convert_simulated(simulate(calibrate(prepared, calibration_batches(data, split)))), images)
 
 
 def on_onednn(call: Callable[..., np.ndarray], *args, isa: str = "DEFAULT") -> np.ndarray:
@@ -390,9 +396,13 @@ def on_onednn(call: Callable[..., np.ndarray], *args, isa: str = "DEFAULT") -> n
         call: a function of a module, since it is named to the other process.
         isa: the highest instruction set that oneDNN may use; "AVX2" has no VNNI. oneDNN reads it once per process.
     """
-    multiprocessing.set_forkserver_preload([__name__])  # its imports take seconds, and are made once for all calls
+    multiprocessing.set_forkserver_preload(
+        [__name__]
+    )  # its imports take seconds, and are made once for all calls
     context = multiprocessing.get_context("forkserver")
-    with ProcessPoolExecutor(1, context, initializer=_use_onednn, initargs=(isa, torch.get_num_threads())) as pool:
+    with ProcessPoolExecutor(
+        1, context, initializer=_use_onednn, initargs=(isa, torch.get_num_threads())
+    ) as pool:
         return pool.submit(call, *args).result()
 
 

@@ -23,7 +23,7 @@ from labcore.quantize import prepare_qat
 from labcore.run import Run
 from labcore.stats import over_seeds, summarize
 from labcore.studies.study import Cell, Study
-from labcore.train import Result, about, fit
+from labcore.train import Result, fit, training_identity
 from labcore.training.steps import Diverged
 
 EPOCHS = 6
@@ -102,7 +102,9 @@ class Trainings(Study):
         The last epoch counts: the best of more epochs would be better by choice alone.
         """
         todo = {
-            (name if times == 1 else f"{name}, {times} times as long", seed): self.continued(kind, seed, times)
+            (name if times == 1 else f"{name}, {times} times as long", seed): self.continued(
+                kind, seed, times
+            )
             for kind, name in {"fp32": "FP32", "qat": "QAT"}.items()
             for times in (1, LONGER)
             for seed in self.seeds[:FIRST_SEEDS]
@@ -131,7 +133,7 @@ class Trainings(Study):
         judge: Callable[[Result], dict] | None = None,
     ) -> Cell:
         model = build()
-        key = {kind: about(recipe, self.data, self.split, seed, model)}
+        key = {kind: training_identity(recipe, self.data, self.split, seed, model)}
         folder = self.run.path(self.stage, f"fits/{sha256_json(key)[:24]}")
 
         def compute() -> dict:
@@ -190,7 +192,9 @@ class Trainings(Study):
             torch.from_numpy(part[index]).to(place)
             for part in (self.data.train_images, self.data.train_labels)
         )
-        views: dict[str, tuple[Callable[[Tensor, np.random.Generator], Tensor], bool]] = {  # and whether images are mixed then
+        views: dict[
+            str, tuple[Callable[[Tensor, np.random.Generator], Tensor], bool]
+        ] = {  # and whether images are mixed then
             "as they are": (lambda x, rng: normalize(x), False),
             "augmented as here": (lambda x, rng: augment(x, own, rng), False),
             "augmented as in the reference": (lambda x, rng: augment(x, recipe.augment, rng), False),
@@ -230,7 +234,9 @@ def recipes_of(base: Recipe) -> dict[str, dict[str, Recipe]]:
         return replace(base, augment=replace(base.augment, **values))
 
     same, batch = {"as it is": base}, base.batch_size
-    whole = replace(base, small_share=0.0)  # else a schedule would also decide the rate at which whole images are first seen
+    whole = replace(
+        base, small_share=0.0
+    )  # else a schedule would also decide the rate at which whole images are first seen
     reflected = with_augment(crop_padding=base.augment.crop_padding // 2, padding_mode="reflect")
     restarts = replace(whole, schedule="warm_restarts", warmup=0.0, restart_mult=2)
     return {

@@ -37,7 +37,9 @@ def save_checkpoint(folder: Path, state: dict) -> None:
     """
     newest, previous = own = checkpoint_paths(folder, state["about"])
     for part in folder.glob(".checkpoint-*.part"):
-        if time.time() - _saved_at(part) > STALE_SECONDS:  # what a killed write left, not what another process writes now
+        if (
+            time.time() - _saved_at(part) > STALE_SECONDS
+        ):  # what a killed write left, not what another process writes now
             part.unlink(missing_ok=True)
     # A damaged or foreign file must not take the place of a good one. One that this process wrote, and nobody after it, is good.
     whole = newest.exists() and (

@@ -87,8 +87,12 @@ def from_first(make: Callable[[], object]):
         try:
             box[0] = make()
         except Exception as error:
-            box[1] = str(error) if isinstance(error, LabError) else (
-                f"process 0 failed ({type(error).__name__}: {error}); run again: it goes on from the last checkpoint."
+            box[1] = (
+                str(error)
+                if isinstance(error, LabError)
+                else (
+                    f"process 0 failed ({type(error).__name__}: {error}); run again: it goes on from the last checkpoint."
+                )
             )
             failed = error
     dist.broadcast_object_list(box, src=0)

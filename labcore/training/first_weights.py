@@ -45,7 +45,9 @@ def whitening_filters(images: Tensor, side: int, count: int, eps: float = 5e-4) 
         patches = F.unfold(part.double(), side).transpose(1, 2).flatten(0, 1)  # (patches, 3 side side)
         total, products = total + patches.sum(0), products + patches.T @ patches
         n_patches += len(patches)
-    black, white = normalize(torch.tensor([0, 255]).view(2, 1, 1, 1).expand(2, 3, side, side)).double().flatten(1)
+    black, white = (
+        normalize(torch.tensor([0, 255]).view(2, 1, 1, 1).expand(2, 3, side, side)).double().flatten(1)
+    )
     gain = (white - black) / 255  # a normalised pixel is gain * byte + black
     cross = torch.outer(gain * total, black)
     moments = torch.outer(gain, gain) * products + cross + cross.T

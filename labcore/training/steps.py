@@ -46,8 +46,7 @@ def multiplies_bfloat16() -> bool:
     if device().type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     amx, avx = (
-        getattr(torch.cpu, probe, bool)()
-        for probe in ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+        getattr(torch.cpu, probe, bool)() for probe in ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
     )
     return amx or avx and "Intel" not in cpu_name()
 
@@ -61,13 +60,13 @@ def autocast(model: nn.Module) -> contextlib.AbstractContextManager:
     """
     if is_fake_quantized(model) and not model.training:
         return contextlib.nullcontext()
-    return torch.autocast(device().type, torch.bfloat16, enabled=multiplies_in(model) == "bfloat16")
+    return torch.autocast(device().type, torch.bfloat16, enabled=autocast_dtype(model) is torch.bfloat16)
 
 
-def multiplies_in(model: nn.Module) -> str:
-    """"bfloat16" or "float32": what the products of a training step on this device are made of."""
+def autocast_dtype(model: nn.Module) -> torch.dtype:
+    """Return torch.bfloat16 or torch.float32: what the products of a training step on this device are made of."""
     fused = any(isinstance(module, FusedMovingAvgObsFakeQuantize) for module in model.modules())
-    return "bfloat16" if multiplies_bfloat16() and not fused else "float32"
+    return torch.bfloat16 if multiplies_bfloat16() and not fused else torch.float32
 
 
 def is_fake_quantized(model: nn.Module) -> bool:
@@ -123,14 +122,18 @@ def _forward(model: nn.Module, world: World) -> Callable[[Tensor], Tensor]:
 
 
 def _compiles(model: nn.Module) -> bool:
-    return device().type == "cuda" and not is_fake_quantized(model)  # fake quantization has no graph to compile
+    return device().type == "cuda" and not is_fake_quantized(
+        model
+    )  # fake quantization has no graph to compile
 
 
 @lru_cache
 def say_if_not_compiled() -> None:
     """After a first epoch, once: torch itself only warns where it cannot compile, and a notebook's warnings are not kept."""
     if not torch._dynamo.utils.counters["frames"]["ok"]:
-        print("note: torch could not compile the network (is there a C compiler?); it trains uncompiled, and slower.")
+        print(
+            "note: torch could not compile the network (is there a C compiler?); it trains uncompiled, and slower."
+        )
 
 
 def shares_evenly(recipe: Recipe, processes: int) -> bool:
@@ -299,7 +302,9 @@ def _without_memory():
     try:
         yield
     except RuntimeError as error:  # torch.OutOfMemoryError is one
-        if not isinstance(error, torch.OutOfMemoryError) and not any(text in str(error) for text in _NO_MEMORY):
+        if not isinstance(error, torch.OutOfMemoryError) and not any(
+            text in str(error) for text in _NO_MEMORY
+        ):
             raise
 
 

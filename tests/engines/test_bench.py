@@ -84,7 +84,9 @@ class TestWorkers:
         _float_onnx(files / "fp32.onnx", network(), (3, 16, 16))
         kinds = ["onnx_runtime"] + (["openvino"] if find_spec("openvino") else [])
         specs = {
-            (kind, name): spec(kind, files / f"{name}.onnx", images) for kind in kinds for name in ("fp32", "int8")
+            (kind, name): spec(kind, files / f"{name}.onnx", images)
+            for kind in kinds
+            for name in ("fp32", "int8")
         }
         specs["roof"] = {"kind": "matrix_fp32", "size": 64, "threads": 1}
         specs = {str(title): one for title, one in specs.items()}
@@ -119,7 +121,9 @@ class TestWorkers:
             "good": spec("onnx_runtime", files / "int8.onnx", images),
             "damaged": spec("onnx_runtime", files / "damaged.onnx", images),
             "missing": spec("onnx_runtime", files / "missing.onnx", images),
-            "foreign": spec("torch_eager", files / "int8.pt", images, kernels="abacus", network=["resnet9", 4, 4, "cifar"]),
+            "foreign": spec(
+                "torch_eager", files / "int8.pt", images, kernels="abacus", network=["resnet9", 4, 4, "cifar"]
+            ),
         }
         with Bench(specs, [1]) as bench:
             assert set(bench.times(rounds=3, runs=1, pause=0)["engine"]) == {"good"}
@@ -142,7 +146,9 @@ class TestWorkers:
         with Bench(specs, [1]) as bench:
             worker, asked = bench._workers["one"], []
             time_of = worker.time
-            worker.time = lambda *args: asked.append(len(asked) == 1 and worker._process.kill()) or time_of(*args)
+            worker.time = lambda *args: (
+                asked.append(len(asked) == 1 and worker._process.kill()) or time_of(*args)
+            )
             times = bench.times(rounds=4, runs=1, pause=0)
         assert len(asked) == 2 and set(times["engine"]) == {"other"} and len(times) == 4
         assert bench.skipped["one"].startswith("its process ended with status -9")
@@ -152,7 +158,10 @@ class TestWorkers:
         monkeypatch.setattr(
             engines.subprocess, "Popen", lambda *a, **k: started.append(start(*a, **k)) or started[-1]
         )
-        with pytest.raises(KeyboardInterrupt), Bench({"one": spec("onnx_runtime", files / "int8.onnx", images)}, [1]):
+        with (
+            pytest.raises(KeyboardInterrupt),
+            Bench({"one": spec("onnx_runtime", files / "int8.onnx", images)}, [1]),
+        ):
             raise KeyboardInterrupt
         assert len(started) == 1 and started[0].poll() is not None
 

@@ -42,7 +42,9 @@ def network() -> nn.Module:
 
 def both(model, schemes, data, split) -> tuple[nn.Module, nn.Module]:
     """(eager int8 network, exported network), calibrated on the same two batches."""
-    eager = convert(calibrate(prepare_ptq(model, make_qconfig(*schemes)), data, split, batch_size=8))
+    eager = convert(
+        calibrate(prepare_ptq(model, make_qconfig(*schemes)), calibration_batches(data, split, batch_size=8))
+    )
     batches = calibration_batches(data, split, batch_size=8)
     prepared = prepare_export(model, *schemes, batches[0])
     for batch in batches:

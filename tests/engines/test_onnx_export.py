@@ -7,6 +7,7 @@ import torch
 from small import network, used
 
 from labcore import LabError
+from labcore.data import calibration_batches
 from labcore.engines.onnx_export import build_onnx, load_onnx, predict_onnx, save_onnx
 from labcore.images.transforms import normalize
 from labcore.qconfig import RECOMMENDED, CustomQConfig, Scheme, make_qconfig
@@ -22,7 +23,9 @@ SHAPE = (3, 16, 16)
 
 
 def quantized(data, split, arch: str = "resnet9", scheme: str = "reference") -> torch.nn.Module:
-    return convert(calibrate(prepare_ptq(used(network(arch, 8)), QCONFIGS[scheme]), data, split))
+    return convert(
+        calibrate(prepare_ptq(used(network(arch, 8)), QCONFIGS[scheme]), calibration_batches(data, split))
+    )
 
 
 @pytest.fixture
@@ -160,6 +163,6 @@ def test_a_truncated_file_is_named(tmp_path, tiny_data, tiny_split):
 def test_a_network_with_other_operations_is_refused(tiny_data, tiny_split):
     torch.manual_seed(0)
     prepared = prepare_ptq(build_mobile("efficientnet", 4, 0.25).eval(), QCONFIGS["reference"])
-    model = convert(calibrate(prepared, tiny_data, tiny_split))
+    model = convert(calibrate(prepared, calibration_batches(tiny_data, tiny_split)))
     with pytest.raises(LabError, match="does not know; use a residual network"):
         build_onnx(model, SHAPE)

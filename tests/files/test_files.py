@@ -76,7 +76,10 @@ def test_what_code_does_changes_its_hash(tmp_path, other):
 @pytest.mark.parametrize(
     ("source", "modules"),
     [
-        ("%matplotlib inline\nif True:\n    !ls *.png\n    from labcore import plots\nx = 7 \\\n% 4", ["labcore"]),
+        (
+            "%matplotlib inline\nif True:\n    !ls *.png\n    from labcore import plots\nx = 7 \\\n% 4",
+            ["labcore"],
+        ),
         ("%%time\nfrom labcore.run import open_run\nx = !ls", ["labcore.run"]),
         ("%%bash\nls *.png | head", []),
     ],

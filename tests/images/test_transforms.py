@@ -88,7 +88,9 @@ def test_crop_and_flip_give_every_crop_of_the_padded_image_and_nothing_else(heig
     padded = TF.pad(noise(1, height, width), 2, padding_mode=mode)
     crops = [TF.crop(padded, top, left, height, width) for top in range(5) for left in range(5)]
     candidates = torch.cat(crops + [TF.hflip(crop) for crop in crops])
-    found = crop_flip(same_noise(1000, height, width), off(crop_padding=2, padding_mode=mode, flip_prob=0.25), rng())
+    found = crop_flip(
+        same_noise(1000, height, width), off(crop_padding=2, padding_mode=mode, flip_prob=0.25), rng()
+    )
     equal = (found[:, None] == candidates).all((2, 3, 4))
     assert (equal.sum(1) == 1).all()
     uses = equal.sum(0)

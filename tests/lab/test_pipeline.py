@@ -93,9 +93,14 @@ def test_an_engine_needs_nothing_but_the_file_to_give_the_examples_logits(built,
     images = (examples["images"].astype(np.float32) / 255 - mean) / std
     (logits,) = session.run(["logits"], {"images": images})
     assert len(json.loads(told["classes"])) == logits.shape[1] == 10
-    assert (logits == examples[name]).mean() > 0.9, "a pixel that normalisation leaves on an edge may fall the other way"
+    assert (logits == examples[name]).mean() > 0.9, (
+        "a pixel that normalisation leaves on an edge may fall the other way"
+    )
     scales = pd.read_csv(built.root / f"report/smoke/results/compare/qparams_{name}.csv")
-    assert (scales["exponent"] == scales["exponent"].round()).all() and set(scales["tensor"]) == {"weight", "activation"}
+    assert (scales["exponent"] == scales["exponent"].round()).all() and set(scales["tensor"]) == {
+        "weight",
+        "activation",
+    }
 
 
 def test_without_studies_the_report_says_how_to_run_them(built):
@@ -248,7 +253,10 @@ def test_a_change_of_the_observer_spares_the_fp32_stage(project):
     [
         ("labcore/quantize.py", lambda text: text.replace("An int8 copy on the CPU", "A copy in int8")),
         ("labcore/train.py", lambda text: "# a comment\n" + text),
-        ("labcore/config.py", lambda text: re.sub(r'(name="full",.*?epochs=)', r"\g<1>1", text, count=1, flags=re.DOTALL)),
+        (
+            "labcore/config.py",
+            lambda text: re.sub(r'(name="full",.*?epochs=)', r"\g<1>1", text, count=1, flags=re.DOTALL),
+        ),
     ],
 )
 def test_explanations_and_other_profiles_make_nothing_stale(project, name, change):
@@ -424,7 +432,10 @@ def test_a_magic_in_a_notebook_is_a_change_of_its_code_and_a_slip_is_one_line(pr
     project.edit("labcore/observer.py", lambda text: text + "def f(:\n")
     result = project.run("status")
     assert result.returncode == 1
-    assert re.fullmatch(r"error: labcore/observer\.py is no Python: .* in line \d+ \(def f\(:\); correct it\.\n", result.stderr)
+    assert re.fullmatch(
+        r"error: labcore/observer\.py is no Python: .* in line \d+ \(def f\(:\); correct it\.\n",
+        result.stderr,
+    )
 
 
 def test_a_comment_in_printed_source_makes_only_the_report_stale(project):
@@ -455,7 +466,9 @@ def test_the_seconds_of_a_training_are_those_of_all_its_epochs(built):
     for stage in pipeline.STAGES[:3]:
         history = lab.folder / stage.name / "history.csv"
         expected = pd.read_csv(history)["train_seconds"].sum() if history.exists() else 0
-        assert lab.train_seconds(stage) == pytest.approx(expected, rel=1e-4) and (expected > 0) == (stage.name != "ptq")
+        assert lab.train_seconds(stage) == pytest.approx(expected, rel=1e-4) and (expected > 0) == (
+            stage.name != "ptq"
+        )
         stamp = json.loads((lab.folder / f"{stage.name}.stamp.json").read_text(encoding="utf-8"))
         assert stamp["wall_seconds"] >= round(expected, 1)
 
@@ -492,7 +505,12 @@ def package(tmp_path):
 
 @pytest.mark.parametrize(
     "cell",
-    ["from labcore.top import a", "from labcore import top", "import labcore.top as t", "if 1:\n  import os, labcore.top"],
+    [
+        "from labcore.top import a",
+        "from labcore import top",
+        "import labcore.top as t",
+        "if 1:\n  import os, labcore.top",
+    ],
 )
 def test_imports_are_followed_into_packages(package, cell):
     found = pipeline.imported_modules(cell, root=package)

@@ -42,9 +42,22 @@ def test_the_report_has_a_section_for_each_study_with_its_numbers(studied):
     for rows in training["tables"].values():
         assert all(f"| {row['recipe']} | {row['seeds']} | {row['acc']:.2%} |" in report for row in rows)
     assert len(training["longer"]) == 4
-    assert all(f"| {name} | {row['seeds']} | {row['acc']:.2%} |" in report for name, row in training["longer"].items())
-    assert "The nearest again, but the scale of the images rounded up" in report, "R6 with the images' scale alone"
-    assert len(re.findall(r"Fused minus apart, by image: [-+].* with the recommended scheme; [-+].* with this scheme", report)) == 1
+    assert all(
+        f"| {name} | {row['seeds']} | {row['acc']:.2%} |" in report
+        for name, row in training["longer"].items()
+    )
+    assert "The nearest again, but the scale of the images rounded up" in report, (
+        "R6 with the images' scale alone"
+    )
+    assert (
+        len(
+            re.findall(
+                r"Fused minus apart, by image: [-+].* with the recommended scheme; [-+].* with this scheme",
+                report,
+            )
+        )
+        == 1
+    )
     assert len(re.findall(r"^\| impulse noise \| ", report, re.MULTILINE)) == 1, "corruptions one by one"
 
 

@@ -57,7 +57,11 @@ def test_a_tensor_counts_as_clamped_where_the_limits_change_its_scale(wanted, gi
     weight = model.fc.weight.data
     weight.mul_(127.5 * 2.0**wanted / weight.abs().max())
     row = (
-        observed(calibrate(prepare_ptq(model, POWER2.value), tiny_data, tiny_split), tiny_data, tiny_split)
+        observed(
+            calibrate(prepare_ptq(model, POWER2.value), calibration_batches(tiny_data, tiny_split)),
+            tiny_data,
+            tiny_split,
+        )
         .set_index(["layer", "tensor"])
         .loc[("fc", "weight")]
     )
@@ -70,7 +74,9 @@ def test_a_tensor_counts_as_clamped_where_the_limits_change_its_scale(wanted, gi
 
 def test_clamped_tensors_are_those_whose_raw_scale_lies_beyond_the_limits(tiny_data, tiny_split):
     table = observed(
-        calibrate(prepare_ptq(network(), POWER2.value), tiny_data, tiny_split), tiny_data, tiny_split
+        calibrate(prepare_ptq(network(), POWER2.value), calibration_batches(tiny_data, tiny_split)),
+        tiny_data,
+        tiny_split,
     )
     beyond = ~np.log2(table["raw_scale"]).between(-8.5, 8.5)
     assert table["clamped"].tolist() == beyond.tolist() and 0 < beyond.sum() < len(table)
@@ -85,7 +91,7 @@ def test_without_a_limit_nothing_is_clamped(tiny_data, tiny_split):
 
 
 def test_the_observed_scales_are_those_that_the_int8_network_gets(tiny_data, tiny_split):
-    prepared = calibrate(prepare_ptq(network(), POWER2.value), tiny_data, tiny_split)
+    prepared = calibrate(prepare_ptq(network(), POWER2.value), calibration_batches(tiny_data, tiny_split))
     planned, got = observed(prepared, tiny_data, tiny_split), qparams(convert(prepared))
     assert len(planned) == len(got)
     for tensor in ("weight", "activation"):
@@ -97,20 +103,20 @@ def test_the_observed_scales_are_those_that_the_int8_network_gets(tiny_data, tin
 
 
 def test_the_observed_range_of_a_weight_is_the_weights(tiny_data, tiny_split):
-    prepared = calibrate(prepare_ptq(network(), POWER2.value), tiny_data, tiny_split)
+    prepared = calibrate(prepare_ptq(network(), POWER2.value), calibration_batches(tiny_data, tiny_split))
     row = observed(prepared, tiny_data, tiny_split).set_index(["layer", "tensor"]).loc[("fc", "weight")]
     assert (row["min"], row["max"]) == (prepared.fc.weight.min().item(), prepared.fc.weight.max().item())
 
 
 def test_looking_at_the_observers_leaves_them_as_they_are(tiny_data, tiny_split):
-    prepared = calibrate(prepare_ptq(network(), POWER2.value), tiny_data, tiny_split)
+    prepared = calibrate(prepare_ptq(network(), POWER2.value), calibration_batches(tiny_data, tiny_split))
     before = snapshot(prepared)
     observed(prepared, tiny_data, tiny_split)
     assert unchanged(prepared, before)
 
 
 def test_networks_without_power_of_two_observers_have_nothing_to_report(tiny_data, tiny_split):
-    prepared = calibrate(prepare_ptq(network(), DEFAULT.value), tiny_data, tiny_split)
+    prepared = calibrate(prepare_ptq(network(), DEFAULT.value), calibration_batches(tiny_data, tiny_split))
     assert len(observed(prepared, tiny_data, tiny_split)) == 0 and not any(
         isinstance(module, PowerOfTwoObserver) for module in prepared.modules()
     )
@@ -123,11 +129,13 @@ COLUMNS = [
 
 
 def calibrated_without_limit(model, data, split):
-    return calibrate(prepare_ptq(model, make_qconfig(Scheme(), Scheme())), data, split)
+    return calibrate(prepare_ptq(model, make_qconfig(Scheme(), Scheme())), calibration_batches(data, split))
 
 
 def calibrated(data, split, weight=REFERENCE, activation=REFERENCE, mode="ptq"):
-    return calibrate(prepare_ptq(network(), make_qconfig(weight, activation, mode)), data, split)
+    return calibrate(
+        prepare_ptq(network(), make_qconfig(weight, activation, mode)), calibration_batches(data, split)
+    )
 
 
 def by_numpy(rows: np.ndarray, scale: np.ndarray, low: int, high: int, zero_point: int = 0) -> dict:
@@ -203,7 +211,7 @@ def test_the_clamped_channels_are_counted(limit, tiny_data, tiny_split):
     prepared = prepare_ptq(network(), make_qconfig(scheme, Scheme()))
     factors = torch.tensor([2.0**-12, 1, 1, 2.0**12])
     prepared.fc.weight.data *= (factors / prepared.fc.weight.detach().abs().amax(1))[:, None]
-    prepared = calibrate(prepared, tiny_data, tiny_split)
+    prepared = calibrate(prepared, calibration_batches(tiny_data, tiny_split))
     before = snapshot(prepared)
     table = observed(prepared, tiny_data, tiny_split)
     row = table.set_index(["layer", "tensor"]).loc["fc", "weight"]
@@ -259,7 +267,7 @@ def test_inspecting_changes_nothing_in_the_network(mode, tiny_data, tiny_split):
 def test_the_grid_of_a_tensor_is_the_one_that_rounds_it(tiny_data, tiny_split):
     model, weight = network(), Scheme(bits=4, per_channel=True)
     qconfig = make_qconfig(weight, Scheme(bits=4, zero_point="unsigned"), "simulated")
-    calibrated = calibrate(prepare_ptq(model, qconfig), tiny_data, tiny_split)
+    calibrated = calibrate(prepare_ptq(model, qconfig), calibration_batches(tiny_data, tiny_split))
     batch = calibration_batches(tiny_data, tiny_split)[0]
     before = snapshot(calibrated)
     name = "conv1"
@@ -281,12 +289,17 @@ def test_the_grid_of_a_tensor_is_the_one_that_rounds_it(tiny_data, tiny_split):
 
 @pytest.mark.parametrize("arch", ["resnet9", "resnet50"])
 def test_a_tensor_that_is_rounded_alone_moves_the_logits_as_a_rounded_input_does(arch, tiny_data, tiny_split):
-    prepared = calibrate(prepare_ptq(network(arch), make_qconfig(REFERENCE, REFERENCE, "simulated")), tiny_data, tiny_split)
+    prepared = calibrate(
+        prepare_ptq(network(arch), make_qconfig(REFERENCE, REFERENCE, "simulated")),
+        calibration_batches(tiny_data, tiny_split),
+    )
     model, images = simulate(prepared), calibration_batches(tiny_data, tiny_split)[0]
     before = snapshot(model)
     table = errors_alone(model, images)
     assert unchanged(model, before)
-    assert table["logit_mse"].is_monotonic_decreasing and table["layer"].is_unique and (table["width"] > 0).all()
+    assert (
+        table["logit_mse"].is_monotonic_decreasing and table["layer"].is_unique and (table["width"] > 0).all()
+    )
     quantized = {name for name, module in model.named_modules() if hasattr(module, "activation_post_process")}
     assert set(table["layer"]) <= quantized and len(table) > len(layers(model))
     watcher = model.quant.activation_post_process

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from labcore import LabError
+from labcore.data import calibration_batches
 from labcore.qconfig import Scheme, make_qconfig
-from labcore.quantize import calibrate, fuse, layers, lower, prepare_ptq, simulate
+from labcore.quantize import calibrate, convert_simulated, fuse, layers, prepare_ptq, simulate
 from labcore.studies.mixed import (
     allocate,
     codes,
@@ -72,7 +73,9 @@ def mixed(tiny_data, tiny_split):
     bits = {"conv1": 3, "layer2.0.0": 5}
     qconfig = make_qconfig(WEIGHT, ACTIVATION, "simulated")
     own = overrides(bits, WEIGHT, ACTIVATION)
-    return simulate(calibrate(prepare_ptq(network(), qconfig, own), tiny_data, tiny_split))
+    return simulate(
+        calibrate(prepare_ptq(network(), qconfig, own), calibration_batches(tiny_data, tiny_split))
+    )
 
 
 def test_each_layer_has_its_own_bits(mixed):
@@ -90,12 +93,12 @@ def test_a_packed_file_gives_the_same_network(mixed, tmp_path):
     again, images = load_packed(tmp_path / "mixed.npz", other), torch.randn(9, 3, 32, 32)
     with torch.no_grad():
         assert torch.equal(mixed(images), again(images))
-        assert torch.equal(lower(mixed)(images), lower(again)(images))
+        assert torch.equal(convert_simulated(mixed)(images), convert_simulated(again)(images))
 
 
 def test_fewer_bits_make_a_smaller_file(tiny_data, tiny_split, tmp_path, mixed):
     qconfig = make_qconfig(WEIGHT, ACTIVATION, "simulated")
-    full = simulate(calibrate(prepare_ptq(network(), qconfig), tiny_data, tiny_split))
+    full = simulate(calibrate(prepare_ptq(network(), qconfig), calibration_batches(tiny_data, tiny_split)))
     saved = save_packed(tmp_path / "8.npz", full) - save_packed(tmp_path / "m.npz", mixed)
     sizes = weight_bytes(fuse(network()))
     expected = sizes["conv1"] * 5 / 8 + sizes["layer2.0.0"] * 3 / 8
@@ -104,7 +107,7 @@ def test_fewer_bits_make_a_smaller_file(tiny_data, tiny_split, tmp_path, mixed):
 
 def test_float_scales_are_not_packed(tiny_data, tiny_split, tmp_path):
     qconfig = make_qconfig(Scheme(rule="none"), ACTIVATION, "simulated")
-    model = simulate(calibrate(prepare_ptq(network(), qconfig), tiny_data, tiny_split))
+    model = simulate(calibrate(prepare_ptq(network(), qconfig), calibration_batches(tiny_data, tiny_split)))
     with pytest.raises(LabError, match="no power of two"):
         save_packed(tmp_path / "float.npz", model)
 

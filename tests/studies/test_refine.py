@@ -42,7 +42,7 @@ def batches(tiny_data, tiny_split):
 
 @pytest.fixture
 def calibrated(tiny_data, tiny_split):
-    return calibrate(prepare_ptq(network(), FOUR_BITS), tiny_data, tiny_split)
+    return calibrate(prepare_ptq(network(), FOUR_BITS), calibration_batches(tiny_data, tiny_split))
 
 
 def snapshot(model: nn.Module) -> dict:
@@ -163,7 +163,7 @@ def test_an_equalized_network_is_prepared_with_fused_false(tiny_data, tiny_split
     prepared = prepare_ptq(equalized, FOUR_BITS, fused=False)
     usual = prepare_ptq(network(), FOUR_BITS)
     assert [name for name, _ in prepared.named_modules()] == [name for name, _ in usual.named_modules()]
-    simulated = simulate(calibrate(prepared, tiny_data, tiny_split))
+    simulated = simulate(calibrate(prepared, calibration_batches(tiny_data, tiny_split)))
     assert set(layers(simulated)) == set(layers(usual))
     ratio = layers(simulated)["layer2.2.conv1"].weight / layers(simulated)["layer2.2.conv1"].weight_scale
     assert torch.equal(ratio, ratio.round())
@@ -210,7 +210,7 @@ def test_bias_correction_takes_the_calibrated_network_as_the_float_one(calibrate
 @pytest.mark.parametrize("per_channel", [False, True])
 def test_learned_rounding_stays_on_the_grid_beside_the_weight(per_channel, tiny_data, tiny_split, batches):
     config = make_qconfig(Scheme(bits=3, per_channel=per_channel), Scheme(), "simulated")
-    calibrated = calibrate(prepare_ptq(network(), config), tiny_data, tiny_split)
+    calibrated = calibrate(prepare_ptq(network(), config), calibration_batches(tiny_data, tiny_split))
     before = snapshot(calibrated)
     rounded, nearest = adaround(calibrated, batches, steps=40), simulate(calibrated)
     assert same(calibrated.state_dict(), before)

@@ -312,7 +312,8 @@ def test_an_interval_needs_two_images():
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "words"), [(0.1, 2, "costs more"), (-2, -0.1, "costs less"), (-1, 1, "shows no difference")]
+    ("low", "high", "words"),
+    [(0.1, 2, "costs more"), (-2, -0.1, "costs less"), (-1, 1, "shows no difference")],
 )
 def test_the_verdict_follows_the_interval(low, high, words):
     assert verdict({"extra_drop_pp": {"mean": 0, "low": low, "high": high}}).startswith(words)

@@ -75,7 +75,7 @@ def test_real_kernels_saturate_without_vnni_and_only_with_eight_bits(tiny_data, 
     for bits in (8, 7):
         schemes = Scheme(rule="none"), Scheme(bits=bits, rule="none", zero_point="unsigned")
         prepared = prepare_ptq(model, make_qconfig(*schemes, "simulated"))
-        simulated = predict(simulate(calibrate(prepared, tiny_data, tiny_split)), images)
+        simulated = predict(simulate(calibrate(prepared, calibration_batches(tiny_data, tiny_split))), images)
         args = model, *schemes, tiny_data, tiny_split, images
         found = on_onednn(predict_ptq, *args, isa="AVX2")
         error[bits] = np.abs(found - simulated).max() / np.abs(simulated).max()
@@ -89,7 +89,9 @@ def test_real_kernels_saturate_without_vnni_and_only_with_eight_bits(tiny_data, 
 def test_a_scheme_is_judged_on_kernels_only_where_they_add_exactly(vnni, tiny_data, tiny_split, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: vnni)
     qconfig = make_qconfig(Scheme(), Scheme(), "simulated")
-    simulated = simulate(calibrate(prepare_ptq(network(), qconfig), tiny_data, tiny_split))
+    simulated = simulate(
+        calibrate(prepare_ptq(network(), qconfig), calibration_batches(tiny_data, tiny_split))
+    )
     assert hasattr(run_exactly(simulated).fc, "zero_point") is vnni
     assert run_exactly(simulated, 4) is simulated
 
@@ -137,7 +139,7 @@ def test_one_calibration_serves_all_weights_and_clamps(rule, study, tiny_data, t
             clamped = replace(activation, max_shift_amount=limit)
             found = study.prepared(weight, clamped)
             fresh = prepare_ptq(study.model, make_qconfig(weight, clamped, "simulated"))
-            fresh = calibrate(fresh, tiny_data, tiny_split)
+            fresh = calibrate(fresh, calibration_batches(tiny_data, tiny_split))
             table = inspect_qparams(found, [])
             assert table.equals(inspect_qparams(fresh, []))
             outputs.append(simulate(found)(batch))
@@ -152,7 +154,9 @@ def test_an_integer_product_of_a_layers_codes_is_its_convolution(name, zero_poin
     network = simulate(study.prepared(Scheme(rule="ceil"), Scheme(rule="ceil", zero_point="unsigned")))
     layer, seen = layers(network)[name], []
     layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    codes, weights = layer_codes(network, name, normalize(torch.from_numpy(tiny_data.test_images[:4])), rows=50)
+    codes, weights = layer_codes(
+        network, name, normalize(torch.from_numpy(tiny_data.test_images[:4])), rows=50
+    )
     outputs = torch.nn.functional.conv2d(seen[0], layer.weight, padding=1).permute(0, 2, 3, 1).flatten(0, 2)
     chosen = torch.linspace(0, len(outputs) - 1, 50).round().long()
     assert len((chosen % 16).unique()) == 16, "windows of every column of the images"
@@ -160,7 +164,7 @@ def test_an_integer_product_of_a_layers_codes_is_its_convolution(name, zero_poin
     sums = (codes - zero_point) @ weights.T
     size = outputs.abs().max() / sums.abs().max()
     assert torch.allclose(outputs, sums * size, atol=1e-4 * outputs.abs().max().item())
-    assert codes.shape[1] == 9 * 4 and 0 <= codes.min() and codes.max() <= 255
+    assert codes.shape[1] == 9 * 4 and codes.min() >= 0 and codes.max() <= 255
     if name == "conv1":  # three colours and a zero: neighbours are of one place
         assert (weights.unflatten(1, (9, 4))[:, :, 3] == 0).all()
 
@@ -175,7 +179,9 @@ def test_with_its_scale_rounded_up_nothing_of_the_images_is_clipped_and_all_else
     assert before[before["layer"] != "quant"].equals(after[after["layer"] != "quant"])
 
 
-def test_a_cell_that_a_notebook_builds_depends_on_the_notebooks_code_and_not_on_its_prose(study, tmp_path, monkeypatch):
+def test_a_cell_that_a_notebook_builds_depends_on_the_notebooks_code_and_not_on_its_prose(
+    study, tmp_path, monkeypatch
+):
     monkeypatch.setattr("labcore.studies.study.ROOT", tmp_path)
     study.stage = "observers"
     (tmp_path / "notebooks").mkdir()

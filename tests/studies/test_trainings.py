@@ -11,6 +11,7 @@ import torch
 from small import network
 
 from labcore.config import PROFILES, Recipe, get_profile
+from labcore.data import calibration_batches
 from labcore.files.artifacts import ROOT
 from labcore.qconfig import CustomQConfig
 from labcore.quantize import calibrate, prepare_qat
@@ -75,7 +76,9 @@ def test_a_fifth_of_the_references_epochs_holds_its_curve_too():
     assert " ".join(f"{name}={value}" for name, value in values.items()) in README
     short = get_profile("reference", **values).fp32
     for step in range(0, whole.epochs * 100, 997):
-        assert learning_rate(short, step // share, 100) == pytest.approx(learning_rate(whole, step, 100), rel=0.02)
+        assert learning_rate(short, step // share, 100) == pytest.approx(
+            learning_rate(whole, step, 100), rel=0.02
+        )
 
 
 def test_a_training_that_diverges_counts_as_guessing(run_of_smoke, capsys, monkeypatch):
@@ -84,7 +87,12 @@ def test_a_training_that_diverges_counts_as_guessing(run_of_smoke, capsys, monke
 
     monkeypatch.setattr(trainings, "fit", diverging)
     study = Trainings.__new__(Trainings)
-    study.run, study.stage, study.data, study.split = run_of_smoke, "training", run_of_smoke.data, run_of_smoke.split
+    study.run, study.stage, study.data, study.split = (
+        run_of_smoke,
+        "training",
+        run_of_smoke.data,
+        run_of_smoke.split,
+    )
     study.prepare(run_of_smoke, len(study.split.train))
     row = study.cells({"x": study.trained(study.recipe, 0)}, "").loc["x"]
     assert row.to_dict() == {"acc": 0.1, "loss": pytest.approx(np.log(10))}
@@ -153,10 +161,12 @@ def test_what_training_hides_is_counted_on_the_same_images(tiny_data, tiny_split
     study.data, study.split = tiny_data, tiny_split
     study.run.profile = PROFILES["smoke"]
     model = prepare_qat(network(), CustomQConfig.POWER2.qat)
-    calibrate(model, tiny_data, tiny_split)
+    calibrate(model, calibration_batches(tiny_data, tiny_split))
     table = study.hidden_by_training(model.apply(torch.ao.quantization.disable_observer), batch_size=7)
     assert table.shape == (6, 2) and ((table >= 0) & (table <= 1)).all(axis=None)
-    spread = tiny_split.train[[63 * step // 31 for step in range(32)]]  # as many as validation images, first and last among them
+    spread = tiny_split.train[
+        [63 * step // 31 for step in range(32)]
+    ]  # as many as validation images, first and last among them
     images = trainings.normalize(torch.from_numpy(tiny_data.train_images[spread]))
     labels = torch.from_numpy(tiny_data.train_labels[spread])
     with torch.no_grad():

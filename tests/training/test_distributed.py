@@ -282,7 +282,9 @@ def test_torchrun_on_two_machines_trains_what_make_report_finds_finished_on_the_
     settings = "fp32.epochs=1 fp32.epoch_images=128 width=4"
     nodes = []
     for rank in range(2):  # a copy of the project stands for a machine's disk
-        shutil.copytree(ROOT / "labcore", tmp_path / f"{rank}/labcore", ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(
+            ROOT / "labcore", tmp_path / f"{rank}/labcore", ignore=shutil.ignore_patterns("__pycache__")
+        )
         command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node-rank={rank}"]
         command += ["--master-addr=localhost", f"--master-port={port}", "--nproc-per-node=1"]
         command += ["-m", "labcore.lab.launch", "--profile", "smoke", "--stage", "fp32", "--set", settings]
@@ -342,7 +344,9 @@ def test_where_the_first_process_cannot_write_the_others_do_not_wait(tmp_path, t
 def test_an_error_of_the_first_process_that_is_not_the_users_is_named_in_all(tmp_path, tiny_data, tiny_split):
     launch(2, fail_to_write, tmp_path, tiny_data, tiny_split, PermissionError("not yours"))
     told = [(tmp_path / f"told-{rank}.txt").read_text() for rank in (0, 1)]
-    assert told[0] == "not yours" and told[1].startswith("process 0 failed (PermissionError: not yours); run again")
+    assert told[0] == "not yours" and told[1].startswith(
+        "process 0 failed (PermissionError: not yours); run again"
+    )
 
 
 def test_images_that_are_mixed_in_pairs_are_not_torn_apart(monkeypatch):
@@ -370,11 +374,22 @@ def test_processes_with_other_images_are_refused_with_both_values(tmp_path, tiny
 
 @pytest.mark.parametrize(
     ("gpus", "batch", "mixup", "expected"),
-    [(0, 64, 0, 1), (1, 63, 0.5, 1), (3, 64, 0, 2), (8, 128, 0, 8), (7, 512, 0, 4), (4, 100, 0, 4), (4, 100, 0.5, 2)],
+    [
+        (0, 64, 0, 1),
+        (1, 63, 0.5, 1),
+        (3, 64, 0, 2),
+        (8, 128, 0, 8),
+        (7, 512, 0, 4),
+        (4, 100, 0, 4),
+        (4, 100, 0.5, 2),
+    ],
 )
 def test_as_many_gpus_are_used_as_can_share_a_batch(gpus, batch, mixup, expected, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    assert _one_per_gpu(Recipe(epochs=1, batch_size=batch, lr=0.1, mixup_alpha=0.2, mixup_prob=mixup)) == expected
+    assert (
+        _one_per_gpu(Recipe(epochs=1, batch_size=batch, lr=0.1, mixup_alpha=0.2, mixup_prob=mixup))
+        == expected
+    )
     assert (f"{expected} of {gpus} GPUs are used" in capsys.readouterr().out) == (0 < expected < gpus)
 
 
@@ -394,11 +409,17 @@ def test_a_stage_is_trained_in_as_many_processes_as_the_profile_says(run, monkey
     args = run.profile.fp32, run.data, run.split, 0, run.path("fp32")
     assert finished(run.fresh_model(), *args) and len(result.history) == 1
     monkeypatch.setattr("labcore.lab.parallel.launch", lambda *args: pytest.fail("trained again"))
-    assert torch.equal(train_stage(run, "fp32", Run.fresh_model).state["fc.weight"], result.state["fc.weight"])
+    assert torch.equal(
+        train_stage(run, "fp32", Run.fresh_model).state["fc.weight"], result.state["fc.weight"]
+    )
 
 
 def test_training_starts_from_the_first_weights_of_its_recipe(run):
-    fresh, again, plain = run.fresh_model().conv1.weight, run.fresh_model().conv1.weight, run.model().conv1.weight
+    fresh, again, plain = (
+        run.fresh_model().conv1.weight,
+        run.fresh_model().conv1.weight,
+        run.model().conv1.weight,
+    )
     assert BUILD["fp32"] is Run.fresh_model  # torchrun trains what the notebook would
     half = len(fresh) // 2
     assert torch.equal(fresh, again) and torch.equal(fresh[:half], -fresh[half:])
@@ -424,6 +445,10 @@ def test_an_unknown_profile_is_refused_before_anything_starts(capsys, monkeypatc
 
 
 def test_a_training_that_wants_a_gpu_says_so_on_a_cpu(tmp_path):
-    assert cpu_notes(get_profile("cpu"), tmp_path / "none") == cpu_notes(get_profile("full", width=8), tmp_path / "none") == []
+    assert (
+        cpu_notes(get_profile("cpu"), tmp_path / "none")
+        == cpu_notes(get_profile("full", width=8), tmp_path / "none")
+        == []
+    )
     assert "takes days on a CPU" in cpu_notes(get_profile("full"), tmp_path / "none")[0]
     assert "cannot use" in cpu_notes(get_profile("cpu"), tmp_path)[0]
