@@ -27,7 +27,6 @@ from labcore.files.code import modules_hash
 from labcore.images.folders import fingerprint, read_images, to_array
 from labcore.images.transforms import normalize
 
-DATA_DIR = ROOT / "data"
 DISK_ERRORS = {
     errno.ENOSPC: "no space is left; free some",
     errno.EDQUOT: "your quota is used up; free some space",
@@ -82,16 +81,18 @@ class Split:
         return digest.hexdigest()
 
 
-def load_data(source: str | None, image_size: int = 32) -> ImageData:
+def load_data(source: str | None, image_size: int = 32, root: Path = ROOT) -> ImageData:
     """Images by name ("cifar10", "cifar100", "digits"), or from a path to class folders or an archive of them.
 
     None means CIFAR-10, from data/ or downloaded; without a network it means the embedded digits, and `notice` says so.
     Raises LabError for anything that cannot be read as two splits with the same two or more classes, and where the disk is
-    full. Raises Unreachable where CIFAR is asked for by name and cannot be downloaded.
+    full. Raises Unreachable where CIFAR is asked for by name and cannot be downloaded. Downloads and the cache lie in
+    root / "data"; a relative path is looked up from the working directory, then from `root`.
     """
+    folder = root / "data"
     if source is None:
         try:
-            return _cifar("cifar10", image_size)
+            return _cifar("cifar10", image_size, folder)
         except Unreachable as error:
             notice = f"CIFAR-10 could not be had ({error}) Everything below uses scikit-learn's embedded digits instead."
             print(f"warning: {notice}", file=sys.stderr)
@@ -100,8 +101,8 @@ def load_data(source: str | None, image_size: int = 32) -> ImageData:
     if source == "digits":
         return _digits(image_size)
     if source in ("cifar10", "cifar100"):
-        return _cifar(source, image_size)
-    return _own_images(_find(source), image_size)
+        return _cifar(source, image_size, folder)
+    return _own_images(_find(source, root), image_size, folder)
 
 
 def make_split(labels: np.ndarray, validation_fraction: float, calibration_images: int, seed: int) -> Split:
@@ -169,15 +170,15 @@ def _digits(image_size: int) -> ImageData:
     return _image_data("Digits (scikit-learn)", images, target, rank % 5 == 4, np.array(list("0123456789")))
 
 
-def _cifar(name: str, image_size: int) -> ImageData:
+def _cifar(name: str, image_size: int, folder: Path) -> ImageData:
     """CIFAR from data/, through the cache; downloaded and checked by torchvision where it is not there."""
     label = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}[name]
-    unpacked = DATA_DIR / {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}[name]
-    _, arrays = _cached(unpacked, image_size, lambda: _download_cifar(label, image_size))
+    unpacked = folder / {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}[name]
+    _, arrays = _cached(unpacked, image_size, folder, lambda: _download_cifar(label, image_size, folder))
     return _image_data(label, **arrays)
 
 
-def _download_cifar(label: str, image_size: int) -> tuple[str, dict]:
+def _download_cifar(label: str, image_size: int, folder: Path) -> tuple[str, dict]:
     """Torchvision's own download and checksums; LabError without network or with damaged files."""
     from torchvision import datasets
 
@@ -185,13 +186,13 @@ def _download_cifar(label: str, image_size: int) -> tuple[str, dict]:
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(20)
     try:
-        train, test = (kind(str(DATA_DIR), train=part, download=True) for part in (True, False))
+        train, test = (kind(str(folder), train=part, download=True) for part in (True, False))
     except (OSError, RuntimeError, http.client.HTTPException) as error:
         for number in _error_numbers(error) & DISK_ERRORS.keys():
             raise LabError(
-                f"{label} cannot be written into {DATA_DIR}: {DISK_ERRORS[number]} and run again."
+                f"{label} cannot be written into {folder}: {DISK_ERRORS[number]} and run again."
             ) from error
-        archive = DATA_DIR / kind.filename
+        archive = folder / kind.filename
         found = f"{archive.name} there, but damaged" if archive.exists() else "nothing usable there"
         raise Unreachable(
             f"{label} needs a download from {kind.url.split('/')[2]} or its archive in data/; found {found}, "
@@ -236,51 +237,53 @@ def _image_data(
     )
 
 
-def _find(source: str) -> Path:
+def _find(source: str, root: Path) -> Path:
     """A path as the user gave it, relative to where they are or to the project."""
     with contextlib.suppress(OSError, RuntimeError, ValueError):  # too long, no such user, a null character
         given = Path(source).expanduser()
-        for candidate in (given, ROOT / given):
+        for candidate in (given, root / given):
             if candidate.exists():
                 return candidate.resolve()
     hint = nearest(source, NAMED) if "/" not in source and "." not in source else "check the path."
     raise LabError(f"DATA={source} is neither {', '.join(NAMED)} nor an existing folder or archive: {hint}")
 
 
-def _own_images(path: Path, image_size: int) -> ImageData:
+def _own_images(path: Path, image_size: int, folder: Path) -> ImageData:
     """A user's images through the cache; a known copy gets its right name."""
-    key, arrays = _cached(path, image_size, lambda: read_images(path, image_size))
+    key, arrays = _cached(path, image_size, folder, lambda: read_images(path, image_size))
     name = path.name.encode("utf-8", "replace").decode()
     return _image_data(KNOWN_COPIES.get(key, f"own images: {name}"), **arrays)
 
 
-def _cached(path: Path, image_size: int, make: Callable[[], tuple[str, dict]]) -> tuple[str, dict]:
+def _cached(
+    path: Path, image_size: int, folder: Path, make: Callable[[], tuple[str, dict]]
+) -> tuple[str, dict]:
     """(content key, arrays) from the cache, or from `make` where `path` has changed or the cache is missing or damaged."""
-    index_path = DATA_DIR / "cache" / "index.json"
+    index_path = folder / "cache" / "index.json"
     index = read_json(index_path) if index_path.exists() else {}
     if not isinstance(index, dict):
         raise LabError(f"{index_path} is damaged: delete it and run again.")
     before = fingerprint(path) if path.exists() else None
     key = index.get(before)
-    if key and _cache_path(key, image_size).exists():
+    if key and _cache_path(key, image_size, folder).exists():
         try:
-            arrays = read_npz(_cache_path(key, image_size))
+            arrays = read_npz(_cache_path(key, image_size, folder))
             return key, {name: arrays[name] for name in ("images", "labels", "is_test", "classes")}
         except UNREADABLE as error:
             print(f"note: the image cache is damaged ({error}); decoding again.", file=sys.stderr)
     key, arrays = make()
     if path.exists():
-        write_npz(_cache_path(key, image_size), **arrays)
+        write_npz(_cache_path(key, image_size, folder), **arrays)
         after = fingerprint(path)
         if before in (None, after):  # else files changed while they were read: the next run reads them again
             write_json(index_path, index | {after: key})
     return key, arrays
 
 
-def _cache_path(key: str, image_size: int) -> Path:
+def _cache_path(key: str, image_size: int, folder: Path) -> Path:
     """The cached arrays of images, of a size, and of what decodes them."""
     decoder = sha256_json([modules_hash("images.folders"), metadata.version("pillow")])
-    return DATA_DIR / "cache" / f"{key[:16]}-{image_size}-{decoder[:8]}.npz"
+    return folder / "cache" / f"{key[:16]}-{image_size}-{decoder[:8]}.npz"
 
 
 def calibration_batches(data: ImageData, split: Split, batch_size: int = 128) -> list[Tensor]:

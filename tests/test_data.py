@@ -8,6 +8,7 @@ import socket
 import tarfile
 import urllib.error
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits as sklearn_digits
 
-from labcore import LabError
+from labcore import LabError, data
 from labcore.data import NAMED, Split, load_data, load_split, make_split, save_split
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".zip")
@@ -25,7 +26,7 @@ Tree = dict[str, bytes]
 @pytest.fixture(autouse=True)
 def data_dir(tmp_path, monkeypatch) -> Path:
     """An empty data folder, and no way to the network."""
-    monkeypatch.setattr("labcore.data.DATA_DIR", tmp_path / "data")
+    monkeypatch.setitem(globals(), "load_data", partial(data.load_data, root=tmp_path))
     monkeypatch.delenv("LAB_PROGRESS", raising=False)
 
     def refuse(*args, **kwargs):
