@@ -1,10 +1,9 @@
 """Profiles: every hyperparameter of the lab, on one page. A profile shows only how it differs."""
 
 import dataclasses
-import difflib
 from dataclasses import dataclass, field, replace
 
-from labcore import LabError
+from labcore import LabError, nearest
 
 ARCHITECTURES = ("resnet9", "resnet18", "resnet34", "resnet50")
 STEMS = ("cifar", "imagenet")
@@ -340,12 +339,6 @@ _reference = replace(
     qat=replace(_reference_fp32, epochs=20, lr=1e-3, lr_min=1e-5, schedule="cosine", freeze_at=0.75),
 )
 PROFILES = {profile.name: profile for profile in (_smoke, _cpu, _cpu_long, _full, _reference)}
-
-
-def nearest(name: str, known) -> str:
-    """The hint for a mistyped name: the nearest known one, or the whole list."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}."
 
 
 def _convert(name: str, text, current):

@@ -20,8 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from labcore import LabError
-from labcore.config import nearest
+from labcore import LabError, nearest
 from labcore.files.artifacts import ROOT, UNREADABLE, read_json, read_npz, sha256_json, write_json, write_npz
 from labcore.files.code import modules_hash
 from labcore.images.folders import fingerprint, read_images, to_array

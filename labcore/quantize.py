@@ -14,8 +14,7 @@ from torch.ao import quantization as tq
 from torch.ao.quantization import FakeQuantizeBase, QConfig
 from torch.ao.quantization._learnable_fake_quantize import _LearnableFakeQuantize
 
-from labcore import LabError
-from labcore.config import nearest
+from labcore import LabError, nearest
 from labcore.files.progress import progress
 from labcore.model import QuantizableResNet
 from labcore.quantizers.learned import LearnedFakeQuantize

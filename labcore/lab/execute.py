@@ -13,8 +13,7 @@ from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
-from labcore import LabError
-from labcore.config import nearest
+from labcore import LabError, nearest
 from labcore.files.artifacts import ROOT, atomic_path
 
 

@@ -20,7 +20,7 @@ from functools import cache
 from importlib.metadata import distributions
 from pathlib import Path
 
-from labcore import LabError
+from labcore import LabError, nearest
 from labcore.config import (
     NOTEBOOKS,
     PROFILES,
@@ -28,7 +28,6 @@ from labcore.config import (
     Profile,
     check_seed,
     get_profile,
-    nearest,
     parse_overrides,
 )
 from labcore.files.artifacts import ROOT, read_json, sha256_file, sha256_json, write_json

@@ -16,11 +16,11 @@ from functools import partial
 from pathlib import Path
 import numpy as np
 import pandas as pd
-from labcore import LabError
+from labcore import LabError, nearest
 from labcore.files.artifacts import ROOT, UNREADABLE, read_json, sha256_file, write_json
 from labcore.files.tensors import first_line
 from labcore.report.claims import ledger, rounding_costs
-from labcore.config import NOTEBOOKS, PROFILES, nearest
+from labcore.config import NOTEBOOKS, PROFILES
 from labcore.files.artifacts import load_logits
 from labcore.stats import bootstrap_drop, calibration, compare_paired, images_needed, latency_table, summarize
 from labcore.report.build import REFERENCE, build, results_folder

@@ -27,8 +27,7 @@ from PIL.Image import Resampling
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as F
 
-from labcore import LabError
-from labcore.config import nearest
+from labcore import LabError, nearest
 from labcore.evaluate import predict
 from labcore.files.artifacts import UNREADABLE, read_npz, sha256_file, write_npz
 from labcore.files.code import modules_hash
