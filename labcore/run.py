@@ -1,4 +1,4 @@
-"""One run of the lab as a notebook sees it: profile, seed, images, split, and where each stage puts its files."""
+"""One run of the lab as a notebook sees it: profile, seed, images, split, and the files of every stage."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,80 +20,70 @@ from labcore.training.steps import multiplies_bfloat16
 
 @dataclass(frozen=True)
 class Run:
-    """Files of stage S of profile P lie in runs/P/S; its figures in figures/P, its executed notebook in report/P/notebooks."""
+    """Files of stage S of profile P lie in runs/P/S below `root`, figures in figures/P."""
 
     profile: Profile
     source: str | None
     seed: int
+    root: Path = ROOT
 
     @cached_property
     def data(self) -> ImageData:
-        """The images, read on first use."""
-        return load_data(self.source or self.profile.data, self.profile.image_size)
+        """Return the images, read on first use."""
+        return load_data(self.source or self.profile.data, self.profile.image_size, root=self.root)
 
     @cached_property
     def split(self) -> Split:
-        """The split that follows from the images and the seed; its file is written where it is missing or another."""
-        path = self.folder / "split.npz"
-        fresh = make_split(
-            self.data.train_labels,
-            self.profile.validation_fraction,
-            self.profile.calibration_images,
-            self.seed,
-        )
+        """Return the split that follows from images and seed; its file is written where it is another."""
+        path, profile, labels = self.folder / "split.npz", self.profile, self.data.train_labels
+        fresh = make_split(labels, profile.validation_fraction, profile.calibration_images, self.seed)
         if not path.exists() or load_split(path).sha256 != fresh.sha256:
             save_split(path, fresh)
         return fresh
 
     @property
     def folder(self) -> Path:
-        return ROOT / "runs" / self.profile.name
+        """Return where all stages keep their files."""
+        return self.root / "runs" / self.profile.name
 
     @property
     def figures(self) -> Path:
-        return ROOT / "figures" / self.profile.name
+        """Return where all stages put their figures."""
+        return self.root / "figures" / self.profile.name
 
     def path(self, stage: str, name: str = "") -> Path:
-        """Where a stage keeps a file, or all of them; LabError for an unknown stage."""
+        """Return where a stage keeps a file, or all of them; LabError for an unknown stage."""
         if stage not in NOTEBOOKS:
             raise LabError(f"unknown stage {stage!r}: expected one of {', '.join(NOTEBOOKS)}; correct it.")
         return self.folder / stage / name
 
     def model(self) -> QuantizableResNet:
-        """The profile's network with fresh weights that follow from the seed."""
+        """Return the profile's network with fresh weights that follow from the seed."""
         torch.manual_seed(self.seed)
         return build_model(self.profile.arch, len(self.data.classes), self.profile.width, self.profile.stem)
 
     def fresh_model(self) -> QuantizableResNet:
-        """The profile's network as its FP32 training starts: with the first weights that the recipe asks for."""
+        """Return the profile's network as its FP32 training starts, with the first weights of the recipe."""
         model = self.model()
         self.initialize(model, self.profile.fp32.init)
         return model
 
     def initialize(self, model: QuantizableResNet, init: str) -> None:
-        """See labcore.model.initialize; patches are those of 500 to 999 training images, evenly spaced, or of all."""
-        some = self.split.train[:: max(1, len(self.split.train) // 500)]
-        initialize(model, init, torch.from_numpy(self.data.train_images[some]))
+        """Replace first weights by first_weights.initialize, with 500 to 999 evenly spaced images, or all."""
+        spaced = self.split.train[:: max(1, len(self.split.train) // 500)]
+        initialize(model, init, torch.from_numpy(self.data.train_images[spaced]))
 
     def save_figure(self, figure: Figure, name: str) -> Image:
-        """Write figures/<profile>/<name>.png with the data set named at its foot; returns that picture for display."""
-        figure.text(
-            0.995,
-            0.005,
-            f"{self.data.label} · profile {self.profile.name}",
-            ha="right",
-            va="bottom",
-            fontsize=7,
-            color="0.4",
-            parse_math=False,
-        )
+        """Write figures/P/NAME.png with the data set named at its foot; return that picture for display."""
+        foot = f"{self.data.label} · profile {self.profile.name}"
+        figure.text(0.995, 0.005, foot, ha="right", va="bottom", fontsize=7, color="0.4", parse_math=False)
         path = self.figures / f"{name}.png"
         with atomic_path(path) as partial:
             figure.savefig(partial, format="png", dpi=150, metadata={"Software": None})
         return Image(data=path.read_bytes(), width=round(100 * figure.get_figwidth()))
 
     def save_metrics(self, stage: str, metrics: dict) -> dict:
-        """Write what the stage measured, and beside it what the numbers depend on."""
+        """Write what the stage measured, and beside it what the numbers depend on; return the former."""
         facts = {
             "data": {
                 "label": self.data.label,
@@ -115,13 +105,15 @@ class Run:
         return metrics
 
     def metrics(self, stage: str) -> dict:
-        """What an earlier stage measured; LabError says which stage to run where it is missing."""
+        """Return what an earlier stage measured; LabError says which stage to run where it is missing."""
         return read_json(self.path(stage, "metrics.json"))
 
 
-def open_run(profile: str = "cpu", data: str | None = None, seed: int = 0, overrides: str = "") -> Run:
-    """Start a notebook: the profile by name, DATA, SEED and SET as given to make.
+def open_run(
+    profile: str = "cpu", data: str | None = None, seed: int = 0, overrides: str = "", root: Path = ROOT
+) -> Run:
+    """Return the run that a notebook starts with: profile by name, DATA, SEED and SET as given to make.
 
     Raises LabError for an unknown profile or parameter (with the nearest name) and for values out of range.
     """
-    return Run(get_profile(profile, **parse_overrides(overrides)), data or None, check_seed(seed))
+    return Run(get_profile(profile, **parse_overrides(overrides)), data or None, check_seed(seed), root)

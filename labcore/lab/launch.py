@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
                 "expected to be started by torchrun, found no LOCAL_RANK; use torchrun, or make report."
             )
         run = open_run(options.profile, options.data, options.seed, options.overrides)
-        train_worker(run.profile, run.source, run.seed, options.stage, BUILD[options.stage])
+        train_worker(run, options.stage, BUILD[options.stage])
     except LabError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

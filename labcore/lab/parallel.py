@@ -1,6 +1,7 @@
 """Train a stage of a run: in this process, or in one process per GPU where there are several."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -32,7 +33,7 @@ def train_stage(run: Run, stage: str, build: Callable[[Run], nn.Module]) -> Resu
         print(*notes, sep="\n")
     processes = run.profile.processes or _one_per_gpu(args[0])
     if processes > 1 and not finished(model, *args):
-        launch(processes, train_worker, run.profile, run.source, run.seed, stage, build)
+        launch(processes, train_worker, replace(run), stage, build)  # a copy, without the images
         if not finished(model, *args):  # or one process would quietly train it all again
             raise LabError(
                 f"{processes} processes trained {stage}, but {args[-1]} holds no finished checkpoint of this training: they "
@@ -74,13 +75,10 @@ def _one_per_gpu(recipe: Recipe) -> int:
 
 
 @record
-def train_worker(
-    profile: Profile, source: str | None, seed: int, stage: str, build: Callable[[Run], nn.Module]
-) -> None:
+def train_worker(run: Run, stage: str, build: Callable[[Run], nn.Module]) -> None:
     """What each process does; its error, if any, is written down for the process that started it."""
     with process_group():
-        run = Run(profile, source, seed)
         first_on_machine(
             lambda: run.split
         )  # the images are downloaded, read and cached, the split is written
-        fit(build(run), *_arguments(run, stage), profile.eval_batch_size, stage.upper())
+        fit(build(run), *_arguments(run, stage), run.profile.eval_batch_size, stage.upper())

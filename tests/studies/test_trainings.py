@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import shutil
 
 import numpy as np
 import pandas as pd
@@ -100,10 +99,8 @@ def test_a_training_that_diverges_counts_as_guessing(run_of_smoke, capsys, monke
 
 
 @pytest.fixture
-def run_of_smoke():
-    run = Run(dataclasses.replace(PROFILES["smoke"], name="test-diverging"), None, 0)
-    yield run
-    shutil.rmtree(run.folder, ignore_errors=True)
+def run_of_smoke(tmp_path):
+    return Run(PROFILES["smoke"], None, 0, tmp_path)
 
 
 def test_the_linear_rule_and_the_references_rate_are_both_there():

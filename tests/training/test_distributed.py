@@ -394,14 +394,12 @@ def test_as_many_gpus_are_used_as_can_share_a_batch(gpus, batch, mixup, expected
 
 
 @pytest.fixture
-def run():
+def run(tmp_path):
     """A run of the smoke profile with two processes, in a folder of its own."""
     profile = override(
         PROFILES["smoke"], {"processes": 2, "fp32.epochs": 1, "fp32.epoch_images": 128, "width": 4}
     )
-    run = Run(dataclasses.replace(profile, name=f"test-two-processes-{os.getpid()}"), None, 0)
-    yield run
-    shutil.rmtree(run.folder, ignore_errors=True)
+    return Run(profile, None, 0, tmp_path)
 
 
 def test_a_stage_is_trained_in_as_many_processes_as_the_profile_says(run, monkeypatch):
@@ -429,7 +427,7 @@ def test_training_starts_from_the_first_weights_of_its_recipe(run):
 def test_what_is_wrong_in_a_process_is_said_in_its_own_words(run):
     odd = dataclasses.replace(run.profile, fp32=dataclasses.replace(run.profile.fp32, batch_size=63))
     with pytest.raises(LabError, match="^batch_size must be a multiple of the 2 processes, found 63"):
-        train_stage(Run(odd, None, 0), "fp32", Run.fresh_model)
+        train_stage(dataclasses.replace(run, profile=odd), "fp32", Run.fresh_model)
 
 
 def test_the_command_line_says_that_torchrun_must_start_it(capsys, monkeypatch):
