@@ -8,14 +8,16 @@ PORT ?= 8888
 PYTHON ?= python3
 VENV ?= .venv
 
-RUN = $(VENV)/bin/python -m labcore.lab.pipeline
+RUN = $(VENV)/bin/python -m labcore.lab
+VARIABLES = PROFILE DATA SEED SET STUDIES PYTHON VENV PORT
+UNKNOWN := $(filter-out $(VARIABLES),$(foreach v,$(.VARIABLES),$(if $(filter command,$(origin $v)),$v)))
+$(if $(UNKNOWN),$(error unknown variable $(UNKNOWN): known are $(VARIABLES)))
 # Through the environment, so that a path may hold blanks and quotes.
 export LAB_PROFILE := $(PROFILE)
 export LAB_DATA := $(DATA)
 export LAB_SEED := $(SEED)
 export LAB_SET := $(SET)
 export LAB_STUDIES := $(STUDIES)
-export LAB_VARIABLES := $(MAKEOVERRIDES)
 # glibc would give every large block of memory back and ask for it again, layer by layer. Keeping it saves 10 to 20 % of a
 # training step on a CPU (benchmarks/README.md). Other systems ignore this.
 export MALLOC_MMAP_THRESHOLD_ ?= 1073741824
@@ -24,9 +26,10 @@ export MALLOC_TOP_PAD_ ?= 268435456
 # pip does not compile what it installs, which takes a minute or more for packages of which few files are used. Python compiles
 # those when they are first imported, and must be allowed to keep what it compiled.
 unexport PYTHONDONTWRITEBYTECODE
-OPTIONS = --profile "$$LAB_PROFILE" --data "$$LAB_DATA" --seed "$$LAB_SEED" --set "$$LAB_SET" --studies "$$LAB_STUDIES" --make-variables "$$LAB_VARIABLES"
+PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
+OPTIONS = --profile "$$LAB_PROFILE" --data "$$LAB_DATA" --seed "$$LAB_SEED" --set "$$LAB_SET" --studies "$$LAB_STUDIES"
 
-.PHONY: help report studies verify test lab status clean
+.PHONY: help report studies verify test test-fast lab status clean
 .DEFAULT_GOAL := help
 
 help:
@@ -37,7 +40,7 @@ help:
 	@echo 'make verify   every number of report/$$PROFILE again from the results beside it (PROFILE)'
 	@echo 'make status   which stage is stale, and why (same options)'
 	@echo 'make lab      JupyterLab on this machine, PORT=8888'
-	@echo 'make test     all tests, among them the whole pipeline on profile smoke'
+	@echo 'make test     all tests, among them the whole pipeline on profile smoke; make test-fast leaves that out'
 	@echo 'make clean    remove what the runs of PROFILE wrote'
 
 report studies status clean: $(VENV)/.installed
@@ -47,7 +50,10 @@ verify: $(VENV)/.installed
 	@$(VENV)/bin/python -m labcore.report.verify --profile "$$LAB_PROFILE"
 
 test: $(VENV)/.installed
-	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
+	@$(PYTEST)
+
+test-fast: $(VENV)/.installed
+	@$(PYTEST) -m "not slow"
 
 lab: $(VENV)/.installed
 	@$(VENV)/bin/jupyter lab --ip=127.0.0.1 --port=$(PORT) --allow-root notebooks

@@ -13,21 +13,6 @@ from labcore.data import ImageData, Split, calibration_batches
 from labcore.qconfig import CustomQConfig
 from labcore.quantize import calibrate, convert, prepare_ptq
 
-FIRST = (
-    "test_pipeline_studies",
-    "test_distributed",
-    "test_artifacts",
-    "test_pipeline_engines",
-    "test_pipeline",
-)
-
-
-def pytest_collection_modifyitems(items):
-    """The longest files first, since two processes share them: each starts with two, this one with the first and the third. The
-    first builds the project while the other is busy with the second, and the others find it built.
-    """
-    items.sort(key=lambda item: FIRST.index(item.path.stem) if item.path.stem in FIRST else len(FIRST))
-
 
 @pytest.fixture
 def tiny_data() -> ImageData:
@@ -66,8 +51,7 @@ def built(tmp_path_factory) -> Project:
         if not (root / "report").exists():
             partial = root.with_name("built.partial")
             shutil.rmtree(partial, ignore_errors=True)
-            project = Project(partial)
-            result = project.run()
+            result = Project.sources(partial).run()
             assert result.returncode == 0, result.stdout + result.stderr
             partial.rename(root)
-    return Project.at(root)
+    return Project(root)

@@ -1,0 +1,1 @@
+"""What drives everything: stages and when they are stale, the execution of notebooks, the command line."""

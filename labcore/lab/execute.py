@@ -1,4 +1,4 @@
-"""A notebook becomes an executed one: papermill, live progress, and a file that differs only where results do."""
+"""A notebook becomes an executed one, in a file that differs only where results do."""
 
 import contextlib
 import copy
@@ -17,16 +17,20 @@ from labcore import LabError, nearest
 from labcore.files.artifacts import ROOT, atomic_path
 
 
-def execute(source: Path, partial: Path, parameters: dict, log: Path) -> nbformat.NotebookNode:
-    """Run a notebook in a fresh kernel; `partial` is what remains when it fails, `log` gets the progress bars.
+def execute(
+    source: Path, partial: Path, parameters: dict, log: Path, root: Path = ROOT
+) -> nbformat.NotebookNode:
+    """Run a notebook in a fresh kernel and return it executed.
 
-    Raises LabError in one line: the LabError of the notebook as it is, or the cell, the error and the partial notebook.
+    `partial` is what remains when it fails, `log` gets the progress bars, the kernel works in `root`.
+
+    Raises LabError: that of the notebook as it is, or a line with the cell, the error and the partial notebook.
     """
     known = papermill.inspect_notebook(source)
     for name in parameters:
         if name not in known:  # papermill itself would only warn
             raise LabError(f"{source.name} takes no parameter {name!r}: {nearest(name, known)}")
-    see = f"see {partial.relative_to(ROOT) if partial.is_relative_to(ROOT) else partial}."
+    see = f"see {partial.relative_to(root) if partial.is_relative_to(root) else partial}."
     try:
         with _live_progress(log), tempfile.TemporaryDirectory(prefix="lab-") as sockets:
             papermill.execute_notebook(
@@ -34,7 +38,7 @@ def execute(source: Path, partial: Path, parameters: dict, log: Path) -> nbforma
                 partial,
                 parameters=parameters,
                 kernel_name="python3",
-                cwd=ROOT,
+                cwd=root,
                 progress_bar=False,
                 coalesce_streams=True,
                 start_timeout=120,
@@ -49,7 +53,8 @@ def execute(source: Path, partial: Path, parameters: dict, log: Path) -> nbforma
         ) from error
     except DeadKernelError as error:
         raise LabError(
-            f"the kernel of {source.name} was killed (out of memory?); run again to go on from the last epoch; {see}"
+            f"the kernel of {source.name} was killed (out of memory?); "
+            f"run again to go on from the last epoch; {see}"
         ) from error
     notebook = nbformat.read(partial, as_version=4)
     if any(cell.source.strip() and cell.execution_count is None for cell in _code_cells(notebook)):
@@ -58,7 +63,7 @@ def execute(source: Path, partial: Path, parameters: dict, log: Path) -> nbforma
 
 
 def write_executed(path: Path, notebook: nbformat.NotebookNode) -> None:
-    """Write an executed notebook without what differs from run to run for no reason: times, durations, warnings' paths."""
+    """Write an executed notebook without what differs for no reason: times, durations, warnings' paths."""
     tidy = copy.deepcopy(notebook)
     tidy.metadata = {"kernelspec": tidy.metadata["kernelspec"], "language_info": {"name": "python"}}
     for number, cell in enumerate(tidy.cells):
@@ -72,7 +77,7 @@ def write_executed(path: Path, notebook: nbformat.NotebookNode) -> None:
 
 
 def with_new_prose(source: Path, executed: Path) -> nbformat.NotebookNode:
-    """The notebook's new prose around the outputs of its last run; the code cells must be the same."""
+    """Return the new prose around the outputs of the last run; the code cells must be the same."""
     old, fresh = nbformat.read(executed, as_version=4), nbformat.read(source, as_version=4)
     injected = [cell for cell in old.cells if "injected-parameters" in _tags(cell)]
     run = iter([cell for cell in _code_cells(old) if cell not in injected])
@@ -94,7 +99,7 @@ def _tags(cell: nbformat.NotebookNode) -> list[str]:
 
 @contextlib.contextmanager
 def _live_progress(log: Path):
-    """Copy to the terminal what the kernel's progress bars write to `log`; what the kernel itself says goes to kernel.log."""
+    """Copy to the terminal what progress bars write to `log`; what the kernel says goes to kernel.log."""
     log.write_text("", encoding="utf-8")
     done, terminal = threading.Event(), os.dup(2)
 

@@ -1,0 +1,56 @@
+"""The command line behind make: report, studies, status, clean."""
+
+import argparse
+import sys
+
+from labcore import LabError, nearest
+from labcore.config import NOTEBOOKS, PROFILES, STUDIES
+from labcore.lab import pipeline
+from labcore.lab.stale import State
+
+
+def chosen_studies(text: str) -> list[str]:
+    """Return the studies that STUDIES= names, by number ("05"), notebook or stage; all where it is empty.
+
+    Raises LabError for an unknown one.
+    """
+    known = {key: stage for stage in STUDIES for key in (stage, NOTEBOOKS[stage], NOTEBOOKS[stage][:2])}
+    names = text.replace(",", " ").split()
+    for name in names:
+        if name not in known:
+            raise LabError(f"{name!r} is no study: {nearest(name, known)}")
+    return [known[name] for name in names] or list(STUDIES)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command. Return the exit status; an error is one line on stderr."""
+    parser = argparse.ArgumentParser(prog="python -m labcore.lab", description=__doc__)
+    parser.add_argument("command", choices=("report", "studies", "status", "clean"))
+    parser.add_argument("--profile", default="cpu", help=f"one of {', '.join(PROFILES)}")
+    parser.add_argument("--data", default=None, help="cifar10, cifar100, digits, or a path to images")
+    parser.add_argument("--seed", default="0")
+    parser.add_argument("--set", default="", dest="overrides", help="name=value pairs for the profile")
+    parser.add_argument("--studies", default="", help="which studies, by number: '05 09'; all without it")
+    options = parser.parse_args(arguments)
+    try:
+        state = State(options.profile, options.data, options.seed, options.overrides)
+        studies = chosen_studies(options.studies)
+        if options.command == "status":
+            for name, reason in state.status().items():
+                print(f"{name:8} {'stale: ' + reason if reason else 'up to date'}")
+        elif options.command == "clean":
+            for folder in pipeline.clean(state):
+                print(f"removed {folder.relative_to(state.root)}/")
+        else:
+            pipeline.run(state, studies if options.command == "studies" else ())
+    except (LabError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nstopped; run again to go on from the last checkpoint.", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,270 @@
+"""What each stage is made from, and whether it is fresh.
+
+A stage is fresh when everything it was made from has the hash it had then, and what it wrote is still there.
+It is made from the code cells of its notebook, the modules of labcore they import, the profile, the images, the
+seed, the versions of the packages, and the results of the stages before it. Docstrings and comments of modules
+do not count, nor does the notebooks' prose.
+"""
+
+import ast
+import contextlib
+from dataclasses import asdict, dataclass
+from functools import cache, cached_property
+from importlib.metadata import distributions
+from pathlib import Path
+
+from labcore import LabError
+from labcore.config import NOTEBOOKS, PROFILES, STUDIES, check_seed, get_profile, parse_overrides
+from labcore.files.artifacts import ROOT, read_json, sha256_file, sha256_json
+from labcore.files.code import code_hash, notebook_sources, parse
+from labcore.files.provenance import versions
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A notebook and the stages whose results it reads."""
+
+    name: str
+    needs: tuple[str, ...] = ()
+
+    @property
+    def notebook(self) -> str:
+        """Return the notebook's name without its suffix."""
+        return NOTEBOOKS[self.name]
+
+    @property
+    def prefix(self) -> str:
+        """Return what the names of the stage's figures begin with."""
+        return self.notebook[:2]
+
+
+STAGES = (
+    Stage("fp32"),
+    Stage("ptq", ("fp32",)),
+    Stage("qat", ("fp32",)),
+    Stage("compare", ("fp32", "ptq", "qat")),
+    Stage("observers", ("fp32",)),
+    Stage("mixed", ("fp32",)),
+    Stage("training", ("fp32", "qat")),
+    Stage("engines", ("fp32", "ptq")),
+    Stage("robustness", ("fp32", "ptq", "qat")),
+    Stage("claims", ("fp32", "ptq", "qat", "compare", *STUDIES)),
+)
+# The first notebook and the report show the reference's hyperparameters beside the profile's.
+_REFERENCE = {"the reference's profile": sha256_json(asdict(PROFILES["reference"]))}
+
+
+def imported_modules(*cells: str, name: str = "the code", root: Path = ROOT) -> dict[str, Path]:
+    """Return the modules of labcore that cells of code import, directly or not: dotted name -> file.
+
+    Packages are followed, and their `__init__.py` counts wherever a module inside is imported.
+
+    Raises LabError, about `name` or the module, where something is no Python or imports what is not there.
+    """
+    found: dict[str, Path] = {}
+    todo = [(dotted, name) for code in cells for dotted in _imports(code, name, root)]
+    while todo:
+        dotted, importer = todo.pop()
+        if dotted in found:
+            continue
+        path = _module_file(dotted, root)
+        if path is None:
+            raise LabError(f"{importer} imports {dotted}, which is no module of labcore; correct the name.")
+        found[dotted] = path
+        importer = path.relative_to(root).as_posix()
+        todo += [(inner, importer) for inner in _imports(path.read_text(encoding="utf-8"), importer, root)]
+    return found
+
+
+def _module_file(dotted: str, root: Path) -> Path | None:
+    base = root.joinpath(*dotted.split("."))
+    return next((p for p in (base / "__init__.py", base.with_suffix(".py")) if p.is_file()), None)
+
+
+def _imports(code: str, name: str, root: Path) -> set[str]:
+    """Return dotted names of the modules that code imports, the packages around them included."""
+    modules = set()
+    for module, names in _import_statements(code, name):
+        modules.add(module)
+        # What a package gives by name is a module, or something that its __init__.py defines.
+        modules |= {f"{module}.{part}" for part in names if _module_file(f"{module}.{part}", root)}
+    parents = {
+        module.rsplit(".", level)[0] for module in modules for level in range(1, module.count(".") + 1)
+    }
+    return modules | parents
+
+
+@cache
+def _import_statements(code: str, name: str) -> frozenset[tuple[str, tuple[str, ...]]]:
+    """Return (module, the names taken from it) of every import of labcore, wherever it stands."""
+    found = set()
+    for node in ast.walk(parse(code, name)):
+        if isinstance(node, ast.Import):
+            found |= {(alias.name, ()) for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            if node.level:
+                raise LabError(f"{name} imports relatively in line {node.lineno}; write labcore.… in full.")
+            found.add((node.module, tuple(alias.name for alias in node.names)))
+    return frozenset((module, names) for module, names in found if module.split(".")[0] == "labcore")
+
+
+def _code_hashes(*cells: str, name: str, root: Path) -> dict[str, str]:
+    """Return file -> hash of what the modules do that cells import.
+
+    config.py is left out: what counts is the profile it gives, so that one profile's change leaves others alone.
+    """
+    modules = imported_modules(*cells, name=name, root=root)
+    return {
+        path.relative_to(root).as_posix(): code_hash(path)
+        for module, path in sorted(modules.items())
+        if module != "labcore.config"
+    }
+
+
+class State:
+    """The stages of one profile with one set of options: what they are made from, and whether they are fresh.
+
+    Raises LabError for an unknown profile or parameter and for values out of range.
+    """
+
+    def __init__(
+        self,
+        profile: str,
+        source: str | None = None,
+        seed: str | int = 0,
+        overrides: str = "",
+        root: Path = ROOT,
+    ):
+        self.profile = get_profile(profile, **parse_overrides(overrides))
+        self.source, self.seed, self.overrides = source or None, check_seed(seed), overrides or ""
+        self.root = root
+        self.folder, self.figures, self.report = (
+            root / name / profile for name in ("runs", "figures", "report")
+        )
+
+    @cached_property
+    def data_sha256(self) -> str:
+        """The identity of the images; they are read, downloaded or decoded where that has not been done."""
+        from labcore.data import load_data
+
+        data = load_data(self.source or self.profile.data, self.profile.image_size, root=self.root)
+        return sha256_json([data.sha256, data.label, data.notice])
+
+    def inputs(self, stage: Stage) -> dict[str, str]:
+        """Return what the stage depends on: the name a person knows it by -> hash."""
+        name = f"{stage.notebook}.ipynb"
+        code, _ = notebook_sources(self.notebook(stage))
+        parts = {f"code cells of notebooks/{name}": sha256_json(code)}
+        parts |= _code_hashes(*code, name=name, root=self.root)
+        parts |= {
+            "the profile": sha256_json(asdict(self.profile)),
+            "the images": self.data_sha256,
+            "SEED": str(self.seed),
+            "versions of Python and packages": sha256_json(versions()),
+        }
+        if stage.name == "fp32":
+            parts |= _REFERENCE
+        if stage.name == "engines":
+            found = {p.name: p.version for name in ("openvino", "torchao") for p in distributions(name=name)}
+            parts["versions of the engines"] = sha256_json(found)
+        for needed in stage.needs:
+            parts |= self.results_of(needed)
+        return parts
+
+    def results_of(self, name: str) -> dict[str, str]:
+        """Return the hash of what a stage found; where and when it was made is no part of it."""
+        outputs = self.stamp(name).get("outputs", {}).items()
+        results = {p: d for p, d in outputs if p.startswith("runs/") and not p.endswith("provenance.json")}
+        return {f"the results of stage {name}": sha256_json(results)}
+
+    def report_inputs(self) -> dict[str, str]:
+        """Return what the report depends on: name -> hash."""
+        templates = sorted((self.root / "report").glob("template*"))
+        parts = {f"report/{path.name}": sha256_file(path) for path in templates}
+        parts |= _code_hashes("import labcore.report.build", name="the report", root=self.root)
+        for name in ("model", "observer"):  # printed with their comments
+            path = self.root / "labcore" / f"{name}.py"
+            parts[f"the source of labcore/{name}.py"] = sha256_file(path)
+        parts |= {"the profile": sha256_json(asdict(self.profile))} | _REFERENCE
+        for stage in self.reported():
+            stamp = self.stamp(stage.name)
+            results = {p: d for p, d in stamp.get("outputs", {}).items() if not p.startswith("report/")}
+            parts[f"the results of stage {stage.name}"] = sha256_json([results, stamp.get("wall_seconds")])
+        return parts
+
+    def reported(self) -> list[Stage]:
+        """Return the stages that the report tells of: no study that never ran, or ran on another network."""
+        now = self.inputs(STAGES[0]) | self.results_of("fp32")
+        same = ("the results of stage fp32", "the images", "SEED")
+        return [
+            stage
+            for stage in STAGES
+            if stage.name not in STUDIES
+            or all(self.stamp(stage.name).get("inputs", {}).get(part) == now[part] for part in same)
+        ]
+
+    def notebook(self, stage: Stage) -> Path:
+        """Return the notebook's source."""
+        return self.root / "notebooks" / f"{stage.notebook}.ipynb"
+
+    def executed(self, stage: Stage) -> Path:
+        """Return where the executed notebook goes."""
+        return self.report / "notebooks" / f"{stage.notebook}.ipynb"
+
+    def stamp_path(self, name: str) -> Path:
+        """Return where is noted what a stage was made from."""
+        return self.folder / f"{name}.stamp.json"
+
+    def stamp(self, name: str) -> dict:
+        """Return what was noted when the stage last finished; empty where it never did."""
+        path = self.stamp_path(name)
+        with contextlib.suppress(LabError):
+            if path.exists():
+                return read_json(path)
+        return {}
+
+    def prose_hash(self, stage: Stage) -> str:
+        """Return the hash of the notebook's text."""
+        return sha256_json(notebook_sources(self.notebook(stage))[1])
+
+    def has_new_prose(self, stage: Stage) -> bool:
+        """Return whether the notebook's text is another than when it last ran."""
+        return self.stamp(stage.name)["prose"] != self.prose_hash(stage)
+
+    def stale(self, name: str, inputs: dict[str, str]) -> str:
+        """Return why something must be made again, in words; empty where it need not."""
+        stamp = self.stamp(name)
+        if not stamp:
+            return "never finished"
+        before = stamp.get("inputs", {})
+        changed = [part for part in inputs if before.get(part) != inputs[part]]
+        changed += [part for part in before if part not in inputs]
+        if changed:
+            return f"changed: {', '.join(changed)}"
+        for path, digest in stamp.get("outputs", {}).items():
+            if not (self.root / path).exists():
+                return f"missing: {path}"
+            if sha256_file(self.root / path) != digest:
+                return f"edited since: {path}"
+        return ""
+
+    def status(self) -> dict[str, str]:
+        """Return why each stage and the report are stale, "" where not.
+
+        What waits for a stale stage is stale as well; a study that never ran makes no report stale.
+        """
+        reasons, doubtful = {}, []
+        for stage in STAGES:
+            reason = self.stale(stage.name, self.inputs(stage))
+            upstream = [name for name in stage.needs if name in doubtful]
+            if not reason and upstream:
+                reason = f"waits for: {', '.join(upstream)}"
+            if not reason and self.has_new_prose(stage):
+                reason = "new prose (nothing will be run)"
+            elif reason and stage.name in STUDIES:
+                reason += " (make studies)"
+            elif reason:
+                doubtful.append(stage.name)
+            reasons[stage.name] = reason
+        waits = f"waits for: {', '.join(doubtful)}" if doubtful else ""
+        return reasons | {"report": waits or self.stale("report", self.report_inputs())}
