@@ -19,7 +19,7 @@ export LAB_SEED := $(SEED)
 export LAB_SET := $(SET)
 export LAB_STUDIES := $(STUDIES)
 # glibc would give every large block of memory back and ask for it again, layer by layer. Keeping it saves 10 to 20 % of a
-# training step on a CPU (benchmarks/README.md). Other systems ignore this.
+# training step on a CPU (docs/benchmarks). Other systems ignore this.
 export MALLOC_MMAP_THRESHOLD_ ?= 1073741824
 export MALLOC_TRIM_THRESHOLD_ ?= 4294967296
 export MALLOC_TOP_PAD_ ?= 268435456

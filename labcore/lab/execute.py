@@ -24,7 +24,7 @@ def execute(
 
     `partial` is what remains when it fails, `log` gets the progress bars, the kernel works in `root`.
 
-    Raises LabError: that of the notebook as it is, or a line with the cell, the error and the partial notebook.
+    Raises LabError: that of the notebook as it is, or a line with the cell, the error, the file.
     """
     known = papermill.inspect_notebook(source)
     for name in parameters:

@@ -1,9 +1,9 @@
 """What each stage is made from, and whether it is fresh.
 
-A stage is fresh when everything it was made from has the hash it had then, and what it wrote is still there.
-It is made from the code cells of its notebook, the modules of labcore they import, the profile, the images, the
-seed, the versions of the packages, and the results of the stages before it. Docstrings and comments of modules
-do not count, nor does the notebooks' prose.
+A stage is fresh when all that it was made from has the hash it had then, and what it wrote is still there. It is
+made from the code cells of its notebook, the modules of labcore they import, the profile, the images, the seed,
+the versions of packages, and the results of the stages before it. Docstrings and comments of modules do not
+count, nor does the notebooks' prose.
 """
 
 import ast
@@ -111,7 +111,7 @@ def _import_statements(code: str, name: str) -> frozenset[tuple[str, tuple[str, 
 def _code_hashes(*cells: str, name: str, root: Path) -> dict[str, str]:
     """Return file -> hash of what the modules do that cells import.
 
-    config.py is left out: what counts is the profile it gives, so that one profile's change leaves others alone.
+    config.py is left out: what counts is the profile it gives, so another profile's change is none.
     """
     modules = imported_modules(*cells, name=name, root=root)
     return {

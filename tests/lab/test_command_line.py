@@ -1,4 +1,4 @@
-"""The command line: bad options are one line and a status; the notebooks' sources are as the lab wants them."""
+"""Bad options are one line and a status; the notebooks' sources are as the lab wants them."""
 
 import re
 import subprocess

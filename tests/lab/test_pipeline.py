@@ -1,4 +1,4 @@
-"""The report on profile smoke, in a copy of the project: what it writes, and what happens when it is stopped."""
+"""The report on profile smoke, in a copy of the project: what it writes, and how it is stopped."""
 
 import fcntl
 import json
@@ -223,7 +223,7 @@ def test_a_deleted_figure_comes_back_without_training(project):
         (
             "02_ptq",
             "raise ValueError('a bad cell')",
-            "error: 02_ptq.ipynb failed in cell 3: ValueError: a bad cell; see runs/smoke/02_ptq.partial.ipynb.",
+            "error: 02_ptq.ipynb failed in cell 3: ValueError: a bad cell; see runs/smoke/02_ptq.",
         ),
         (
             "03_qat",

@@ -88,7 +88,9 @@ def test_a_changed_line_in_any_module_makes_just_those_stages_stale_that_run_it(
     before = hashes()
     for path in files:
         path.write_text(path.read_text(encoding="utf-8") + "\nCHANGED = True\n", encoding="utf-8")
-    stale_by = {name: {k for k, v in found.items() if v != before[name][k]} for name, found in hashes().items()}
+    stale_by = {
+        name: {k for k, v in found.items() if v != before[name][k]} for name, found in hashes().items()
+    }
     printed = {f"the source of labcore/{name}.py" for name in ("model", "observer")}
     for name, modules in runs.items():
         paths = {path_of(module, files, project) for module in modules - {"labcore.config"}}

@@ -1,10 +1,13 @@
-"""Images per second: augmentation of whole batches against torchvision's transforms of single images in a DataLoader.
+"""Images per second: augmentation of whole batches against torchvision's transforms of single images in a
+DataLoader.
 
-Prints one Markdown table. Run it from the repository on an idle machine: python -m benchmarks.input_pipeline
+Prints one Markdown table. Run it from the repository on an idle machine: python
+docs/benchmarks/input_pipeline.py
 
-Ours runs in the main process with all threads, torchvision's in `--workers` processes of one thread, both on the CPU.
-torchvision gets its images twice, as PIL images, as its CIFAR-10 data set gives them, and as tensors. All three end with
-shuffled batches of normalised floats. Every round times all three, in an order that turns; a ratio is taken within a round.
+Ours runs in the main process with all threads, torchvision's in `--workers` processes of one thread, both
+on the CPU. torchvision gets its images twice, as PIL images, as its CIFAR-10 data set gives them, and as
+tensors. All three end with shuffled batches of normalised floats. Every round times all three, in an
+order that turns; a ratio is taken within a round.
 """
 
 import argparse
@@ -41,7 +44,7 @@ def torchvisions(before: list, after: list) -> v2.Compose:
     )
 
 
-# The same transforms, once as ours and once as torchvision's. Its erasing never lets a square reach over the border.
+# The same transforms, once as ours and once as torchvision's, whose erasing never reaches over the border.
 RECIPES = {
     "crop, flip": (Augment(), torchvisions([], [])),
     "crop, flip, cutout 16": (
@@ -95,7 +98,7 @@ def per_second(batches: Iterator[Tensor]) -> float:
 
 
 def measure(images: Tensor, name: str, rounds: int, batch_size: int, workers: int) -> np.ndarray:
-    """(rounds, 3): images per second of ours, of torchvision on PIL images and of torchvision on tensors."""
+    """Return (rounds, 3): images/s of ours, of torchvision on PIL images and on tensors."""
     config, transform = RECIPES[name]
     loaders = [
         DataLoader(
@@ -113,12 +116,14 @@ def measure(images: Tensor, name: str, rounds: int, batch_size: int, workers: in
 
 
 def spread(values: np.ndarray, form: str) -> str:
-    """Median and quartiles."""
+    """Return median and quartiles as text."""
     low, middle, high = np.quantile(values, [0.25, 0.5, 0.75])
     return f"{middle:{form}} ({low:{form}} … {high:{form}})"
 
 
 def at_least(low: int) -> Callable[[str], int]:
+    """Return the reader of a whole number that is not below `low`."""
+
     def whole_number(text: str) -> int:
         if int(text) < low:
             raise argparse.ArgumentTypeError(f"must be at least {low}, found {text}")
@@ -128,8 +133,9 @@ def at_least(low: int) -> Callable[[str], int]:
 
 
 def main() -> None:
+    """Measure, and print the table."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.input_pipeline", description=__doc__.splitlines()[0]
+        prog="python docs/benchmarks/input_pipeline.py", description=__doc__.splitlines()[0]
     )
     parser.add_argument("--rounds", type=at_least(1), default=9, help="timed rounds of each recipe")
     parser.add_argument("--images", type=at_least(1), default=2048, help="images per epoch")
@@ -149,9 +155,9 @@ def main() -> None:
     packages = versions()
     used = ", ".join(f"{name} {packages[name]}" for name in ("python", "torch", "torchvision", "numpy"))
     print(
-        f"\nImages per second, median (quartiles) of {args.rounds} interleaved rounds of {args.images:,} images of "
-        f"{SIDE} x {SIDE}, batches of {args.batch_size}. {cpu_name()}, {os.cpu_count()} cores; ours: "
-        f"{torch.get_num_threads()} threads, torchvision: {args.workers} workers. {used}."
+        f"\nImages per second, median (quartiles) of {args.rounds} interleaved rounds of {args.images:,} "
+        f"images of {SIDE} x {SIDE}, batches of {args.batch_size}. {cpu_name()}, {os.cpu_count()} cores; "
+        f"ours: {torch.get_num_threads()} threads, torchvision: {args.workers} workers. {used}."
     )
 
 

@@ -1,10 +1,12 @@
 """Training speed: our loop against a plain PyTorch loop, and both against what the device can multiply.
 
-Prints one Markdown table. Run it from the repository on an idle machine: python -m benchmarks.training_speed
+Prints one Markdown table. Run it from the repository on an idle machine: python
+docs/benchmarks/training_speed.py
 
-Ours is labcore.steps: images on the device, augmented there in whole batches, bfloat16 where the device multiplies it,
-channels_last, compiled on a GPU. Plain is float32 with images transformed one by one by torchvision in a DataLoader. Each round
-times both, in an order that turns, and the device's matrix rates beside them; ratios are taken within a round.
+Ours is labcore.train: images on the device, augmented there in whole batches, bfloat16 where the device
+multiplies it, channels_last, compiled on a GPU. Plain is float32 with images transformed one by one by
+torchvision in a DataLoader. Each round times both, in an order that turns, and the device's matrix rates
+beside them; ratios are taken within a round.
 """
 
 import argparse
@@ -16,12 +18,12 @@ from dataclasses import replace
 import numpy as np
 import torch
 import torch.nn.functional as F
+from input_pipeline import SIDE, Images, at_least, spread, torchvisions
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
 
-from benchmarks.input_pipeline import SIDE, Images, at_least, spread, torchvisions
 from labcore.config import PROFILES, Profile
 from labcore.files.provenance import cpu_name, versions
 from labcore.model import build_model
@@ -55,7 +57,7 @@ def operations_per_image(model: nn.Module) -> int:
 
 @torch.backends.cudnn.flags(True, allow_tf32=False)
 def plain_loop(model: nn.Module, batches: Iterator, lr: float) -> None:
-    """What a textbook writes: float32 (no TF32), SGD, one batch after the other."""
+    """Train as a textbook writes it: float32 (no TF32), SGD, one batch after the other."""
     optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
     for x, y in batches:
         loss = F.cross_entropy(model(x.to(device())), y.to(device()))
@@ -104,8 +106,9 @@ def measure(profile: Profile, images: Tensor, rounds: int, workers: int, size: i
 
 
 def main() -> None:
+    """Measure, and print the table."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.training_speed", description=__doc__.splitlines()[0]
+        prog="python docs/benchmarks/training_speed.py", description=__doc__.splitlines()[0]
     )
     parser.add_argument("--profile", choices=PROFILES, default="full" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=at_least(1), default=5, help="timed rounds")
@@ -132,8 +135,9 @@ def main() -> None:
     used = ", ".join(f"{name} {packages[name]}" for name in ("python", "torch", "torchvision", "numpy"))
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name()
     print(
-        f"\nOurs to plain: {spread(found['ours'] / found['plain'], '.2f')}. Median (quartiles) of {args.rounds} interleaved "
-        f"rounds of {args.batches} batches of {profile.fp32.batch_size}; profile {profile.name}, {work / 1e9:.2f} GFLOP per image. "
+        f"\nOurs to plain: {spread(found['ours'] / found['plain'], '.2f')}. Median (quartiles) of "
+        f"{args.rounds} interleaved rounds of {args.batches} batches of {profile.fp32.batch_size}; "
+        f"profile {profile.name}, {work / 1e9:.2f} GFLOP per image. "
         f"Matrices of {args.matrix}: bfloat16 {spread(found[str(torch.bfloat16)] / 1e9, ',.0f')}, float32 "
         f"{spread(found[str(torch.float32)] / 1e9, ',.0f')} GFLOP/s. {where}, {os.cpu_count()} cores, "
         f"{torch.get_num_threads()} threads, {args.workers} workers. {used}."
