@@ -1,17 +1,20 @@
-"""Profiles: every hyperparameter of the lab, on one page. A profile shows only how it differs."""
+"""Profiles: every hyperparameter of the lab, on one page. A profile shows only how it differs.
 
-import dataclasses
-from dataclasses import dataclass, field, replace
+Its type says what a parameter may be: in an interval, whose round bracket leaves the end out, or a name.
+"""
+
+import contextlib
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
 from labcore import LabError, nearest
 
-ARCHITECTURES = ("resnet9", "resnet18", "resnet34", "resnet50")
-STEMS = ("cifar", "imagenet")
-SCHEDULES = ("cosine", "warm_restarts")
-POLICIES = ("none", "trivial", "rand")
-PADDING_MODES = ("constant", "reflect")
-INITS = ("he", "identity", "whitened")
-SEED_MAX = 2**32 - 1
+Count = Annotated[int, "[1, inf)"]
+CountOrZero = Annotated[int, "[0, inf)"]
+Probability = Annotated[float, "[0, 1]"]
+Share = Annotated[float, "[0, 1)"]
+PositiveShare = Annotated[float, "(0, 1]"]
+
 # Every stage and its notebook, in their order.
 NOTEBOOKS = {
     "fp32": "01_fp32_train",
@@ -34,69 +37,51 @@ def _check(name: str, value, ok: bool, expected: str) -> None:
         raise LabError(f"{name} must be {expected}, found {value!r}; change it and run again.")
 
 
-def _fraction(name: str, value: float) -> None:
-    _check(name, value, 0 <= value < 1, "in [0, 1)")
+def _inside(value: float, interval: str) -> bool:
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    above = low < value if interval[0] == "(" else low <= value
+    below = value < high if interval[-1] == ")" else value <= high
+    return above and below
+
+
+def _check_types(config, prefix: str = "") -> None:
+    """Raise LabError for the first value that is not in the interval, or none of the names, of its type."""
+    for name, kind in get_type_hints(type(config), include_extras=True).items():
+        value = getattr(config, name)
+        if get_origin(kind) is Annotated:
+            (interval,) = kind.__metadata__
+            _check(prefix + name, value, _inside(value, interval), f"in {interval}")
+        elif get_origin(kind) is Literal:
+            _check(prefix + name, value, value in get_args(kind), f"one of {', '.join(get_args(kind))}")
 
 
 @dataclass(frozen=True)
 class Augment:
     """Training transforms, in the order in which they are applied. Zero switches one off.
 
-    The names and meanings are torchvision's; `padding_mode` is RandomCrop's, "constant" (black) or "reflect". `cutout` is
-    the side in pixels of a square set to the mean colour (DeVries and Taylor, 2017); `erasing_*` is torchvision's RandomErasing (Zhong et al., 2017). `policy` is "trivial"
-    (TrivialAugmentWide, Müller and Hutter, 2021), "rand" (RandAugment, Cubuk et al., 2020) or "none".
+    Names and meanings are torchvision's, except for `cutout` (DeVries and Taylor, 2017).
     """
 
-    crop_padding: int = 4
-    padding_mode: str = "constant"
-    flip_prob: float = 0.5
-    policy: str = "none"
-    brightness: float = 0.0
-    contrast: float = 0.0
-    saturation: float = 0.0
-    hue: float = 0.0
-    rotation_degrees: float = 0.0
-    translate: float = 0.0
-    scale_min: float = 1.0
-    scale_max: float = 1.0
-    cutout: int = 0
-    erasing_prob: float = 0.0
+    crop_padding: Annotated[int, "[0, 32]"] = 4  # pixels
+    padding_mode: Literal["constant", "reflect"] = "constant"  # constant: black
+    flip_prob: Probability = 0.5
+    policy: Literal["none", "trivial"] = "none"  # TrivialAugmentWide (Müller and Hutter, 2021)
+    brightness: Probability = 0.0
+    contrast: Probability = 0.0
+    saturation: Probability = 0.0
+    hue: Annotated[float, "[0, 0.5]"] = 0.0
+    rotation_degrees: Annotated[float, "[0, 180]"] = 0.0
+    translate: Probability = 0.0  # a share of the image
+    scale_min: Annotated[float, "(0, 10]"] = 1.0
+    scale_max: Annotated[float, "(0, 10]"] = 1.0
+    cutout: Annotated[int, "[0, 512]"] = 0  # side of a square in the mean colour, in pixels
+    erasing_prob: Probability = 0.0  # RandomErasing (Zhong et al., 2017)
     erasing_scale: tuple[float, float] = (0.02, 0.4)
     erasing_ratio: tuple[float, float] = (0.3, 3.3)
 
     def __post_init__(self):
-        _check("augment.crop_padding", self.crop_padding, 0 <= self.crop_padding <= 32, "in 0 … 32 pixels")
-        _check(
-            "augment.padding_mode",
-            self.padding_mode,
-            self.padding_mode in PADDING_MODES,
-            f"one of {', '.join(PADDING_MODES)}",
-        )
-        _check("augment.flip_prob", self.flip_prob, 0 <= self.flip_prob <= 1, "a probability in [0, 1]")
-        _check("augment.policy", self.policy, self.policy in POLICIES, f"one of {', '.join(POLICIES)}")
-        _check(
-            "augment.erasing_prob", self.erasing_prob, 0 <= self.erasing_prob <= 1, "a probability in [0, 1]"
-        )
-        _check("augment.hue", self.hue, 0 <= self.hue <= 0.5, "in [0, 0.5]")
-        for name in ("brightness", "contrast", "saturation"):
-            _check(f"augment.{name}", getattr(self, name), 0 <= getattr(self, name) <= 1, "in [0, 1]")
-        _check(
-            "augment.translate", self.translate, 0 <= self.translate <= 1, "a share of the image in [0, 1]"
-        )
-        _check(
-            "augment.rotation_degrees",
-            self.rotation_degrees,
-            0 <= self.rotation_degrees <= 180,
-            "in [0, 180]",
-        )
-        _check(
-            "augment.scale_min",
-            self.scale_min,
-            0 < self.scale_min <= self.scale_max,
-            "above 0, at most scale_max",
-        )
-        _check("augment.scale_max", self.scale_max, self.scale_max <= 10, "at most 10")
-        _check("augment.cutout", self.cutout, 0 <= self.cutout <= 512, "0 or a side in pixels, at most 512")
+        _check_types(self, "augment.")
+        _check("augment.scale_min", self.scale_min, self.scale_min <= self.scale_max, "at most scale_max")
         for name, top in (("erasing_scale", 1), ("erasing_ratio", 100)):
             pair = getattr(self, name)
             ok = len(pair) == 2 and 0 < pair[0] <= pair[1] <= top
@@ -107,73 +92,46 @@ class Augment:
 class Recipe:
     """Hyperparameters of one training run; the same loop reads them for FP32 and for QAT.
 
-    `init` names the first weights (see labcore.model.initialize). `bias_lr` multiplies the learning rate of BatchNorm's biases, and
-    divides their weight decay, so that the two together stay (Page, 2018, "How to train your ResNet"; Jordan, 2024, "94% on
-    CIFAR-10 in 3.29 seconds on a single GPU", section 3.4). `epoch_images` shortens an epoch to that many training images, drawn anew every time; 0 takes all of them.
-    `schedule` is "cosine" (linear warm-up over `warmup` of the steps, then half a cosine to `lr_min`) or "warm_restarts"
-    (SGDR, Loshchilov and Hutter, 2017: cycles of `restart_epochs`, each `restart_mult` times the one before, from
-    `lr` down to `lr_min`). `freeze_at` is the share of the epochs after which QAT stops observing and stops updating
-    BatchNorm statistics (Jacob et al., 2018, section 3.1; Krishnamoorthi, 2018, section 3.2). `scale_lr` is the learning
-    rate of learned thresholds, in powers of two, where QAT has any; it follows the same schedule. An image is mixed with
-    another by mixup with probability `mixup_prob`, by CutMix (Yun et al., 2019) with `cutmix_prob`, else not at all.
-    `ema_decay` averages the weights (see labcore.optim.Average); the average is what is scored and kept. `micro_batch` sends
-    a batch through the network in parts of so many images; BatchNorm then averages over a part. In the first `small_share` of
-    the epochs images are trained on at `small_size` of their side, which is quicker (progressive resizing; Tan and Le, 2021,
-    "EfficientNetV2", section 4).
+    "cosine" is a linear warm-up, then half a cosine from `lr` to `lr_min`; "warm_restarts" are cycles of
+    `restart_epochs`, each `restart_mult` times as long as the one before (Loshchilov and Hutter, 2017).
     """
 
-    epochs: int
-    batch_size: int
-    lr: float
-    init: str = "he"
-    bias_lr: float = 1.0
-    epoch_images: int = 0
+    epochs: Annotated[int, "[1, 100000]"]
+    batch_size: Annotated[int, "[1, 65536]"]
+    lr: Annotated[float, "(0, 100]"]
+    init: Literal["he", "identity", "whitened"] = "he"  # the first weights: labcore/training/first_weights.py
+    # Of BatchNorm's biases: multiplies the learning rate, divides weight decay (Page, 2018; Jordan, 2024).
+    bias_lr: Annotated[float, "(0, 1000]"] = 1.0
+    epoch_images: CountOrZero = 0  # images of an epoch, drawn anew every time; 0 takes all
     lr_min: float = 0.0
-    schedule: str = "cosine"
-    warmup: float = 0.2
-    restart_epochs: int = 50
-    restart_mult: int = 2
-    momentum: float = 0.9
-    weight_decay: float = 1e-3
-    label_smoothing: float = 0.1
-    mixup_alpha: float = 0.0
-    mixup_prob: float = 0.0
-    cutmix_alpha: float = 0.0
-    cutmix_prob: float = 0.0
-    clip_norm: float = 0.0
-    ema_decay: float = 0.0
-    micro_batch: int = 0
-    small_share: float = 0.0
-    small_size: float = 0.75
-    freeze_at: float = 1.0
-    scale_lr: float = 0.01
+    schedule: Literal["cosine", "warm_restarts"] = "cosine"
+    warmup: Share = 0.2  # of the steps
+    restart_epochs: Count = 50
+    restart_mult: Count = 2
+    momentum: Share = 0.9
+    weight_decay: Annotated[float, "[0, 100]"] = 1e-3
+    label_smoothing: Share = 0.1
+    # An image is mixed with another by mixup (Zhang et al., 2018) or by CutMix (Yun et al., 2019), or stays.
+    mixup_alpha: Annotated[float, "[0, 100]"] = 0.0
+    mixup_prob: Probability = 0.0
+    cutmix_alpha: Annotated[float, "[0, 100]"] = 0.0
+    cutmix_prob: Probability = 0.0
+    clip_norm: Annotated[float, "[0, inf]"] = 0.0  # 0 does not clip
+    ema_decay: Share = 0.0  # of an average of the weights, which is then scored and kept
+    micro_batch: CountOrZero = 0  # images that go through the network together; BatchNorm averages over these
+    # In the first `small_share` of the epochs, images have `small_size` of their side (Tan and Le, 2021).
+    small_share: Share = 0.0
+    small_size: PositiveShare = 0.75
+    # After this share of the epochs QAT keeps ranges and BatchNorm's statistics (Krishnamoorthi, 2018, 3.2).
+    freeze_at: PositiveShare = 1.0
+    scale_lr: PositiveShare = 0.01  # learning rate of learned thresholds, in powers of two; scheduled as `lr`
     augment: Augment = field(default_factory=Augment)
 
     def __post_init__(self):
-        _check("epochs", self.epochs, 1 <= self.epochs <= 100_000, "in 1 … 100000")
-        _check("batch_size", self.batch_size, 1 <= self.batch_size <= 65_536, "in 1 … 65536")
-        _check("epoch_images", self.epoch_images, self.epoch_images >= 0, "0 (all) or a number of images")
-        _check("lr", self.lr, 0 < self.lr <= 100, "in (0, 100]")
-        _check("init", self.init, self.init in INITS, f"one of {', '.join(INITS)}")
-        _check("bias_lr", self.bias_lr, 0 < self.bias_lr <= 1000, "a factor in (0, 1000]")
-        _check("scale_lr", self.scale_lr, 0 < self.scale_lr <= 1, "in (0, 1]")
+        _check_types(self)
         _check("lr_min", self.lr_min, 0 <= self.lr_min <= self.lr, "between 0 and lr")
-        _check("schedule", self.schedule, self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
-        _check("restart_epochs", self.restart_epochs, self.restart_epochs >= 1, "at least 1")
-        _check("restart_mult", self.restart_mult, self.restart_mult >= 1, "at least 1")
-        for kind in ("mixup", "cutmix"):
-            prob, alpha = getattr(self, f"{kind}_prob"), getattr(self, f"{kind}_alpha")
-            _check(f"{kind}_prob", prob, 0 <= prob <= 1, "a probability in [0, 1]")
-            _check(f"{kind}_alpha", alpha, 0 <= alpha <= 100, "in [0, 100]")
         mixed = self.mixup_prob + self.cutmix_prob
         _check("mixup_prob + cutmix_prob", mixed, mixed <= 1, "at most 1")
-        _check("weight_decay", self.weight_decay, 0 <= self.weight_decay <= 100, "in [0, 100]")
-        _check("clip_norm", self.clip_norm, self.clip_norm >= 0, "0 (off) or a norm")
-        _check("freeze_at", self.freeze_at, 0 < self.freeze_at <= 1, "a share of the epochs in (0, 1]")
-        _check("micro_batch", self.micro_batch, self.micro_batch >= 0, "0 (whole) or a number of images")
-        _check("small_size", self.small_size, 0 < self.small_size <= 1, "a share of the side in (0, 1]")
-        for name in ("warmup", "momentum", "label_smoothing", "ema_decay", "small_share"):
-            _fraction(name, getattr(self, name))
 
     @property
     def mixes(self) -> bool:
@@ -188,90 +146,88 @@ class Profile:
     name: str
     fp32: Recipe
     qat: Recipe
-    arch: str = "resnet9"
-    width: int = 32
-    stem: str = "cifar"
-    image_size: int = 32
+    arch: Literal["resnet9", "resnet18", "resnet34", "resnet50"] = "resnet9"
+    width: Annotated[int, "[4, 1024]"] = 32  # channels of the stem
+    stem: Literal["cifar", "imagenet"] = "cifar"
+    image_size: Annotated[int, "[8, 512]"] = 32  # pixels to a side
     data: str | None = None
-    validation_fraction: float = 0.1
-    calibration_images: int = 1024
-    eval_batch_size: int = 64  # images at a time where nothing trains; small ones stay in a CPU's caches
-    latency_rounds: int = 20
-    latency_runs: int = 10
-    study_seeds: int = 3
-    verdict_seeds: int = 5  # where a claim's verdict rests on the differences between trainings
-    processes: int = 0  # that train together; 0 means one for every GPU, or one on a CPU
+    validation_fraction: Annotated[float, "(0, 1)"] = 0.1
+    calibration_images: Count = 1024
+    eval_batch_size: Count = 64  # images at a time where nothing trains; small ones stay in a CPU's caches
+    latency_rounds: Annotated[int, "[3, inf)"] = 20
+    latency_runs: Count = 10
+    study_seeds: Annotated[int, "[2, 100]"] = 3
+    verdict_seeds: Annotated[int, "[2, 100]"] = 5  # where a verdict rests on differences between trainings
+    processes: Annotated[int, "[0, 1024]"] = 0  # that train together; 0 is one for every GPU, or one on a CPU
 
     def __post_init__(self):
-        _check("arch", self.arch, self.arch in ARCHITECTURES, f"one of {', '.join(ARCHITECTURES)}")
-        _check("stem", self.stem, self.stem in STEMS, f"one of {', '.join(STEMS)}")
-        _check("width", self.width, 4 <= self.width <= 1024, "in 4 … 1024 channels")
-        _check("image_size", self.image_size, 8 <= self.image_size <= 512, "in 8 … 512 pixels")
-        _check("calibration_images", self.calibration_images, self.calibration_images >= 1, "at least 1")
-        _check("eval_batch_size", self.eval_batch_size, self.eval_batch_size >= 1, "at least 1")
-        _check("latency_rounds", self.latency_rounds, self.latency_rounds >= 3, "at least 3")
-        _check("latency_runs", self.latency_runs, self.latency_runs >= 1, "at least 1")
-        for name in ("study_seeds", "verdict_seeds"):
-            _check(name, getattr(self, name), 2 <= getattr(self, name) <= 100, "in 2 … 100")
-        _check("processes", self.processes, 0 <= self.processes <= 1024, "0 (one per GPU) … 1024")
-        _fraction("validation_fraction", self.validation_fraction)
-        _check("validation_fraction", self.validation_fraction, self.validation_fraction > 0, "above 0")
+        _check_types(self)
         if self.arch in ("resnet18", "resnet34"):
-            # oneDNN's gradient of their 1x1 convolutions with a stride writes past its memory (torch 2.15, AVX2, channels_last).
+            # oneDNN's gradient of 1x1 convolutions with a stride writes past its memory (torch 2.15, AVX2).
             _check("width", self.width, self.width >= 8, f"at least 8 channels for {self.arch}")
         if self.arch == "resnet9":  # three poolings, two more steps of two in the stem for large images
             least = 8 if self.stem == "cifar" else 32
             small = [round(r.small_size * self.image_size) for r in (self.fp32, self.qat) if r.small_share]
             side = min(small, default=self.image_size)
-            expected = f"such that ResNet-9 sees at least {least} pixels to a side, small_size ({side} pixels) included"
+            expected = f"such that ResNet-9 sees at least {least} pixels to a side (small_size: {side})"
             _check("image_size", self.image_size, side >= least, expected)
 
 
+def _convert(name: str, value, current):
+    """Return the value with the type of the one it replaces; LabError where it has another and is no text."""
+    kind = type(current)
+    if current is None:
+        return value
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):  # what stays text is refused below
+            value = tuple(map(float, value.strip("()").split(","))) if kind is tuple else kind(value)
+    _check(name, value, isinstance(value, (int, float) if kind is float else kind), kind.__name__)
+    return value
+
+
+def override(config, values: dict):
+    """Return a copy with some values replaced; a dotted name reaches inside ("fp32.augment.cutout").
+
+    Raises LabError for an unknown name (with the nearest one), a wrong type or a value out of range.
+    """
+    names = [f.name for f in fields(config) if f.name != "name"]
+    changes, inner_values = {}, {}
+    for dotted, value in values.items():
+        name, _, rest = dotted.partition(".")
+        if name not in names:
+            raise LabError(f"unknown parameter {dotted!r}: {nearest(name, names)}")
+        current = getattr(config, name)
+        if is_dataclass(current) != bool(rest):
+            content = ", ".join(vars(current)) if is_dataclass(current) else "one value"
+            raise LabError(f"unknown parameter {dotted!r}: {name} holds {content}; correct the name.")
+        if rest:
+            inner_values.setdefault(name, {})[rest] = value
+        else:
+            changes[name] = _convert(dotted, value, current)
+    changes |= {name: override(getattr(config, name), part) for name, part in inner_values.items()}
+    return replace(config, **changes)  # at once: a check may compare two of them
+
+
 # QAT takes the crops of FP32 training: BatchNorm would learn the statistics of others within a hundred steps.
-_reflected = Augment(crop_padding=2, padding_mode="reflect")
+_crops = Augment(crop_padding=2, padding_mode="reflect")
 _cpu = Profile(
     name="cpu",
     fp32=Recipe(
-        epochs=17,
-        batch_size=128,
-        lr=0.15,
-        init="whitened",
-        bias_lr=16.0,
-        small_share=0.7,
-        augment=_reflected,
+        epochs=17, batch_size=128, lr=0.15, init="whitened", bias_lr=16.0, small_share=0.7, augment=_crops
     ),
     qat=Recipe(
-        epochs=2,
-        epoch_images=10_240,
-        batch_size=128,
-        lr=0.001,
-        warmup=0.1,
-        freeze_at=0.67,
-        augment=_reflected,
+        epochs=2, epoch_images=10_240, batch_size=128, lr=0.001, warmup=0.1, freeze_at=0.67, augment=_crops
     ),
 )
+_upright = replace(_crops, flip_prob=0.0)
 _smoke = replace(
     _cpu,
     name="smoke",
     data="digits",
     image_size=16,  # the digits have 8
     width=8,
-    fp32=replace(
-        _cpu.fp32,
-        epochs=3,
-        batch_size=64,
-        lr=0.2,
-        small_share=0.0,
-        augment=replace(_reflected, flip_prob=0.0),
-    ),
-    qat=Recipe(
-        epochs=1,
-        epoch_images=640,
-        batch_size=64,
-        lr=0.02,
-        freeze_at=0.67,
-        augment=replace(_reflected, flip_prob=0.0),
-    ),
+    fp32=replace(_cpu.fp32, epochs=3, batch_size=64, lr=0.2, small_share=0.0, augment=_upright),
+    qat=Recipe(epochs=1, epoch_images=640, batch_size=64, lr=0.02, freeze_at=0.67, augment=_upright),
     calibration_images=128,
     latency_rounds=3,
     latency_runs=3,
@@ -279,12 +235,13 @@ _smoke = replace(
     verdict_seeds=2,
 )
 # A wider network and more epochs, up to two hours on two cores that multiply bfloat16 (benchmarks/README.md).
+_cutout = replace(_crops, cutout=8)
 _cpu_long = replace(
     _cpu,
     name="cpu-long",
     width=64,
-    fp32=replace(_cpu.fp32, epochs=28, weight_decay=6e-4, augment=replace(_reflected, cutout=8)),
-    qat=replace(_cpu.qat, augment=replace(_reflected, cutout=8)),
+    fp32=replace(_cpu.fp32, epochs=28, weight_decay=6e-4, augment=_cutout),
+    qat=replace(_cpu.qat, augment=_cutout),
 )
 _full = replace(
     _cpu,
@@ -341,48 +298,8 @@ _reference = replace(
 PROFILES = {profile.name: profile for profile in (_smoke, _cpu, _cpu_long, _full, _reference)}
 
 
-def _convert(name: str, text, current):
-    """Text from the command line -> the type of the value it replaces."""
-    kind = type(current)
-    if current is None or isinstance(text, str) and kind is str:
-        return text
-    if not isinstance(text, str):
-        _check(name, text, isinstance(text, (int, float) if kind is float else kind), kind.__name__)
-        return text
-    try:
-        if kind is tuple:
-            return tuple(float(part) for part in text.strip("()").split(","))
-        return kind(text)
-    except ValueError:
-        raise LabError(f"{name} must be {kind.__name__}, found {text!r}; change it and run again.") from None
-
-
-def override(config, values: dict):
-    """A copy of a profile with some values replaced; a dotted name reaches inside ("fp32.augment.cutout").
-
-    Raises LabError for an unknown name (with the nearest one), a wrong type or a value out of range.
-    """
-    changes, inner_values = {}, {}
-    for dotted, value in values.items():
-        name, _, rest = dotted.partition(".")
-        known = [f.name for f in dataclasses.fields(config) if f.name != "name"]
-        if name not in known:
-            raise LabError(f"unknown parameter {dotted!r}: {nearest(name, known)}")
-        current = getattr(config, name)
-        if dataclasses.is_dataclass(current) != bool(rest):
-            inner = [f.name for f in dataclasses.fields(current)] if dataclasses.is_dataclass(current) else []
-            hint = f"it holds {', '.join(inner)}" if inner else "it holds one value"
-            raise LabError(f"unknown parameter {dotted!r}: {name} is not written like this; {hint}.")
-        if rest:
-            inner_values.setdefault(name, {})[rest] = value
-        else:
-            changes[name] = _convert(dotted, value, current)
-    changes |= {name: override(getattr(config, name), part) for name, part in inner_values.items()}
-    return replace(config, **changes)  # at once: a check may compare two of them
-
-
 def get_profile(name: str, /, **overrides) -> Profile:
-    """The profile of that name, with overrides (dotted names allowed through a dict: get_profile("cpu", **{...}))."""
+    """Return a profile by name, with overrides; dotted names, such as "fp32.lr", go through a dict."""
     if name not in PROFILES:
         raise LabError(f"unknown profile {name!r}: {nearest(name, PROFILES)}")
     return override(PROFILES[name], overrides)
@@ -392,20 +309,18 @@ def parse_overrides(text: str | None) -> dict[str, str]:
     """Return what SET= says: "fp32.epochs=2 width=16" -> {"fp32.epochs": "2", "width": "16"}."""
     pairs = {}
     for part in (text or "").split():
-        name, sign, value = part.partition("=")
-        if not sign or not name or not value:
-            raise LabError(
-                f"SET= takes name=value pairs separated by blanks, found {part!r}; example: SET='width=16'."
-            )
+        name, _, value = part.partition("=")
+        if not name or not value:
+            raise LabError(f"SET= takes name=value pairs, found {part!r}; write for example: SET='width=16'.")
         pairs[name] = value
     return pairs
 
 
 def check_seed(seed) -> int:
-    """The seed as an integer in 0 … 2^32 - 1; LabError otherwise."""
+    """Return the seed as an integer in 0 … 2^32 - 1; LabError otherwise."""
     try:
         value = int(str(seed))
     except ValueError:
         value = -1
-    _check("SEED", seed, 0 <= value <= SEED_MAX, f"a whole number in 0 … {SEED_MAX}")
+    _check("SEED", seed, 0 <= value < 2**32, "a whole number in 0 … 4294967295")
     return value

@@ -261,7 +261,6 @@ def recipes_of(base: Recipe) -> dict[str, dict[str, Recipe]]:
             "crop of half the padding, reflected": reflected,
             "and cutout": with_augment(cutout=8),
             "and TrivialAugment": with_augment(policy="trivial"),
-            "and RandAugment": with_augment(policy="rand"),
             "and mixup": replace(base, mixup_alpha=0.2, mixup_prob=0.5),
             "and CutMix": replace(base, cutmix_alpha=1.0, cutmix_prob=0.5),
             "all of the reference's": replace(
