@@ -1,0 +1,117 @@
+"""Figures of studies 1 to 3: quantizers, mixed precision, training recipes."""
+
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from labcore.plots.style import BLUE, COLORS, SERIES, interval_lengths, new_figure
+
+
+def drop_heatmap(panels: dict[str, pd.DataFrame]) -> Figure:
+    """Return accuracy drops in points, one panel per table of choices; two points and more look alike."""
+    figure, axes = new_figure(len(panels), height=3.3, width=8.4)
+    top = max(1.0, min(2.0, max(float(table.to_numpy(dtype=float).max()) for table in panels.values())))
+    look = {"cmap": "Oranges", "vmin": 0, "vmax": top, "cbar": False, "linewidths": 0.5}
+    numbers = {"annot": True, "annot_kws": {"fontsize": 7}, "fmt": "+.2f"}
+    for axis, (title, table) in zip(axes.flat, panels.items(), strict=True):
+        sns.heatmap(table.astype(float), ax=axis, yticklabels=axis is axes[0, 0], **numbers, **look)
+        axis.set(title=title, xlabel=table.columns.name or "", ylabel="")
+        axis.grid(False)  # it would show where a cell is empty
+        axis.tick_params(labelsize=7)
+        axis.tick_params(axis="x", rotation=30)
+    axes[0, 0].set_ylabel(next(iter(panels.values())).index.name or "")
+    return figure
+
+
+def bits_curves(panels: dict[str, pd.DataFrame], reference: float) -> Figure:
+    """Return accuracy against bits, one panel per kind of tensor; index bits, columns schemes."""
+    figure, axes = new_figure(len(panels), height=3.2, sharey=True)
+    for axis, (title, table) in zip(axes.flat, panels.items(), strict=True):
+        for name, values in table.astype(float).items():
+            color, marker = (COLORS["ptq"], "o") if name.startswith("power of two") else (COLORS["fp32"], "s")
+            line = "--" if name.endswith("per tensor") else "-"
+            axis.plot(table.index, values, line, color=color, marker=marker, markersize=4, label=name)
+        axis.axhline(reference, color="0.5", linewidth=1, linestyle=":")
+        axis.set(xlabel="bits", title=title)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.legend(fontsize=7)
+    axes[0, 0].yaxis.set_major_formatter("{x:.0%}")
+    axes[0, 0].set_ylabel("validation accuracy")
+    return figure
+
+
+def error_split(table: pd.DataFrame) -> Figure:
+    """Return the mean squared error of every tensor relative to its power, split into clipping and rounding.
+
+    Columns layer, tensor, snr_db, mse_clipping, mse_rounding.
+    """
+    figure, axes = new_figure(2, height=0.17 * len(table) / 2 + 1.9)
+    for axis, tensor in zip(axes.flat, ("weight", "activation"), strict=True):
+        part = table[table["tensor"] == tensor]
+        total = part["mse_clipping"] + part["mse_rounding"]
+        noise = 10 ** (-part["snr_db"] / 10)
+        left = np.zeros(len(part))
+        for name, color in (("rounding", COLORS["fp32"]), ("clipping", COLORS["ptq"])):
+            share = (part[f"mse_{name}"] / total.where(total > 0, 1) * noise).to_numpy()
+            axis.barh(part["layer"], share, left=left, color=color, label=name)
+            left = left + share
+        axis.set(title=tensor + "s", xlabel="error power / signal power")
+        axis.xaxis.set_major_locator(MaxNLocator(4))
+        axis.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
+        axis.invert_yaxis()
+        axis.tick_params(labelsize=7)
+    axes[0, 1].legend(fontsize=8)
+    return figure
+
+
+def sensitivity(table: pd.DataFrame, title: str) -> Figure:
+    """Return increases of the loss (nats) as bars; index layer, up to four columns, one per experiment."""
+    figure, axes = new_figure(height=0.3 * len(table) + 1.3)
+    axis, height, rows = axes[0, 0], 0.8 / len(table.columns), np.arange(len(table))
+    for number, (name, values) in enumerate(table.astype(float).items()):
+        axis.barh(rows + number * height, values, height, color=SERIES[number], label=name)
+    axis.set_yticks(rows + 0.4 - height / 2, table.index, fontsize=7)
+    axis.axvline(0, color="0.3", linewidth=0.8)
+    axis.invert_yaxis()
+    axis.set(xlabel="increase of the validation loss (nats)", title=title)
+    axis.legend(fontsize=8)
+    return figure
+
+
+def pareto(points: pd.DataFrame, reference: float) -> Figure:
+    """Return accuracy against size, FP32 dotted; columns family (≤ 3), size_mb, acc, acc_low, acc_high."""
+    figure, axes = new_figure(height=3.4, width=7)
+    axis, families = axes[0, 0], points.groupby("family", sort=False)
+    looks = ((COLORS["fp32"], "o"), (COLORS["ptq"], "s"), (BLUE, "D"))
+    for (family, part), (color, marker) in zip(families, looks[: len(families)], strict=True):
+        part = part[["size_mb", "acc", "acc_low", "acc_high"]].astype(float)
+        look = {"color": color, "marker": marker, "markersize": 5, "capsize": 2, "linewidth": 1}
+        axis.errorbar(part["size_mb"], part["acc"], interval_lengths(part, "acc"), label=family, **look)
+    axis.axhline(reference, color="0.5", linewidth=1, linestyle=":")
+    axis.set(xlabel="size of the packed file (MB)", ylabel="validation accuracy")
+    axis.set_title("Size against accuracy")
+    axis.yaxis.set_major_formatter("{x:.0%}")
+    axis.legend(fontsize=8, loc="lower right")
+    return figure
+
+
+def differences(tables: dict[str, pd.DataFrame]) -> Figure:
+    """Return differences to a baseline in points, one panel per question: means over seeds with intervals.
+
+    Index recipe, the baseline first; columns diff_pp, sure_pp (half an interval).
+    """
+    heights = [len(table) + 1.5 for table in tables.values()]
+    total = 0.24 * sum(heights) + 0.5
+    figure, axes = new_figure(rows=len(tables), height=total, sharex=True, height_ratios=heights)
+    look = {"fmt": "o", "color": COLORS["fp32"], "markersize": 5, "capsize": 2, "linewidth": 1}
+    for axis, (title, table) in zip(axes.flat, tables.items(), strict=True):
+        rows, halves = np.arange(len(table)), table["sure_pp"].astype(float)
+        axis.errorbar(table["diff_pp"].astype(float), rows, xerr=halves, **look)
+        axis.axvline(0, color="0.3", linewidth=0.8)
+        axis.set_yticks(rows, table.index, fontsize=8)
+        axis.set_ylim(len(table) - 0.4, -0.6)
+        axis.set_title(title, fontsize=9)
+    axes[-1, 0].set_xlabel("difference to the first recipe of each group (points of validation accuracy)")
+    return figure
