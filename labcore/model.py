@@ -1,8 +1,8 @@
 """Residual networks that eager-mode quantization can convert.
 
-References: He et al. (2016), "Deep residual learning for image recognition"; torchvision's `models/resnet.py`, whose
-parameter names are kept, so that its checkpoints load strictly and give the same logits. (It is not imported: with it comes
-torch's compiler, which would double the time that every process takes to start.)
+References: He et al. (2016), "Deep residual learning for image recognition"; torchvision's `resnet.py`. Its
+parameter names are kept, so that its checkpoints load strictly and give the same logits. (It is not imported:
+every process would take twice as long to start.)
 """
 
 import torch
@@ -15,7 +15,7 @@ from labcore import LabError
 
 
 def _fuse(module: nn.Module, groups: list[list[str]], is_qat: bool) -> None:
-    """Fuse in place. For QAT, BatchNorm stays (train mode); for PTQ, it is folded into the convolution (eval mode)."""
+    """Fuse in place: for QAT BatchNorm stays (train mode), for PTQ it is folded away (eval mode)."""
     module.train(is_qat)
     (fuse_modules_qat if is_qat else fuse_modules)(module, groups, inplace=True)
 
@@ -25,30 +25,30 @@ def _conv(inplanes: int, planes: int, side: int, stride: int = 1) -> nn.Conv2d:
 
 
 class ConvBNReLU(nn.Sequential):
-    """3×3 convolution, BatchNorm and ReLU: (B, inplanes, H, W) -> (B, planes, H, W)."""
+    """A 3×3 convolution, BatchNorm and ReLU: (B, inplanes, H, W) -> (B, planes, H, W)."""
 
     def __init__(self, inplanes: int, planes: int):
         super().__init__(_conv(inplanes, planes, 3), nn.BatchNorm2d(planes), nn.ReLU(inplace=True))
 
     def fuse_model(self, is_qat: bool = False) -> None:
-        """The three become one module."""
+        """Make one module of the three."""
         _fuse(self, [["0", "1", "2"]], is_qat)
 
 
 class QuantizableBasicBlock(nn.Module):
     """Two 3×3 convolutions and a shortcut.
 
-    An addition of two int8 tensors with different scales needs a scale of its own. FloatFunctional gives it one: it
-    carries an observer while calibrating, and becomes one int8 add_relu kernel at conversion.
+    The sum of two int8 tensors needs a scale of its own. FloatFunctional gives it one: it carries an observer
+    while calibrating, and becomes one int8 add_relu kernel at conversion.
 
     Args:
         inplanes: channels of the input.
         planes: channels of the convolutions.
         stride: of the first convolution.
-        downsample: what brings the shortcut to the output's shape, where the two differ.
+        downsample: brings the shortcut to the output's shape, where the two differ.
     """
 
-    expansion = 1  # channels of the output, in planes
+    expansion = 1  # channels of the output per plane
 
     def __init__(self, inplanes: int, planes: int, stride: int = 1, downsample: nn.Module | None = None):
         super().__init__()
@@ -59,24 +59,23 @@ class QuantizableBasicBlock(nn.Module):
         self.add_relu = FloatFunctional()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, inplanes, H, W) -> (B, planes, H / stride, W / stride)."""
+        """Map (B, inplanes, H, W) to (B, planes, H / stride, W / stride)."""
         out = self.relu(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
         identity = x if self.downsample is None else self.downsample(x)
         return self.add_relu.add_relu(out, identity)
 
     def fuse_model(self, is_qat: bool = False) -> None:
-        """conv1+bn1+relu and conv2+bn2 become one module each; so does the shortcut's convolution."""
+        """Fuse each convolution with its BatchNorm, the first with its ReLU as well."""
         _fuse(self, [["conv1", "bn1", "relu"], ["conv2", "bn2"]], is_qat)
         if self.downsample is not None:
             _fuse(self.downsample, [["0", "1"]], is_qat)
 
 
 class QuantizableBottleneck(nn.Module):
-    """1×1, 3×3 and 1×1 convolution and a shortcut. Arguments are those of QuantizableBasicBlock; the 3×3 one has the stride.
+    """1×1, 3×3 (with the stride) and 1×1 convolution and a shortcut. Arguments as in QuantizableBasicBlock.
 
-    The block applies ReLU twice before the addition. A fused ReLU moves into its convolution, so each needs a module
-    of its own: fusing one shared module into conv1 would leave conv2 without it.
+    The ReLUs before the addition are two modules: one alone, fused into conv1, would leave conv2 without it.
     """
 
     expansion = 4
@@ -92,7 +91,7 @@ class QuantizableBottleneck(nn.Module):
         self.add_relu = FloatFunctional()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, inplanes, H, W) -> (B, 4 planes, H / stride, W / stride)."""
+        """Map (B, inplanes, H, W) to (B, 4 planes, H / stride, W / stride)."""
         out = self.relu1(self.bn1(self.conv1(x)))
         out = self.relu2(self.bn2(self.conv2(out)))
         out = self.bn3(self.conv3(out))
@@ -100,7 +99,7 @@ class QuantizableBottleneck(nn.Module):
         return self.add_relu.add_relu(out, identity)
 
     def fuse_model(self, is_qat: bool = False) -> None:
-        """Each convolution takes its BatchNorm, the first two their ReLU as well."""
+        """Fuse each convolution with its BatchNorm, the first two with their ReLU as well."""
         _fuse(self, [["conv1", "bn1", "relu1"], ["conv2", "bn2", "relu2"], ["conv3", "bn3"]], is_qat)
         if self.downsample is not None:
             _fuse(self.downsample, [["0", "1"]], is_qat)
@@ -113,13 +112,11 @@ class QuantizableResNet(nn.Module):
         block: QuantizableBasicBlock or QuantizableBottleneck.
         layers: blocks in each of the four stages.
         num_classes: outputs of the last layer.
-        width: channels of the stem and of the first stage; the stages have width, 2, 4 and 8 times width.
-        stem: "cifar" (3×3, stride 1, no pooling, for 32×32 images) or "imagenet" (7×7, stride 2, max pooling).
+        width: channels of the stem and of the first stage; the others have 2, 4 and 8 times as many.
+        stem: "cifar" (3×3, stride 1, no pooling) or "imagenet" (7×7, stride 2, max pooling).
     """
 
-    def __init__(
-        self, block, layers: list[int], num_classes: int = 1000, width: int = 64, stem: str = "imagenet"
-    ):
+    def __init__(self, block, layers: list[int], num_classes: int, width: int, stem: str):
         super().__init__()
         self.quant = QuantStub()
         self.inplanes = width
@@ -145,19 +142,16 @@ class QuantizableResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def _make_layer(self, block, planes: int, blocks: int, stride: int) -> nn.Sequential:
-        downsample = None
-        if stride != 1 or self.inplanes != planes * block.expansion:
-            downsample = nn.Sequential(
-                _conv(self.inplanes, planes * block.expansion, 1, stride),
-                nn.BatchNorm2d(planes * block.expansion),
-            )
+        downsample, outplanes = None, planes * block.expansion
+        if stride != 1 or self.inplanes != outplanes:
+            downsample = nn.Sequential(_conv(self.inplanes, outplanes, 1, stride), nn.BatchNorm2d(outplanes))
         stack = [block(self.inplanes, planes, stride, downsample)]
-        self.inplanes = planes * block.expansion
+        self.inplanes = outplanes
         stack += [block(self.inplanes, planes) for _ in range(1, blocks)]
         return nn.Sequential(*stack)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalised images (B, 3, H, W) -> logits (B, num_classes)."""
+        """Map normalised images (B, 3, H, W) to logits (B, num_classes)."""
         x = self.quant(x)  # int8 from here on, once converted
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))  # (B, width, H, W), CIFAR stem
         x = self.layer1(x)
@@ -170,8 +164,8 @@ class QuantizableResNet(nn.Module):
     def fuse_model(self, is_qat: bool = False) -> None:
         """Fuse in place every Conv-BN(-ReLU) of the network.
 
-        One int8 kernel then does the work of three modules, and no tensor is rounded between them. With `is_qat`,
-        BatchNorm keeps training inside the fused module (Jacob et al., 2018, section 3.2); without, it is folded away.
+        One int8 kernel then does the work of three modules, and nothing is rounded between them. For QAT,
+        BatchNorm trains on in the fused module (Jacob et al., 2018, section 3.2); else it is folded away.
         """
         _fuse(self, [["conv1", "bn1", "relu"]], is_qat)
         for module in self.modules():
@@ -180,17 +174,18 @@ class QuantizableResNet(nn.Module):
 
 
 class GlobalMaxPool2d(nn.Module):
-    """(B, C, H, W) -> (B, C, 1, 1). Adaptive max pooling has no int8 kernel, plain max pooling has one."""
+    """Max pooling over whole images, for which AdaptiveMaxPool2d has no int8 kernel."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """The maximum of every channel."""
+        """Map (B, C, H, W) to (B, C, 1, 1)."""
         return F.max_pool2d(x, (x.shape[2], x.shape[3]))
 
 
 class QuantizableResNet9(QuantizableResNet):
-    """A small residual network for a CPU: a stage is a convolution, max pooling and residual blocks without a shortcut's
-    convolution, and the head takes the maximum. Few and wide layers learn more per second than many narrow ones
-    (Page, 2018, "How to train your ResNet").
+    """A small network for a CPU, with the arguments of QuantizableResNet.
+
+    A stage is a convolution, max pooling and blocks with a plain shortcut; the head takes the maximum.
+    Few wide layers learn more per second than many narrow ones (Page, 2018, "How to train your ResNet").
     """
 
     def __init__(self, *args, **kwargs):
@@ -205,7 +200,7 @@ class QuantizableResNet9(QuantizableResNet):
         return nn.Sequential(*stack, *(block(planes, planes) for _ in range(blocks)))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalised images (B, 3, H, W) -> logits (B, num_classes), scaled down since a maximum is larger than a mean."""
+        """Map images to logits as above, but scaled down: a maximum is larger than a mean."""
         return 0.125 * super().forward(x)
 
 
@@ -218,31 +213,6 @@ _LAYERS = {
 
 
 def build_model(arch: str, num_classes: int, width: int = 64, stem: str = "cifar") -> QuantizableResNet:
-    """The network of that name with fresh weights (He initialisation), from torch's global random generator."""
+    """Return the network of that name with He's first weights, from torch's global random generator."""
     network, block, layers = _LAYERS[arch]
     return network(block, layers, num_classes, width, stem)
-
-
-def load_weights(model: nn.Module, state: dict[str, Tensor], source: str = "checkpoint") -> None:
-    """Load a state dict strictly; the `module.` prefix of DataParallel is accepted.
-
-    Raises LabError where it is no state dict, and one that names the first difference where it belongs to another architecture.
-    """
-    if not isinstance(state, dict) or not all(
-        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
-    ):
-        raise LabError(f"{source} holds no state dict of tensors; use a file written by the fp32 stage.")
-    state = {name.removeprefix("module."): value for name, value in state.items()}
-    own = model.state_dict()
-    for name in sorted(own.keys() ^ state.keys()):
-        side = "lacks" if name in own else "has the unknown"
-        raise LabError(
-            f"{source} {side} parameter {name!r}: it belongs to another architecture; check arch, width and stem."
-        )
-    for name, value in state.items():
-        if own[name].shape != value.shape:
-            raise LabError(
-                f"{source}: {name} has shape {tuple(value.shape)}, expected {tuple(own[name].shape)}; "
-                "it belongs to another width, stem or number of classes."
-            )
-    model.load_state_dict(state)

@@ -1,32 +1,28 @@
 """The networks against torchvision's, before and after fusion."""
 
-import copy
-
 import pytest
 import torch
+import torch.ao.nn.intrinsic as nni
 import torchvision
 from torch import nn
 
 from labcore import LabError
+from labcore.files.tensors import load_weights
 from labcore.images.transforms import normalize
-from labcore.model import QuantizableBottleneck, build_model, load_weights
+from labcore.model import QuantizableBottleneck, build_model
 from labcore.training.first_weights import initialize, whitening_filters
-from tests.small import used
+from tests.small import snapshot, unchanged, used
 
 ARCHITECTURES = ["resnet9", "resnet18", "resnet34", "resnet50"]
-
-
-def lived_in(model: nn.Module, seed: int = 0) -> nn.Module:
-    torch.manual_seed(seed)
-    return used(model)
+FUSED = (nni.ConvReLU2d, nni.ConvBn2d, nni.ConvBnReLU2d)
 
 
 def network(arch: str, width: int = 4, classes: int = 5, stem: str = "cifar") -> nn.Module:
     torch.manual_seed(0)
-    return lived_in(build_model(arch, classes, width, stem))
+    return used(build_model(arch, classes, width, stem))
 
 
-def images(count: int = 2, size: int = 16) -> torch.Tensor:
+def images(count: int = 2, size: int = 32) -> torch.Tensor:
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(3))
 
 
@@ -35,33 +31,15 @@ def logits(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
     return model(batch)
 
 
-@pytest.fixture(scope="module", params=["resnet18", "resnet34", "resnet50"])
-def pair(request):
-    """(ours, torchvision's), each with weights of its own."""
-    return build_model(request.param, 10, 64, "imagenet").eval(), lived_in(
-        getattr(torchvision.models, request.param)(num_classes=10), seed=1
-    )
-
-
-def test_names_and_shapes_are_torchvisions(pair):
-    ours, theirs = ({name: value.shape for name, value in model.state_dict().items()} for model in pair)
-    assert ours == theirs
-
-
-def test_torchvisions_weights_give_torchvisions_logits(pair):
-    ours, theirs = copy.deepcopy(pair[0]), pair[1]
-    load_weights(ours, theirs.state_dict())
+@pytest.mark.parametrize("arch", ["resnet18", "resnet34", "resnet50"])
+def test_torchvisions_weights_load_strictly_and_give_torchvisions_logits(arch):
+    ours = build_model(arch, 10, 64, "imagenet").eval()
+    torch.manual_seed(1)
+    theirs = used(getattr(torchvision.models, arch)(num_classes=10))
+    ours.load_state_dict(theirs.state_dict(), strict=True)
     expected = logits(theirs, images(size=64))
     assert expected.std() > 0.1
     torch.testing.assert_close(logits(ours, images(size=64)), expected, rtol=1e-5, atol=1e-5)
-
-
-def test_our_weights_load_strictly_into_torchvisions_network(pair):
-    ours, theirs = lived_in(copy.deepcopy(pair[0]), seed=2), copy.deepcopy(pair[1])
-    theirs.load_state_dict(ours.state_dict())
-    torch.testing.assert_close(
-        logits(ours, images(size=64)), logits(theirs, images(size=64)), rtol=1e-5, atol=1e-5
-    )
 
 
 def test_resnet50_with_the_cifar_stem_has_its_known_number_of_parameters():
@@ -72,20 +50,19 @@ def test_resnet50_with_the_cifar_stem_has_its_known_number_of_parameters():
 @pytest.mark.parametrize("stem", ["cifar", "imagenet"])
 @pytest.mark.parametrize(("width", "classes"), [(1, 2), (5, 7)])
 def test_any_width_and_number_of_classes_works(arch, stem, width, classes):
-    assert logits(network(arch, width, classes, stem), images(size=32)).shape == (2, classes)
+    assert logits(network(arch, width, classes, stem), images()).shape == (2, classes)
 
 
 @pytest.mark.parametrize(("stem", "size"), [("cifar", 16), ("imagenet", 4)])
 def test_the_cifar_stem_keeps_the_resolution(stem, size):
     model, shapes = network("resnet18", stem=stem), []
     model.layer1.register_forward_hook(lambda module, inputs, output: shapes.append(output.shape[2:]))
-    logits(model, images())
+    logits(model, images(size=16))
     assert shapes == [(size, size)]
 
 
 def test_the_same_seed_gives_the_same_weights():
-    first, second = (network("resnet9").state_dict() for _ in range(2))
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert unchanged(network("resnet9"), snapshot(network("resnet9")))
 
 
 def test_an_unknown_stem_is_refused():
@@ -100,25 +77,23 @@ def test_weights_load_with_and_without_the_prefix_of_dataparallel(prefix):
     assert torch.equal(logits(fresh, images()), logits(trained, images()))
 
 
-def without(name: str) -> dict:
-    return {key: value for key, value in network("resnet18").state_dict().items() if key != name}
-
-
 @pytest.mark.parametrize(
     ("state", "named"),
     [
-        (lambda: network("resnet34").state_dict(), "layer1.2.bn1.bias"),
-        (lambda: network("resnet50").state_dict(), "layer1.0.bn3.bias"),
-        (lambda: network("resnet18", width=8).state_dict(), "conv1.weight"),
-        (lambda: network("resnet18", classes=6).state_dict(), "fc.weight"),
-        (lambda: network("resnet18", stem="imagenet").state_dict(), "conv1.weight"),
-        (lambda: without("layer3.1.conv2.weight"), "layer3.1.conv2.weight"),
-        (lambda: without("") | {"extra": torch.zeros(1)}, "extra"),
-        (dict, "bn1.bias"),
+        (lambda: network("resnet34").state_dict(), "None for layer1.2.conv1.weight"),
+        (lambda: network("resnet50").state_dict(), "(4, 4, 3, 3) for layer1.0.conv1.weight"),
+        (lambda: network("resnet18", width=8).state_dict(), "found (8, 3, 3, 3)"),
+        (lambda: network("resnet18", classes=6).state_dict(), "(5, 32) for fc.weight"),
+        (lambda: network("resnet18", stem="imagenet").state_dict(), "found (4, 3, 7, 7)"),
+        (lambda: dict(list(network("resnet18").state_dict().items())[:-1]), "(5,) for fc.bias, found None"),
+        (lambda: network("resnet18").state_dict() | {"extra": torch.zeros(1)}, "None for extra, found (1,)"),
+        (dict, "(4, 3, 3, 3) for conv1.weight, found None"),
+        (lambda: [torch.zeros(1)], "no state dict of tensors"),
+        (lambda: {"epoch": 3}, "no state dict of tensors"),
     ],
-    ids=["deeper", "bottleneck", "wider", "classes", "stem", "missing", "unknown", "empty"],
+    ids=["deeper", "bottleneck", "wider", "classes", "stem", "missing", "unknown", "empty", "list", "number"],
 )
-def test_weights_of_another_network_are_refused_in_one_line_that_names_the_parameter(state, named):
+def test_other_weights_are_refused_in_one_line_that_names_the_first_difference(state, named):
     with pytest.raises(LabError) as caught:
         load_weights(network("resnet18"), state(), "some.pt")
     text = str(caught.value)
@@ -127,14 +102,14 @@ def test_weights_of_another_network_are_refused_in_one_line_that_names_the_param
 
 def test_refused_weights_leave_the_network_as_it_was():
     model = network("resnet18")
-    before = copy.deepcopy(model.state_dict())
+    before = snapshot(model)
     with pytest.raises(LabError):
         load_weights(model, {name: value + 1 for name, value in before.items()} | {"fc.bias": torch.zeros(9)})
-    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert unchanged(model, before)
 
 
-def batch_norms(model: nn.Module) -> int:
-    return sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+def count(model: nn.Module, kind: type) -> int:
+    return sum(isinstance(module, kind) for module in model.modules())
 
 
 @pytest.mark.parametrize("is_qat", [False, True])
@@ -142,56 +117,37 @@ def batch_norms(model: nn.Module) -> int:
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_fusion_keeps_the_logits(arch, stem, is_qat):
     model = network(arch, stem=stem)
-    expected = logits(model, images(size=32))
+    expected = logits(model, images())
     model.fuse_model(is_qat)
     torch.testing.assert_close(
-        logits(model.eval(), images(size=32)), expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item()
+        logits(model.eval(), images()), expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item()
     )
-
-
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_fusion_after_training_leaves_no_batch_norm(arch):
-    model = network(arch)
-    model.fuse_model()
-    assert batch_norms(model) == 0
-
-
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_fusion_for_training_keeps_every_batch_norm(arch):
-    model = network(arch)
-    before = batch_norms(model)
-    model.fuse_model(is_qat=True)
-    assert batch_norms(model) == before > 0
-
-
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_fusion_for_training_puts_every_batch_norm_behind_its_convolution(arch):
-    model = network(arch)
-    model.fuse_model(is_qat=True)
-    fused = [
-        module
-        for module in model.modules()
-        if isinstance(module, torch.ao.nn.intrinsic.ConvBn2d | torch.ao.nn.intrinsic.ConvBnReLU2d)
-    ]
-    assert len(fused) == batch_norms(model)
 
 
 @pytest.mark.parametrize("is_qat", [False, True])
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_fusion_leaves_no_relu_to_run_on_its_own(arch, is_qat):
+def test_fusion_keeps_batch_norms_for_training_only(arch, is_qat):
     model = network(arch)
+    before = count(model, nn.BatchNorm2d)
     model.fuse_model(is_qat)
-    fused = (torch.ao.nn.intrinsic.ConvReLU2d, torch.ao.nn.intrinsic.ConvBnReLU2d)
-    inside = {part for module in model.modules() if isinstance(module, fused) for part in module}
-    assert inside and not [
-        module for module in model.modules() if isinstance(module, nn.ReLU) and module not in inside
-    ]
+    assert count(model, nn.BatchNorm2d) == (before if is_qat else 0)
+
+
+@pytest.mark.parametrize("is_qat", [False, True])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("kind", [nn.BatchNorm2d, nn.ReLU])
+def test_fusion_leaves_nothing_to_run_on_its_own(kind, arch, is_qat):
+    model = network(arch)
+    assert count(model, kind) > 0
+    model.fuse_model(is_qat)
+    fused = [module for module in model.modules() if isinstance(module, FUSED)]
+    assert count(model, kind) == sum(isinstance(part, kind) for module in fused for part in module)
 
 
 @pytest.mark.parametrize("is_qat", [False, True])
 def test_a_fused_bottleneck_still_applies_relu_after_its_second_convolution(is_qat):
     torch.manual_seed(0)
-    block, inputs = lived_in(QuantizableBottleneck(16, 4)), []
+    block, inputs = used(QuantizableBottleneck(16, 4)), []
     block.fuse_model(is_qat)
     block.eval().conv3.register_forward_pre_hook(lambda module, given: inputs.append(given[0]))
     logits(block, torch.randn(2, 16, 8, 8))
@@ -211,7 +167,7 @@ def test_whitening_filters_give_uncorrelated_outputs_of_one_size():
 
 
 def test_the_first_whitening_filters_are_those_of_most_energy_and_eps_keeps_the_others_small():
-    few, all_of_them = (whitening_filters(correlated(), 3, count) for count in (4, 100))
+    few, all_of_them = (whitening_filters(correlated(), 3, limit) for limit in (4, 100))
     assert few.shape == (4, 3, 3, 3) and all_of_them.shape == (27, 3, 3, 3)
     assert torch.equal(few, all_of_them[:4])
     sharp, soft = (whitening_filters(correlated(), 3, 27, eps).flatten(1).norm(dim=1) for eps in (0.0, 0.01))
@@ -232,12 +188,12 @@ def test_directions_without_energy_give_no_filter():
 def test_whitening_filters_do_not_depend_on_the_number_of_threads():
     before, found = torch.get_num_threads(), []
     try:
-        for count in (1, 2, 4):
-            torch.set_num_threads(count)
+        for threads in (1, 2, 4):
+            torch.set_num_threads(threads)
             found.append(whitening_filters(correlated(), 3, 16))
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    assert all(torch.equal(filters, found[0]) for filters in found)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -272,6 +228,6 @@ def test_a_whitened_stem_holds_every_filter_with_both_signs(width, stem):
 def test_first_weights_as_drawn_are_kept():
     torch.manual_seed(0)
     model = build_model("resnet9", 5, 8, "cifar")
-    before = copy.deepcopy(model.state_dict())
+    before = snapshot(model)
     initialize(model, "he", correlated())
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert unchanged(model, before)

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.ao.quantization import QConfig
 
 from labcore import LabError
-from labcore.files.tensors import first_line, load_tensors, save_tensors
-from labcore.model import QuantizableResNet, load_weights
+from labcore.files.tensors import first_line, load_tensors, load_weights, save_tensors
+from labcore.model import QuantizableResNet
 from labcore.quantize import _quiet, convert, prepare_ptq
 
 

@@ -9,7 +9,7 @@ import zipfile
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from labcore import LabError
 from labcore.files.artifacts import atomic_path
@@ -61,6 +61,27 @@ def load_tensors(path: Path, mmap: bool = False):
         raise LabError(
             f"{path} is damaged or not a checkpoint ({first_line(error)}); delete it and run the stage again."
         ) from error
+
+
+def load_weights(model: nn.Module, state: dict[str, Tensor], source: str = "checkpoint") -> None:
+    """Load a state dict strictly; the prefix "module." of DataParallel is accepted.
+
+    Raises LabError where it is no state dict, and where it is of another network, about the first difference.
+    """
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
+    ):
+        raise LabError(f"{source} holds no state dict of tensors; use a file written by the fp32 stage.")
+    state = {name.removeprefix("module."): value for name, value in state.items()}
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    found = {name: tuple(value.shape) for name, value in state.items()}
+    for name in [*expected, *found]:
+        if found.get(name) != expected.get(name):
+            raise LabError(
+                f"{source} is of another network: expected shape {expected.get(name)} for {name}, found "
+                f"{found.get(name)}; check arch, width, stem and the number of classes."
+            )
+    model.load_state_dict(state)
 
 
 def first_line(error: Exception) -> str:

@@ -15,9 +15,8 @@ import sys
 from torch import nn
 
 from labcore import LabError
-from labcore.files.tensors import load_tensors
+from labcore.files.tensors import load_tensors, load_weights
 from labcore.lab.parallel import train_worker
-from labcore.model import load_weights
 from labcore.qconfig import CustomQConfig
 from labcore.quantize import prepare_qat
 from labcore.run import Run, open_run
