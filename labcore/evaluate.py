@@ -1,4 +1,4 @@
-"""Accuracy with its uncertainty, paired comparison, calibration, confusion, latency. All but latency starts from saved logits."""
+"""Measurements on a network: its logits, and the time of a call."""
 
 import time
 
@@ -15,35 +15,29 @@ from labcore.images.transforms import normalize
 def predict(
     model: nn.Module, images: np.ndarray, batch_size: int = 64, description: str = "evaluate"
 ) -> np.ndarray:
-    """Logits (N, classes) in float32, without autocast, for uint8 images (N, 3, H, W); on the model's own device."""
+    """Return logits (N, classes) in float32 for uint8 images (N, 3, H, W), on the model's own device."""
     model.eval()
-    place = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
-    if place.type == "cpu":
+    device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
+    if device.type == "cpu":
         batch_size = min(batch_size, 64)  # more fall out of its caches
-    parts = []
-    # Float32 on a GPU too: no TF32 in convolutions.
-    with (
-        progress(len(images), description, unit="image") as bar,
-        torch.backends.cudnn.flags(True, allow_tf32=False),
-    ):
+    logits = []
+    no_tf32 = torch.backends.cudnn.flags(True, allow_tf32=False)  # float32 on a GPU too
+    with progress(len(images), description, unit="image") as bar, no_tf32:
         for start in range(0, len(images), batch_size):
-            batch = torch.from_numpy(images[start : start + batch_size]).to(place)
-            parts.append(model(normalize(batch)).float().cpu().numpy())  # (B, classes)
+            batch = torch.from_numpy(images[start : start + batch_size]).to(device)
+            logits.append(model(normalize(batch)).float().cpu().numpy())  # (B, classes)
             bar.update(len(batch))
-    return np.concatenate(parts)
+    return np.concatenate(logits)
 
 
 @torch.no_grad()
 def latency(
     models: dict[str, nn.Module], images: Tensor, rounds: int, runs: int, warmup: int = 10
 ) -> pd.DataFrame:
-    """Time per call, measured side by side.
+    """Return the time of a call, measured side by side, in columns round, model, latency_ms.
 
-    In every round each model runs `runs` times on `images` (B, 3, H, W); the order changes from round to round, so that a
-    slow moment of the machine hits all of them. One row per round and model: the median of its runs.
-
-    Returns:
-        Columns round, model, latency_ms.
+    In every round each model runs `runs` times on `images` (B, 3, H, W), and the median counts. The order changes
+    from round to round, so that a slow moment of the machine hits all of them.
     """
     for model in models.values():
         model.eval()
@@ -58,8 +52,7 @@ def latency(
                     began = time.perf_counter()
                     models[name](images)
                     seconds.append(time.perf_counter() - began)
-                rows.append(
-                    {"round": number, "model": str(name), "latency_ms": 1000 * float(np.median(seconds))}
-                )
+                latency_ms = 1000 * float(np.median(seconds))
+                rows.append({"round": number, "model": str(name), "latency_ms": latency_ms})
             bar.update()
     return pd.DataFrame(rows)

@@ -174,7 +174,7 @@ class QuantizableResNet(nn.Module):
 
 
 class GlobalMaxPool2d(nn.Module):
-    """Max pooling over whole images, for which AdaptiveMaxPool2d has no int8 kernel."""
+    """Max pooling over the whole image; AdaptiveMaxPool2d has no int8 kernel."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, H, W) to (B, C, 1, 1)."""
@@ -200,7 +200,7 @@ class QuantizableResNet9(QuantizableResNet):
         return nn.Sequential(*stack, *(block(planes, planes) for _ in range(blocks)))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map images to logits as above, but scaled down: a maximum is larger than a mean."""
+        """Map (B, 3, H, W) to logits (B, num_classes), scaled down: a maximum is larger than a mean."""
         return 0.125 * super().forward(x)
 
 
