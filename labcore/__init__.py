@@ -1,4 +1,4 @@
-"""Thin library behind the quantization lab: data, model, observer, training, quantization, evaluation, report.
+"""Thin library behind the quantization lab: data, model, observers, training, quantization, evaluation.
 
 Data flows one way, through files: data -> fp32 -> ptq, qat -> compare -> report.
 Importing this package stays cheap: the modules that need torch are imported by name.

@@ -36,7 +36,7 @@ def latency(
 ) -> pd.DataFrame:
     """Return the time of a call, measured side by side, in columns round, model, latency_ms.
 
-    In every round each model runs `runs` times on `images` (B, 3, H, W), and the median counts. The order changes
+    In every round each model runs `runs` times on `images` (B, 3, H, W); the median counts. The order changes
     from round to round, so that a slow moment of the machine hits all of them.
     """
     for model in models.values():
