@@ -1,10 +1,9 @@
-"""The power-of-two schemes in PyTorch 2 Export quantization: the graph that newer backends take, with the same scales.
+"""The power-of-two schemes in PyTorch 2 Export quantization: another graph, the same scales.
 
-Eager mode replaces modules by int8 modules. Export mode writes quantize and dequantize nodes into the graph of the float
-network, and leaves the choice of int8 kernels to a backend. Ranges and scales come from the same PowerOfTwoObserver.
+Eager mode replaces modules by int8 modules. Export mode writes quantize and dequantize nodes into the graph
+of the float network, and leaves the choice of int8 kernels to a backend.
 
-Reference: torchao.quantization.pt2e (`Quantizer`, `prepare_pt2e`, `convert_pt2e`), pinned in requirements.txt. Only this
-module and labcore.engine_files import torchao.
+Reference: torchao.quantization.pt2e (`Quantizer`, `prepare_pt2e`, `convert_pt2e`).
 """
 
 import contextlib
@@ -21,13 +20,13 @@ from torch.fx import GraphModule, Node
 
 from labcore import LabError
 from labcore.observer import PowerOfTwoObserver
-from labcore.qconfig import Scheme
+from labcore.qconfig import Scheme, has_vnni
 from labcore.quantize import fuse
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """For imports of torchao: without what torch logs about torchao's enums on import, a note for torchao's authors."""
+def _quiet() -> Iterator[None]:
+    """Without what torch logs about torchao's enums on import, a note for torchao's authors."""
     log = logging.getLogger("torch.utils._pytree")
     before, log.disabled = log.disabled, True
     try:
@@ -36,17 +35,18 @@ def quiet() -> Iterator[None]:
         log.disabled = before
 
 
-with quiet():
+with _quiet():
     from torchao.quantization.pt2e.observer import ObserverBase, PartialWrapper
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
     from torchao.quantization.pt2e.quantizer import (
         DerivedQuantizationSpec,
-        QuantizationAnnotation,
         QuantizationSpec,
         Quantizer,
+        annotate_input_qspec_map,
+        annotate_output_qspec,
     )
-# torchao finds observers by isinstance. Ours derives from torch's base class, which does the same; inheriting from both
-# would call the wrong __init__, so it is registered as a virtual subclass.
+    from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
+# torchao finds observers by isinstance, and ours derives from torch's base class.
 ObserverBase.register(PowerOfTwoObserver)
 _ATEN, _DECOMPOSED = torch.ops.aten, torch.ops.quantized_decomposed
 _LAYERS = (_ATEN.conv2d.default, _ATEN.linear.default)
@@ -54,15 +54,16 @@ _ADD = (_ATEN.add.Tensor, _ATEN.add_.Tensor)
 _RELU = (_ATEN.relu.default, _ATEN.relu_.default)
 # int8 kernels of these give out the scale of what they take in.
 _KEEPS_SCALE = (_ATEN.max_pool2d.default, _ATEN.adaptive_avg_pool2d.default, _ATEN.flatten.using_ints)
+_DEQUANTIZE = (_DECOMPOSED.dequantize_per_tensor.default, _DECOMPOSED.dequantize_per_channel.default)
+BATCH = ({0: torch.export.Dim.DYNAMIC},)  # the number of images stays free
 
 
 class PowerOfTwoQuantizer(Quantizer):
-    """Annotates a graph so that the tensors observed are those of eager mode.
+    """Annotate a graph so that the tensors observed are those of eager mode.
 
-    Observed: the input, the weights of convolutions and linear layers, and the outputs of convolutions, linear layers and
-    additions, behind the ReLU where one follows. Inputs of a layer are outputs of another, so they need no annotation.
-    Pooling and flattening take the scale of their input over and observe nothing: a shared observer would see two
-    tensors. Biases stay float.
+    Observed: the input, the weights of convolutions and linear layers, and the outputs of these and of
+    additions, behind the ReLU where one follows. Pooling and flattening take over the scale of their input: a
+    shared observer would see two tensors. Biases stay float.
 
     Raises LabError where a scheme does not fit the kind of tensor.
     """
@@ -75,60 +76,55 @@ class PowerOfTwoQuantizer(Quantizer):
         """Write the annotations into the nodes' meta, in place."""
         for node in model.graph.nodes:
             if node.op == "placeholder":
-                _annotate(node, self._activation)
-            elif node.target in (*_LAYERS, *_ADD):
-                relu = _relu_behind(node)
-                weights = {node.args[1]: self._weight} if node.target in _LAYERS else {}
-                _annotate(node, None if relu else self._activation, weights)
-                if relu:
-                    _annotate(relu, self._activation)
+                annotate_output_qspec(node, self._activation)
+            elif node.target in _LAYERS:
+                annotate_input_qspec_map(node, node.args[1], self._weight)
+                annotate_output_qspec(_relu_behind(node) or node, self._activation)
+            elif node.target in _ADD:
+                annotate_output_qspec(_relu_behind(node) or node, self._activation)
             elif node.target in _KEEPS_SCALE:
-                _annotate(node, _same_as(_source(node), self._activation))
+                annotate_output_qspec(node, _same_as(_source(node), self._activation))
         return model
 
     def validate(self, model: GraphModule) -> None:
-        """Raises LabError where the graph holds no layer to quantize."""
-        if not any(node.target in _LAYERS for node in model.graph.nodes):
-            raise LabError(
-                "the exported graph holds no convolution or linear layer; export a network of ours."
-            )
+        """Accept every graph; torchao asks for this method."""
+
+
+def x86_quantizer() -> Quantizer:
+    """Return torchao's quantizer for x86 with its default configuration, which chooses its own scales."""
+    config = x86.get_default_x86_inductor_quantization_config(reduce_range=not has_vnni())
+    return x86.X86InductorQuantizer().set_global(config)
 
 
 def _spec(args: dict) -> QuantizationSpec:
-    """Of arguments of PowerOfTwoObserver; all of them are bound to the observer, torchao adds those that it knows."""
-    known = {name: args[name] for name in ("dtype", "qscheme", "quant_min", "quant_max")}
+    """Bind an observer's arguments to it; torchao adds those that it knows itself."""
+    fields = {name: args[name] for name in ("dtype", "qscheme", "quant_min", "quant_max")}
     observer = PartialWrapper(partial(PowerOfTwoObserver, **args))
-    return QuantizationSpec(observer_or_fake_quant_ctr=observer, **known)
-
-
-def _annotate(node: Node, output, inputs: dict | None = None) -> None:
-    node.meta["quantization_annotation"] = QuantizationAnnotation(inputs or {}, output, _annotated=True)
+    return QuantizationSpec(observer_or_fake_quant_ctr=observer, **fields)
 
 
 def _same_as(source: Node, spec: QuantizationSpec) -> DerivedQuantizationSpec:
-    known = {name: getattr(spec, name) for name in ("dtype", "qscheme", "quant_min", "quant_max")}
-    return DerivedQuantizationSpec([source], _first_qparams, **known)
-
-
-def _first_qparams(observers: list[nn.Module]) -> tuple[Tensor, Tensor]:
-    return observers[0].calculate_qparams()
+    fields = {name: getattr(spec, name) for name in ("dtype", "qscheme", "quant_min", "quant_max")}
+    return DerivedQuantizationSpec(
+        [source], derive_qparams_fn=lambda observers: observers[0].calculate_qparams(), **fields
+    )
 
 
 def _relu_behind(node: Node) -> Node | None:
-    """The ReLU that alone takes what the node gives out."""
+    """Return the ReLU that alone takes what the node gives out."""
     users = list(node.users)
     return users[0] if len(users) == 1 and users[0].target in _RELU else None
 
 
 def _source(node: Node) -> Node:
-    """The observed node whose scale a chain of pooling and flattening keeps."""
+    """Return the observed node whose scale a chain of pooling and flattening keeps."""
     while node.target in _KEEPS_SCALE:
         node = node.args[0]
     return node
 
 
 def prepare_export(model: nn.Module, weight: Scheme, activation: Scheme, example: Tensor) -> GraphModule:
-    """The fused network as a graph with observers; call it on the calibration batches next.
+    """Return the fused network as a graph with observers; call it on the calibration batches next.
 
     Args:
         model: a float network, as for `prepare_ptq`; it stays as it is.
@@ -136,71 +132,98 @@ def prepare_export(model: nn.Module, weight: Scheme, activation: Scheme, example
 
     Raises LabError where a scheme does not fit, or the example is no batch of images.
     """
-    quantizer = PowerOfTwoQuantizer(weight, activation)
-    if example.dim() != 4 or len(example) == 0:
-        raise LabError(f"example must be images (B, 3, H, W), found shape {tuple(example.shape)}; change it.")
-    pair = example[:1].cpu().repeat(2, 1, 1, 1)  # a batch of one would be taken for a fixed size
-    with torch.no_grad():
-        program = torch.export.export(fuse(model), (pair,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
-        return prepare_pt2e(program.module(), quantizer)
+    return prepare_graph(model, PowerOfTwoQuantizer(weight, activation), example.shape)
+
+
+@torch.no_grad()
+def prepare_graph(model: nn.Module, quantizer: Quantizer, shape: tuple[int, ...]) -> GraphModule:
+    """Prepare as `prepare_export` does, for any quantizer of torchao; shape is a batch's, (B, 3, H, W)."""
+    if len(shape) != 4 or shape[0] == 0:
+        raise LabError(f"example must be images (B, 3, H, W), found shape {tuple(shape)}; change it.")
+    example = torch.zeros(2, *shape[1:])  # a batch of one would be taken for a fixed size
+    program = torch.export.export(fuse(model), (example,), dynamic_shapes=BATCH)
+    return prepare_pt2e(program.module(), quantizer)
 
 
 def convert_export(prepared: GraphModule) -> GraphModule:
-    """A copy with quantize and dequantize nodes: int8 weights, arithmetic in float between the nodes.
+    """Return a copy with quantize and dequantize nodes: int8 weights, float arithmetic between the nodes.
 
     Raises LabError where an observer has seen nothing, or NaN or infinity.
     """
     for name, module in prepared.named_modules():
-        if isinstance(module, PowerOfTwoObserver):
-            if module.num_skipped > 0:
-                raise LabError(f"{name} met NaN or infinite values: the weights are damaged; train again.")
-            if (module.min_val > module.max_val).any():
-                raise LabError(
-                    f"{name} has seen no values: call the prepared network on the calibration images."
-                )
+        if not isinstance(module, PowerOfTwoObserver):
+            continue
+        if module.num_skipped > 0:
+            raise LabError(f"{name} met NaN or infinite values: the weights are damaged; train again.")
+        if (module.min_val > module.max_val).any():
+            raise LabError(f"{name} has seen no values: call the network on the calibration images.")
     return convert_pt2e(copy.deepcopy(prepared))
 
 
-def export_scales(converted: GraphModule) -> pd.DataFrame:
-    """One row per quantized tensor, named as in labcore.qparams.qparams; pooling repeats a scale and has no row.
+def weights_per_channel(converted: GraphModule) -> GraphModule:
+    """Write the one scale of each weight tensor once per channel, in place; the numbers stay the same.
 
-    Columns: layer, tensor ("weight" or "activation"), scale, zero_point, exponent (log2 of the scale), all of the smallest
-    scale; scales (a tuple with one per channel), quant_min, quant_max.
+    Inductor's patterns for int8 kernels know weights with a scale per channel only; others multiply in float.
     """
-    rows: dict[tuple[str, str], dict] = {}
+    graph = converted.graph
+    for node in graph.find_nodes(op="call_function", target=_DECOMPOSED.dequantize_per_tensor.default):
+        codes, scale, zero_point, *limits = node.args
+        if codes.op != "get_attr":
+            continue
+        n_channels = len(converted.get_buffer(codes.target))
+        converted.register_buffer(f"{codes.target}_scales", torch.full((n_channels,), scale))
+        converted.register_buffer(f"{codes.target}_zero_points", torch.full((n_channels,), zero_point))
+        with graph.inserting_before(node):
+            scales = graph.get_attr(f"{codes.target}_scales")
+            zero_points = graph.get_attr(f"{codes.target}_zero_points")
+            inputs = (codes, scales, zero_points, 0, *limits)
+            new = graph.call_function(_DECOMPOSED.dequantize_per_channel.default, inputs)
+        new.meta = dict(node.meta)
+        node.replace_all_uses_with(new)
+        graph.erase_node(node)
+    graph.lint()
+    converted.recompile()
+    return converted
+
+
+def export_scales(converted: GraphModule) -> pd.DataFrame:
+    """Return one row per quantized tensor, named as in eager mode; pooling repeats a scale and has no row.
+
+    Columns: layer, tensor ("weight" or "activation"), scale, zero_point, exponent (log2 of the scale), all of
+    the smallest scale; scales (a tuple with one per channel), quant_min, quant_max.
+    """
+    rows = []
     for node in converted.graph.nodes:
-        if node.target not in (
-            _DECOMPOSED.dequantize_per_tensor.default,
-            _DECOMPOSED.dequantize_per_channel.default,
-        ):
+        if node.target not in _DEQUANTIZE:
             continue
         quantized, scale, zero_point, *_, low, high, _ = node.args
         is_weight = quantized.op == "get_attr"
         owner = next(iter(node.users)) if is_weight else quantized.args[0]
         if owner.target in _KEEPS_SCALE:
             continue
-        scales, zeros = (_values(converted, value) for value in (scale, zero_point))
-        key = (_layer(owner), "weight" if is_weight else "activation")
-        rows[key] = {
-            "layer": key[0],
-            "tensor": key[1],
-            "scale": min(scales),
-            "zero_point": int(zeros[0]),
-            "exponent": math.log2(min(scales)),
-            "scales": tuple(scales),
-            "quant_min": low,
-            "quant_max": high,
-        }
-    return pd.DataFrame(rows.values())
+        scales, zero_points = _values(converted, scale), _values(converted, zero_point)
+        rows.append(
+            {
+                "layer": _layer(owner),
+                "tensor": "weight" if is_weight else "activation",
+                "scale": min(scales),
+                "zero_point": int(zero_points[0]),
+                "exponent": math.log2(min(scales)),
+                "scales": tuple(scales),
+                "quant_min": low,
+                "quant_max": high,
+            }
+        )
+    return pd.DataFrame(rows).drop_duplicates(["layer", "tensor"], ignore_index=True)
 
 
-def _values(model: GraphModule, value) -> list:
-    """A number, or the buffer that a node reads, as a list of numbers."""
+def _values(model: GraphModule, value: float | int | Node) -> list:
+    """Return a number, or the buffer that a node reads, as a list of numbers."""
     return model.get_buffer(value.target).tolist() if isinstance(value, Node) else [value]
 
 
 def _layer(node: Node) -> str:
-    """The name that eager mode gives the module computing this node; a fused one is named by its Sequential."""
+    """Return eager mode's name of the module computing this node; a fused one is named by its Sequential."""
     if node.op == "placeholder":
         return "quant"
     fused = node.target in _RELU

@@ -16,8 +16,8 @@ from labcore import LabError
 from labcore.engines import bench as engines
 from labcore.engines import worker as engine_worker
 from labcore.engines.bench import ENGINES, FLOAT, FP32, MATRIX, POWER2, Bench, EngineError, Worker
-from labcore.engines.export import convert_export, prepare_export
-from labcore.engines.files import _float_onnx, multiply_adds, weights_per_channel, write_images
+from labcore.engines.export import convert_export, prepare_export, weights_per_channel
+from labcore.engines.files import multiply_adds, save_float_onnx, write_images
 from labcore.engines.onnx_export import build_onnx, load_onnx, predict_onnx, save_onnx
 from labcore.images.transforms import normalize
 from labcore.plots import engines as engine_plots
@@ -81,7 +81,7 @@ class TestWorkers:
         return tmp_path
 
     def test_engines_answer_as_their_files_do_in_this_process(self, files, images, tiny_data):
-        _float_onnx(files / "fp32.onnx", network(), (3, 16, 16))
+        save_float_onnx(files / "fp32.onnx", network(), torch.zeros(2, 3, 16, 16))
         kinds = ["onnx_runtime"] + (["openvino"] if find_spec("openvino") else [])
         specs = {
             (kind, name): spec(kind, files / f"{name}.onnx", images)

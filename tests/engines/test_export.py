@@ -157,6 +157,5 @@ def test_only_export_and_the_engines_import_torchao():
     sources = Path(sys.modules["labcore"].__file__).parent.rglob("*.py")
     assert {p.name for p in sources if re.search(r"(import|from) torchao", p.read_text())} == {
         "export.py",
-        "files.py",
         "worker.py",
     }
