@@ -169,7 +169,7 @@ class Profile:
             least = 8 if self.stem == "cifar" else 32
             small = [round(r.small_size * self.image_size) for r in (self.fp32, self.qat) if r.small_share]
             side = min(small, default=self.image_size)
-            expected = f"such that ResNet-9 sees at least {least} pixels to a side (small_size: {side})"
+            expected = f"such that ResNet-9 sees at least {least} pixels to a side ({side} with small_size)"
             _check("image_size", self.image_size, side >= least, expected)
 
 
