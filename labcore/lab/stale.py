@@ -1,8 +1,8 @@
 """What each stage is made from, and whether it is fresh.
 
-A stage is fresh when all that it was made from has the hash it had then, and what it wrote is still there. It is
-made from the code cells of its notebook, the modules of labcore they import, the profile, the images, the seed,
-the versions of packages, and the results of the stages before it. Docstrings and comments of modules do not
+A stage is fresh when all that it was made from has the hash it had then, and what it wrote is still there. It
+is made from the code cells of its notebook, the modules of labcore they import, the profile, the images, the
+seed, the versions of packages, and the results of the stages before it. Docstrings and comments do not
 count, nor does the notebooks' prose.
 """
 
