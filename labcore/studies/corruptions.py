@@ -1,0 +1,221 @@
+"""Corrupted images: four groups and five severities, as in Hendrycks and Dietterich (2019).
+
+Theirs are published as CIFAR-10-C ("Benchmarking neural network robustness to common corruptions and
+perturbations"). Operations here are torchvision's, kornia's, Pillow's and torch's, so numbers do not compare
+digit for digit.
+"""
+
+import contextlib
+import hashlib
+import io
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import kornia.augmentation as K
+import numpy as np
+import pandas as pd
+import torch
+from kornia.color import hsv_to_rgb, rgb_to_hsv
+from kornia.contrib import diamond_square
+from kornia.filters import motion_blur
+from kornia.geometry.transform import scale
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+
+from labcore import LabError, nearest
+from labcore.files.progress import progress
+
+SEVERITIES = (1, 2, 3, 4, 5)
+AUTHORS = "Hendrycks and Dietterich's for CIFAR-10"
+
+
+@dataclass(frozen=True)
+class Corruption:
+    """One way to spoil an image.
+
+    Args:
+        group: "noise", "blur", "weather" or "digital".
+        apply: (image, parameter) -> image, float (1, 3, H, W); `corrupt` gives it values in 0 … 1, clips what
+            leaves that range, and seeds torch's global generator, where random draws come from.
+        parameters: of the severities 1 … 5; those in pixels are meant for 32×32 images.
+        meaning: what the parameter says.
+        source: where the parameters come from.
+    """
+
+    group: str
+    apply: Callable[[Tensor, float | tuple], Tensor]
+    parameters: tuple
+    meaning: str
+    source: str = AUTHORS
+
+
+def _gaussian_blur(x: Tensor, sigma: float) -> Tensor:
+    side = min(
+        2 * round(4 * sigma) + 1, 2 * min(x.shape[2:]) - 1
+    )  # four sigma to each side, if there is room
+    return F.gaussian_blur(x, [side, side], [sigma, sigma])
+
+
+def _motion_blur(x: Tensor, length: int) -> Tensor:
+    angle, forward = torch.empty(1).uniform_(-45, 45), torch.ones(1)
+    return motion_blur(x, length, angle, forward, border_type="replicate", mode="bilinear")
+
+
+def _zoom_blur(x: Tensor, largest: float) -> Tensor:
+    factors = torch.arange(1, largest + 0.005, 0.01)
+    return scale(x.expand(len(factors), -1, -1, -1), factors).mean(0, keepdim=True)
+
+
+def _rain(x: Tensor, drops: int) -> Tensor:
+    return K.RandomRain((drops, drops), drop_height=(5, 7), drop_width=(-3, 3), p=1)(x)
+
+
+def _fog(x: Tensor, parameter: tuple[float, float]) -> Tensor:
+    thickness, decay = parameter
+    plasma = diamond_square((1, 1, *x.shape[2:]), roughness=1 / decay, normalize_range=(0, 1))
+    return (x + thickness * plasma) * x.max() / (x.max() + thickness)
+
+
+def _brightness(x: Tensor, shift: float) -> Tensor:
+    hue, saturation, value = rgb_to_hsv(x).unbind(1)
+    return hsv_to_rgb(torch.stack([hue, saturation, (value + shift).clamp(max=1)], 1))
+
+
+def _pixelate(x: Tensor, share: float) -> Tensor:
+    picture, (height, width) = F.to_pil_image(x[0]), x.shape[2:]
+    small = picture.resize((int(share * width), int(share * height)), Image.Resampling.BOX)
+    return F.to_image(small.resize((width, height), Image.Resampling.BOX))[None] / 255
+
+
+def _jpeg(x: Tensor, quality: int) -> Tensor:
+    stream = io.BytesIO()  # torchvision's function gives the same, and is deprecated
+    F.to_pil_image(x[0]).save(stream, "JPEG", quality=quality)
+    return F.to_image(Image.open(stream))[None] / 255
+
+
+CORRUPTIONS = {
+    "gaussian noise": Corruption(
+        "noise",
+        lambda x, sigma: F.gaussian_noise(x, sigma=sigma),
+        (0.04, 0.06, 0.08, 0.09, 0.10),
+        "standard deviation, white is 1",
+    ),
+    "shot noise": Corruption(
+        "noise",
+        lambda x, photons: torch.poisson(x * photons) / photons,
+        (500, 250, 100, 75, 50),
+        "photons that make white",
+    ),
+    "impulse noise": Corruption(
+        "noise",
+        lambda x, amount: K.RandomSaltAndPepperNoise(amount=amount, salt_vs_pepper=0.5, p=1)(x),
+        (0.01, 0.02, 0.03, 0.05, 0.07),
+        "share of pixels made black or white",
+        f"{AUTHORS}; theirs strikes each channel by itself",
+    ),
+    "gaussian blur": Corruption(
+        "blur", _gaussian_blur, (0.4, 0.6, 0.7, 0.8, 1.0), "standard deviation in pixels"
+    ),
+    "motion blur": Corruption(
+        "blur",
+        _motion_blur,
+        (3, 5, 7, 9, 11),
+        "length in pixels, fading out; the angle is drawn from -45° … 45°",
+        "ours",
+    ),
+    "zoom blur": Corruption(
+        "blur",
+        _zoom_blur,
+        (1.05, 1.10, 1.15, 1.20, 1.25),
+        "largest of the zooms that are averaged, in steps of 0.01",
+    ),
+    "rain": Corruption("weather", _rain, (2, 4, 7, 11, 16), "drops, 5 to 7 pixels high", "ours"),
+    "fog": Corruption(
+        "weather",
+        _fog,
+        ((0.2, 3), (0.5, 3), (0.75, 2.5), (1, 2), (1.5, 1.75)),
+        "thickness, and how fast its fractal gets smooth",
+        f"{AUTHORS}; the fractal is kornia's",
+    ),
+    "brightness": Corruption(
+        "weather", _brightness, (0.05, 0.1, 0.15, 0.2, 0.3), "added to the value of HSV"
+    ),
+    "contrast": Corruption(
+        "digital",
+        F.adjust_contrast,
+        (0.75, 0.5, 0.4, 0.3, 0.15),
+        "share of the contrast that is left",
+        f"{AUTHORS}; torchvision's mean is that of grey values",
+    ),
+    "pixelate": Corruption(
+        "digital", _pixelate, (0.95, 0.9, 0.85, 0.75, 0.65), "share of the side that is kept"
+    ),
+    "jpeg": Corruption("digital", _jpeg, (80, 65, 58, 50, 40), "quality"),
+}
+GROUPS = tuple(dict.fromkeys(corruption.group for corruption in CORRUPTIONS.values()))
+
+
+def group_of(name: str) -> str:
+    """Return a corruption's group, or "clean" for anything else."""
+    return CORRUPTIONS[name].group if name in CORRUPTIONS else "clean"
+
+
+def parameters_table() -> pd.DataFrame:
+    """Return the corruptions: index name; columns group, parameter, severities "1" … "5", source."""
+    rows = {
+        name: {"group": one.group, "parameter": one.meaning}
+        | dict(zip(map(str, SEVERITIES), one.parameters, strict=True))
+        | {"source": one.source}
+        for name, one in CORRUPTIONS.items()
+    }
+    return pd.DataFrame(rows).T
+
+
+@contextlib.contextmanager
+def _one_thread_own_draws() -> Iterator[None]:
+    """One thread, since single images are too small for more; torch's generator is given back as it was."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@torch.no_grad()
+def corrupt(images: np.ndarray, name: str, severity: int, seed: int = 0) -> np.ndarray:
+    """Return images spoilt by one corruption: uint8 (N, 3, H, W) -> uint8 (N, 3, H, W), rounded to nearest.
+
+    What is drawn for an image follows from the seed, the corruption and the image's own bytes: neither its
+    neighbours nor its position matter, and the severities of one image share their draws.
+
+    Args:
+        name: of CORRUPTIONS.
+        severity: 1 … 5.
+
+    Raises:
+        LabError: an unknown corruption (with the nearest name), another severity, other images.
+    """
+    if name not in CORRUPTIONS:
+        raise LabError(f"unknown corruption {name!r}: {nearest(name, CORRUPTIONS)}")
+    if severity not in SEVERITIES:
+        raise LabError(f"severity must be a whole number in 1 … 5, found {severity!r}; change it.")
+    dtype, shape = getattr(images, "dtype", type(images).__name__), getattr(images, "shape", ())
+    if not isinstance(images, np.ndarray) or dtype != np.uint8 or len(shape) != 4 or shape[1] != 3:
+        raise LabError(
+            f"images must be a uint8 array (N, 3, H, W), found {dtype} {tuple(shape)}; convert them."
+        )
+    corruption = CORRUPTIONS[name]
+    parameter = corruption.parameters[SEVERITIES.index(severity)]
+    spoilt = np.empty_like(images)
+    with progress(len(images), f"{name} {severity}", unit="image") as bar, _one_thread_own_draws():
+        for position, image in enumerate(images):
+            digest = hashlib.sha256(f"{seed} {name} ".encode() + image.tobytes()).digest()
+            # torch.manual_seed also prepares kinds of device that are not there: a hundred times as long
+            torch.default_generator.manual_seed(int.from_bytes(digest[:8], "little"))
+            x = corruption.apply(torch.from_numpy(image)[None] / 255, parameter)  # (1, 3, H, W)
+            spoilt[position] = (x[0].clamp(0, 1) * 255).round().to(torch.uint8).numpy()
+            bar.update()
+    return spoilt

@@ -1,0 +1,204 @@
+"""Corruptions against Pillow, scipy and matplotlib; draws that follow from the image alone."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.colors import hsv_to_rgb, rgb_to_hsv
+from PIL import Image
+from scipy import ndimage
+
+from labcore import LabError
+from labcore.plots.robustness import corruption_examples
+from labcore.studies.corruptions import CORRUPTIONS, SEVERITIES, corrupt, parameters_table
+
+
+@pytest.fixture(scope="module")
+def photos() -> np.ndarray:
+    """Six smooth coloured images with edges, 32×32, with neither black nor white."""
+    rng = np.random.default_rng(0)
+    smooth = ndimage.gaussian_filter(rng.normal(size=(6, 3, 32, 32)), (0, 0, 3, 3))
+    smooth = (smooth - smooth.min()) / np.ptp(smooth)
+    smooth[:, :, 8:20, 10:24] *= 0.5
+    return (30 + 190 * smooth).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def spoilt(photos) -> dict:
+    return {(name, level): corrupt(photos, name, level) for name in CORRUPTIONS for level in SEVERITIES}
+
+
+@pytest.mark.parametrize("name", CORRUPTIONS)
+def test_neither_neighbours_nor_order_nor_earlier_draws_change_an_image(name, photos, spoilt):
+    torch.manual_seed(99)
+    before, kept = torch.random.get_rng_state(), photos.copy()
+    alone = np.concatenate([corrupt(photos[i : i + 1], name, 3) for i in (4, 0, 3)])
+    assert np.array_equal(alone, spoilt[name, 3][[4, 0, 3]])
+    assert torch.equal(torch.random.get_rng_state(), before), "torch's generator is given back"
+    assert np.array_equal(kept, photos), "the images given are not written to"
+
+
+def test_every_image_has_its_own_draw_and_equal_images_share_it():
+    plain = np.full((3, 3, 32, 32), 128, dtype=np.uint8)
+    plain[1, 0, 0, 0] = 129
+    for name in ("gaussian noise", "impulse noise", "rain", "fog"):
+        first, other, again = corrupt(plain, name, 3).astype(int)
+        assert np.array_equal(first, again)
+        assert (first != other).mean() > 0.02, "one byte differs, and so does the whole draw"
+
+
+def test_another_seed_draws_other_noise_and_threads_stay(photos, spoilt):
+    threads = torch.get_num_threads()
+    for name in ("gaussian noise", "shot noise", "impulse noise", "motion blur", "rain", "fog"):
+        assert not np.array_equal(corrupt(photos, name, 5, seed=1), spoilt[name, 5])
+    assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize("name", CORRUPTIONS)
+def test_every_image_changes_more_with_severity(name, photos, spoilt):
+    changes = []
+    for severity in SEVERITIES:
+        image = spoilt[name, severity]
+        assert image.dtype == np.uint8 and image.shape == photos.shape
+        assert (image != photos).any(axis=(1, 2, 3)).all()
+        changes.append(np.square(image.astype(float) - photos).mean())
+    if name != "pixelate":  # its blocks first move edges, then grow
+        assert np.all(np.diff(changes) > 0), changes
+
+
+@pytest.mark.parametrize("side", [(8, 8), (48, 48), (16, 24)])
+@pytest.mark.parametrize("name", CORRUPTIONS)
+def test_extreme_images_of_other_sizes(name, side):
+    black_and_white = np.stack([np.zeros((3, *side)), np.full((3, *side), 255)]).astype(np.uint8)
+    image = corrupt(black_and_white, name, 5)
+    assert image.dtype == np.uint8 and image.shape == black_and_white.shape
+    if CORRUPTIONS[name].group == "blur":
+        assert np.array_equal(image, black_and_white), "a blur keeps a plain image"
+
+
+@pytest.mark.parametrize("severity", SEVERITIES)
+def test_noise_has_the_spread_it_says(severity):
+    grey = np.full((1, 3, 256, 256), 128, dtype=np.uint8)
+    sigma, photons, amount = (
+        CORRUPTIONS[f"{kind} noise"].parameters[severity - 1] for kind in ("gaussian", "shot", "impulse")
+    )
+    assert corrupt(grey, "gaussian noise", severity).std() == pytest.approx(255 * sigma, rel=0.02)
+    expected = 255 * np.sqrt(128 / 255 / photons)
+    assert corrupt(grey, "shot noise", severity).std() == pytest.approx(expected, rel=0.02)
+    assert (corrupt(grey, "impulse noise", severity) != 128).mean() == pytest.approx(amount, rel=0.15)
+
+
+def test_gaussian_blur_is_scipys(photos, spoilt):
+    for severity, sigma in zip(SEVERITIES, CORRUPTIONS["gaussian blur"].parameters, strict=True):
+        expected = ndimage.gaussian_filter(photos / 255, (0, 0, sigma, sigma), mode="mirror", truncate=4)
+        assert np.abs(spoilt["gaussian blur", severity] - 255 * expected).max() < 0.6
+
+
+def test_zoom_blur_is_the_mean_of_scipys_zooms(photos, spoilt):
+    centre = np.array([15.5, 15.5])
+    zooms = [1 + step / 100 for step in range(11)]  # severity 2
+    moved = [
+        [ndimage.affine_transform(x, np.eye(2) / z, centre - centre / z, order=1) for z in zooms]
+        for x in photos[0].astype(float)
+    ]
+    expected = np.mean(moved, axis=1)
+    assert np.abs(spoilt["zoom blur", 2][0] - expected).max() < 0.6
+
+
+def test_jpeg_is_pillows(photos, spoilt):
+    for severity, quality in zip(SEVERITIES, CORRUPTIONS["jpeg"].parameters, strict=True):
+        file = io.BytesIO()
+        Image.fromarray(photos[0].transpose(1, 2, 0)).save(file, "JPEG", quality=quality)
+        expected = np.asarray(Image.open(file)).transpose(2, 0, 1).astype(int)
+        assert np.abs(spoilt["jpeg", severity][0] - expected).mean() < 0.5
+
+
+def test_brightness_is_matplotlibs(photos, spoilt):
+    hsv = rgb_to_hsv(photos.transpose(0, 2, 3, 1) / 255)
+    hsv[..., 2] = np.minimum(hsv[..., 2] + 0.15, 1)
+    assert np.abs(spoilt["brightness", 3] - 255 * hsv_to_rgb(hsv).transpose(0, 3, 1, 2)).max() < 0.6
+
+
+def test_contrast_by_hand(photos, spoilt):
+    grey = np.tensordot(photos.astype(float), [0.299, 0.587, 0.114], axes=(1, 0)).mean((1, 2))
+    grey = grey[:, None, None, None]
+    assert np.abs(spoilt["contrast", 2] - (grey + 0.5 * (photos - grey))).max() < 0.7
+
+
+def test_fog_is_a_grey_fractal_of_full_range(photos, spoilt):
+    top = (photos / 255).max((1, 2, 3))[:, None, None, None]
+    plasma = spoilt["fog", 4] / 255 * (top + 1) / top - photos / 255  # severity 4 is of thickness 1
+    assert np.allclose(plasma.min((2, 3)), 0, atol=0.01) and np.allclose(plasma.max((2, 3)), 1, atol=0.01)
+    assert np.abs(plasma - plasma.mean(1, keepdims=True)).max() < 0.01
+
+
+def test_pixelate_by_hand():
+    checks = np.indices((20, 20)).sum(0) % 2 * 200
+    image = np.broadcast_to(checks, (1, 3, 20, 20)).astype(np.uint8)
+    small = Image.fromarray(image[0].transpose(1, 2, 0)).resize((13, 13), Image.Resampling.BOX)
+    expected = np.asarray(small.resize((20, 20), Image.Resampling.BOX)).transpose(2, 0, 1)
+    assert np.array_equal(corrupt(image, "pixelate", 5)[0], expected)
+
+
+def test_motion_blur_spreads_a_point_along_a_short_line():
+    point = np.zeros((1, 3, 33, 33), dtype=np.uint8)
+    point[..., 16, 16] = 255
+    for severity, length in zip(SEVERITIES, CORRUPTIONS["motion blur"].parameters, strict=True):
+        rows, columns = np.nonzero(corrupt(point, "motion blur", severity)[0, 0])
+        assert 0 < np.hypot(rows - 16, columns - 16).max() <= length // 2 + 1
+
+
+def test_rain_draws_light_drops_and_nothing_else(photos, spoilt):
+    changed = spoilt["rain", 5] != photos
+    assert set(spoilt["rain", 5][changed]) == {200}
+    assert 0 < changed.any(1).sum((1, 2)).max() <= 7 * CORRUPTIONS["rain"].parameters[-1]
+
+
+@pytest.mark.parametrize(
+    ("name", "severity", "words"),
+    [
+        ("gausian noise", 1, "did you mean 'gaussian noise'"),
+        ("hail of stones", 1, "known: "),
+        ("fog", 0, "1 … 5"),
+        ("fog", 6, "found 6"),
+        ("fog", 2.5, "found 2.5"),
+        ("fog", "3", "found '3'"),
+    ],
+)
+def test_unknown_corruptions_and_severities_are_refused(photos, name, severity, words):
+    with pytest.raises(LabError, match=words) as error:
+        corrupt(photos, name, severity)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        np.zeros((2, 3, 8, 8), dtype=np.float32),
+        *(np.zeros(shape, dtype=np.uint8) for shape in ((2, 8, 8, 3), (2, 1, 8, 8), (3, 8, 8))),
+        np.uint8(1),
+        torch.zeros(2, 3, 8, 8, dtype=torch.uint8),
+        None,
+    ],
+)
+def test_other_images_are_refused(images):
+    with pytest.raises(LabError, match=r"uint8 array \(N, 3, H, W\), found"):
+        corrupt(images, "fog", 1)
+
+
+def test_no_images_give_no_images():
+    assert corrupt(np.zeros((0, 3, 8, 8), dtype=np.uint8), "fog", 1).shape == (0, 3, 8, 8)
+
+
+def test_the_table_names_every_parameter():
+    table = parameters_table()
+    assert list(table.index) == list(CORRUPTIONS)
+    assert set(table["group"]) == {"noise", "blur", "weather", "digital"}
+    assert table.loc["jpeg", ["1", "2", "3", "4", "5"]].tolist() == [80, 65, 58, 50, 40]
+    assert all(len(one.parameters) == 5 for one in CORRUPTIONS.values())
+
+
+def test_the_figure_of_all_corruptions_is_drawn(spoilt, tmp_path):
+    examples = {name: np.stack([spoilt[name, i][0] for i in (1, *SEVERITIES)]) for name in CORRUPTIONS}
+    corruption_examples(examples).savefig(tmp_path / "examples.png")
