@@ -1,0 +1,1 @@
+"""Images: read from anywhere, decoded once, cached, and transformed in whole batches."""

