@@ -21,7 +21,7 @@ from labcore.studies.trainings import EPOCHS, Trainings, recipes_of
 from labcore.training.optim import learning_rate
 from labcore.training.steps import Diverged
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+OPTIONS = (ROOT / "docs/options.md").read_text(encoding="utf-8")
 BASE = Recipe(epochs=EPOCHS, epoch_images=512, batch_size=128, lr=0.15, small_share=2 / 3)
 
 
@@ -72,7 +72,7 @@ def test_six_epochs_hold_the_references_curve_in_small():
 def test_a_fifth_of_the_references_epochs_holds_its_curve_too():
     whole, share = PROFILES["reference"].fp32, 5
     values = {"fp32.epochs": whole.epochs // share, "fp32.restart_epochs": whole.restart_epochs // share}
-    assert " ".join(f"{name}={value}" for name, value in values.items()) in README
+    assert " ".join(f"{name}={value}" for name, value in values.items()) in OPTIONS
     short = get_profile("reference", **values).fp32
     for step in range(0, whole.epochs * 100, 997):
         assert learning_rate(short, step // share, 100) == pytest.approx(
