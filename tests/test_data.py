@@ -1,32 +1,21 @@
 """Data sets by name or path as two labelled parts, their seeded split, and the images that calibrate."""
 
 import errno
-import os
 import urllib.error
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from trees import pixels, small_tree, write
+from trees import flip, pixels, raising, small_tree, truncate, write
 
 from labcore import LabError
 from labcore.data import Split, calibration_batches, load_data, load_split, make_split, save_split
 from labcore.images.transforms import normalize
 
 
-@pytest.fixture(autouse=True)
-def no_network(monkeypatch):
-    def refuse(*args, **kwargs):
-        raise urllib.error.URLError("no network")
-
-    monkeypatch.setattr("urllib.request.urlopen", refuse)
-
-
 def test_a_data_set_is_parted_into_training_and_test(tmp_path):
-    tree = small_tree()
-    data = load_data(str(write(tmp_path / "pets", tree)), root=tmp_path)
+    data = load_data(str(write(tmp_path / "pets", small_tree())), root=tmp_path)
     assert (data.label, data.classes, data.notice) == ("own images: pets", ("cat", "dog"), "")
     assert data.train_labels.tolist() == [0, 0, 0, 1, 1, 1]
     assert data.test_labels.tolist() == [0, 1]
@@ -53,27 +42,24 @@ def test_the_hash_follows_from_images_labels_and_names_of_classes(tmp_path):
         "other part": {name.replace("train/cat/0", "test/cat/7"): content for name, content in tree.items()},
     }
     hashes = {
-        name: load_data(str(write(tmp_path / name, tree)), root=tmp_path).sha256
-        for name, tree in trees.items()
+        name: load_data(str(write(tmp_path / name, trees[name])), root=tmp_path).sha256 for name in trees
     }
     assert hashes["bare"] == hashes["again"]
     assert len(set(hashes.values())) == len(trees) - 1
 
 
-def test_without_a_network_digits_take_the_place_of_cifar_and_say_so(tmp_path, capsys):
-    data, digits = (load_data(source, 8, tmp_path) for source in (None, "digits"))
-    assert data.sha256 == digits.sha256
+def test_without_a_network_digits_take_the_place_of_cifar_and_say_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("urllib.request.urlopen", raising(urllib.error.URLError("no network")))
+    data = load_data(None, 8, tmp_path)
+    assert data.sha256 == load_data("digits", 8, tmp_path).sha256
     assert data.label == "Digits (scikit-learn) (CIFAR-10 could not be had)"
     assert "digits instead" in data.notice
     assert "\n" not in data.notice
     assert f"warning: {data.notice}" in capsys.readouterr().err
 
 
-def test_a_full_disk_and_a_damaged_index_are_no_reason_for_other_images(monkeypatch, tmp_path):
-    def fail(*args, **kwargs):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr("torchvision.datasets.CIFAR10", fail)
+def test_a_full_disk_and_a_damaged_index_are_no_reason_for_other_images(tmp_path, monkeypatch):
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", raising(OSError(errno.ENOSPC, "full")))
     with pytest.raises(LabError, match="CIFAR-10 cannot be written into"):
         load_data(None, 8, tmp_path)
     write(tmp_path / "data/cache", {"index.json": b"[]"})
@@ -91,23 +77,15 @@ def assert_share(part: np.ndarray, whole: np.ndarray):
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**32 - 1])
-def test_a_split_is_stratified(seed):
+def test_a_split_is_stratified_and_leaves_no_image_out(seed):
     split = make_split(LABELS, 0.1, 128, seed)
+    assert sorted([*split.train, *split.validation]) == list(range(len(LABELS)))
+    assert len(split.validation) == 90
+    assert len(split.calibration) == len(set(split.calibration)) == 128
+    assert set(split.calibration) <= set(split.train)
     assert_share(split.validation, np.arange(len(LABELS)))
     assert_share(split.train, np.arange(len(LABELS)))
     assert_share(split.calibration, split.train)
-
-
-def test_training_and_validation_share_no_image_and_leave_none_out():
-    split = make_split(LABELS, 0.1, 128, 0)
-    assert sorted([*split.train, *split.validation]) == list(range(len(LABELS)))
-    assert len(split.validation) == 90
-
-
-def test_calibration_images_are_training_images():
-    split = make_split(LABELS, 0.1, 128, 0)
-    assert len(split.calibration) == len(set(split.calibration)) == 128
-    assert set(split.calibration) <= set(split.train)
 
 
 @pytest.mark.parametrize("short", [0, 1, 2, 3, -1, -1000])
@@ -116,24 +94,22 @@ def test_calibration_takes_as_many_training_images_as_there_are(short):
     assert len(split.calibration) == min(807, 807 - short)
 
 
-def test_a_seed_gives_one_split():
-    assert make_split(LABELS, 0.1, 128, 5).sha256 == make_split(LABELS, 0.1, 128, 5).sha256
+def test_a_seed_gives_one_split_and_another_seed_another():
+    first, again, other = (make_split(LABELS, 0.1, 128, seed).sha256 for seed in (5, 5, 6))
+    assert first == again != other
 
 
-def test_another_seed_gives_another_split():
-    assert make_split(LABELS, 0.1, 128, 5).sha256 != make_split(LABELS, 0.1, 128, 6).sha256
+def test_moving_an_image_between_parts_changes_the_hash():
+    split = Split(np.arange(4), np.arange(4, 6), np.arange(2))
+    assert replace(split, train=np.arange(5), validation=np.arange(5, 6)).sha256 != split.sha256
 
 
-@pytest.mark.parametrize("labels", [[], [0], [0, 1], [0, 0, 0, 1], [0] * 100 + [1]])
+@pytest.mark.parametrize("labels", [[], [0], [0, 1], [0, 0, 0, 1], [0] * 100 + [1], LABELS])
 def test_too_few_images_for_a_split_are_refused(labels):
+    calibration_images = 2 if len(labels) == len(LABELS) else 128  # fewer than classes
     with pytest.raises(LabError, match="cannot split") as caught:
-        make_split(np.array(labels, dtype=np.int64), 0.1, 128, 0)
+        make_split(np.array(labels, dtype=np.int64), 0.1, calibration_images, 0)
     assert "\n" not in str(caught.value)
-
-
-def test_fewer_calibration_images_than_classes_are_refused():
-    with pytest.raises(LabError, match="2 for calibration"):
-        make_split(LABELS, 0.1, 2, 0)
 
 
 def test_a_saved_split_comes_back(tmp_path):
@@ -144,82 +120,57 @@ def test_a_saved_split_comes_back(tmp_path):
         np.testing.assert_array_equal(getattr(back, part), getattr(split, part))
 
 
-def test_moving_an_image_between_parts_changes_the_hash():
-    assert (
-        Split(np.arange(4), np.arange(4, 6), np.arange(2)).sha256
-        != Split(np.arange(5), np.arange(5, 6), np.arange(2)).sha256
-    )
+def edit(path, **parts):
+    with np.load(path) as stored:
+        arrays = dict(stored) | parts
+    np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
 
 
-def assert_refused(path: Path):
+def single(path):
+    with path.open("wb") as stream:
+        np.save(stream, np.arange(4))
+
+
+DAMAGES = {
+    **{f"cut to {keep}": lambda path, keep=keep: truncate(path, keep) for keep in (0.0, 0.1, 0.5, 0.99)},
+    "edited": lambda path: edit(path, train=np.arange(4)),
+    "without a part": lambda path: edit(path, calibration=None),
+    "without a hash": lambda path: edit(path, sha256=None),
+    "another array": lambda path: edit(path, more=np.arange(4)),
+    "a single array": single,
+    "missing": lambda path: path.unlink(),
+    "text": lambda path: path.write_bytes(b"text\n" * 99),
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_what_is_no_whole_split_is_refused(tmp_path, damage):
+    path = tmp_path / "split.npz"
+    save_split(path, make_split(LABELS, 0.1, 128, 0))
+    DAMAGES[damage](path)
     with pytest.raises(LabError) as caught:
         load_split(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("keep", [0.0, 0.1, 0.5, 0.99])
-def test_a_truncated_split_is_refused(tmp_path, keep):
-    path = tmp_path / "split.npz"
-    save_split(path, make_split(LABELS, 0.1, 128, 0))
-    whole = path.read_bytes()
-    path.write_bytes(whole[: int(keep * len(whole))])
-    assert_refused(path)
-
-
-def test_an_edited_split_is_refused(tmp_path):
-    path = tmp_path / "split.npz"
-    split = make_split(LABELS, 0.1, 128, 0)
-    np.savez(
-        path,
-        train=split.train[1:],
-        validation=split.validation,
-        calibration=split.calibration,
-        sha256=split.sha256,
-    )
-    assert_refused(path)
-
-
-def test_a_split_without_one_part_is_refused(tmp_path):
-    path = tmp_path / "split.npz"
-    np.savez(path, train=np.arange(4), validation=np.arange(4, 6), sha256="0" * 64)
-    assert_refused(path)
-
-
-@pytest.mark.parametrize(
-    "write",
-    [lambda path: None, lambda path: path.write_bytes(b"text\n" * 99), lambda path: path.mkdir()],
-    ids=["missing", "text", "folder"],
-)
-def test_a_file_that_is_no_split_is_refused(tmp_path, write):
-    write(tmp_path / "split.npz")
-    assert_refused(tmp_path / "split.npz")
-
-
-def test_a_single_array_is_no_split(tmp_path):
-    with (tmp_path / "split.npz").open("wb") as stream:
-        np.save(stream, np.arange(4))
-    assert_refused(tmp_path / "split.npz")
-
-
 def test_a_flipped_bit_never_gives_another_split(tmp_path):
     path, split = tmp_path / "split.npz", Split(np.arange(20), np.arange(20, 25), np.arange(5))
     save_split(path, split)
-    whole = path.read_bytes()
     accepted = set()
-    for position in range(0, len(whole), 5):
-        path.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
+    for position in range(0, path.stat().st_size, 5):
+        flip(path, position)
         try:
             accepted.add(load_split(path).sha256)
         except LabError:
             accepted.add("refused")
+        flip(path, position)
     assert accepted == {split.sha256, "refused"}
 
 
 @pytest.mark.parametrize("batch_size", [5, 16, 100])
-def test_calibration_batches_are_the_normalised_calibration_images_each_once(
-    tiny_data, tiny_split, batch_size
-):
+def test_calibration_batches_are_the_normalised_images_each_once(tiny_data, tiny_split, batch_size):
     found = calibration_batches(tiny_data, tiny_split, batch_size)
     assert all(len(batch) == batch_size for batch in found[:-1])
     expected = normalize(torch.from_numpy(tiny_data.train_images[tiny_split.calibration]))
@@ -230,9 +181,8 @@ def test_calibration_batches_are_the_normalised_calibration_images_each_once(
 
 def test_calibration_without_images_or_with_those_that_judge_is_refused(tiny_data, tiny_split):
     for calibration, message in ([], "is empty"), ([3, 64], "are also validation images"):
-        split = replace(tiny_split, calibration=np.array(calibration, dtype=int))
         with pytest.raises(LabError, match=message):
-            calibration_batches(tiny_data, split)
+            calibration_batches(tiny_data, replace(tiny_split, calibration=np.array(calibration, dtype=int)))
     data = replace(tiny_data, test_images=tiny_data.train_images[tiny_split.calibration])
     with pytest.raises(LabError, match="16 of 16 calibration images are test images"):
         calibration_batches(data, tiny_split)

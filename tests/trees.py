@@ -3,6 +3,7 @@
 import io
 import tarfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,26 @@ def encode(array: np.ndarray, kind: str = "PNG", mode: str | None = None, **opti
     stream, image = io.BytesIO(), Image.fromarray(array)
     (image.convert(mode) if mode else image).save(stream, kind, **options)
     return stream.getvalue()
+
+
+def raising(error: Exception) -> Callable:
+    """A function that takes anything and raises the error."""
+
+    def fail(*args, **kwargs):
+        raise error
+
+    return fail
+
+
+def truncate(path: Path, keep: float) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: int(keep * len(content))])
+
+
+def flip(path: Path, position: int, bits: int = 1) -> None:
+    content = bytearray(path.read_bytes())
+    content[position] ^= bits
+    path.write_bytes(content)
 
 
 def small_tree(prefix: str = "", side: int = 32) -> Tree:
@@ -48,6 +69,7 @@ def write(path: Path, tree: Tree, *extra: tarfile.TarInfo) -> Path:
             for member in extra:
                 tar.addfile(member)
     else:
+        path.mkdir(exist_ok=True, parents=True)
         for name, content in tree.items():
             (path / name).parent.mkdir(parents=True, exist_ok=True)
             (path / name).write_bytes(content)

@@ -61,14 +61,11 @@ IMAGES = {
     "noise": noise,
     "smooth": smooth,
     "grey": lambda count: noise(count)[:, :1].repeat(1, 3, 1, 1),
-    "two values": lambda count: noise(count, levels=2) + 200,
-    "few values": lambda count: noise(count, levels=10),
-    **{f"all {v}": lambda count, v=v: noise(count, levels=1) + v for v in (0, 1, 128, 255)},
-    **{
-        f"{height}x{width}": lambda count, height=height, width=width: noise(count, height, width)
-        for height, width in [(31, 31), (20, 33), (1, 1), (1, 5), (2, 2), (3, 3), (4, 2)]
-    },
 }
+for levels, lowest in [(1, 0), (1, 1), (1, 128), (1, 255), (2, 200), (3, 0), (10, 200)]:
+    IMAGES[f"{levels} from {lowest}"] = lambda count, n=levels, low=lowest: noise(count, levels=n) + low
+for height, width in [(31, 31), (20, 33), (1, 1), (1, 5), (2, 2), (3, 3), (4, 2)]:
+    IMAGES[f"{height}x{width}"] = lambda count, height=height, width=width: noise(count, height, width)
 
 
 def assert_as_torchvision(name: str, x: Tensor, strengths: np.ndarray, found: Tensor):

@@ -1,7 +1,5 @@
 """Every transform equals torchvision's function of that name, with a draw of its own for every image."""
 
-import colorsys
-
 import numpy as np
 import pytest
 import torch
@@ -112,41 +110,26 @@ def test_adjust_hue_equals_torchvisions_with_a_shift_for_every_image():
     torch.testing.assert_close(found, each(TF.adjust_hue, x, shifts), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["brightness", "contrast", "saturation"])
-def test_one_adjustment_alone_is_torchvisions_with_a_strength_inside_its_range(name):
-    adjust = getattr(TF, f"adjust_{name}")
-    x = noise(300, 8, 8).float() / 255
-    found = color_jitter(x, off(**{name: 0.4}), rng())
-    neutral = torch.stack([adjust(image, 0.0) for image in x])
-    unclamped = (found > 0) & (found < 1) & ((x - neutral).abs() > 0.05)
-    strengths = (
-        torch.where(unclamped, (found - neutral) / (x - neutral), torch.nan).flatten(1).nanmedian(1).values
-    )
-    torch.testing.assert_close(found, each(adjust, x, strengths.tolist()), atol=1e-4, rtol=0)
-    assert 0.6 - 1e-4 <= strengths.min() < 0.65
-    assert 1.35 < strengths.max() <= 1.4 + 1e-4
-
-
-def test_hue_alone_turns_within_its_range():
-    red = torch.zeros(300, 3, 1, 1)
-    red[:, 0] = 1
-    turned = color_jitter(red, off(hue=0.1), rng()).double().view(300, 3)
-    hues = np.array([colorsys.rgb_to_hsv(*colour)[0] for colour in turned.tolist()])
-    hues[hues > 0.5] -= 1
-    assert -0.1 - 1e-5 <= hues.min() < -0.09
-    assert 0.09 < hues.max() <= 0.1 + 1e-5
-
-
-def test_all_adjustments_follow_each_other_in_the_order_drawn_for_every_image():
+@pytest.mark.parametrize(
+    "config",
+    [
+        off(brightness=0.4),
+        off(contrast=0.4),
+        off(saturation=0.4),
+        off(hue=0.1),
+        off(brightness=0.3, contrast=0.4, saturation=0.5, hue=0.2),
+    ],
+)
+def test_adjustments_are_torchvisions_with_strengths_and_order_drawn_for_every_image(config):
     x, draws = noise(60, 8, 8).float() / 255, rng(3)
     orders = draws.random((60, 4)).argsort(axis=1)
-    strengths = [draws.uniform(0.7, 1.3, 60) for _ in range(3)] + [draws.uniform(-0.1, 0.1, 60)]
+    amounts = np.array([[config.brightness, config.contrast, config.saturation, config.hue]]).T
+    strengths = np.array([[1.0, 1.0, 1.0, 0.0]]).T + amounts * draws.uniform(-1, 1, (4, 60))
     functions = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)
     expected = x.clone()
     for position, order in enumerate(orders):
         for number in order:
             expected[position] = functions[number](expected[position], float(strengths[number][position]))
-    config = off(brightness=0.3, contrast=0.3, saturation=0.3, hue=0.1)
     torch.testing.assert_close(color_jitter(x, config, rng(3)), expected, atol=1e-4, rtol=0)
     assert len({tuple(order) for order in orders}) > 12
 
@@ -187,14 +170,9 @@ def test_rotation_draws_an_angle_for_every_image():
 
 
 def test_translation_moves_by_whole_pixels_up_to_its_share_of_each_side():
-    black = normalize(torch.zeros(1, 3, 1, 1))
-    found = augment(white(2000, 16, 40), off(translate=0.25), rng())
-    filled = ~torch.isclose(found, black, atol=1e-5).all(1)
-    rows, columns = filled.any(2).sum(1), filled.any(1).sum(1)
-    assert (rows.min(), rows.max()) == (16 - 4, 16)
-    assert (columns.min(), columns.max()) == (40 - 10, 40)
-    assert not filled[:, 0].any(1).all()
-    assert not filled[:, -1].any(1).all()
+    found = boxes(augment(white(2000, 16, 40), off(translate=0.25), rng()), normalize(white(1, 1, 1)))
+    assert found.min(0).tolist() == [0, 0, 16 - 4, 40 - 10]
+    assert found.max(0).tolist() == [4, 10, 16, 40]
 
 
 def test_scaling_keeps_the_middle_and_stays_within_its_range():
@@ -231,52 +209,39 @@ def test_erasing_happens_with_its_probability():
     assert len(erased(**never_fits)) == 0
 
 
-@pytest.mark.parametrize(
-    ("scale", "ratio"), [((0.02, 0.4), (0.3, 3.3)), ((0.1, 0.2), (1.0, 1.0)), ((0.05, 0.1), (0.5, 0.6))]
-)
-def test_an_erased_box_has_an_area_and_a_ratio_in_range(scale, ratio):
-    _, _, height, width = erased(erasing_scale=scale, erasing_ratio=ratio).T
+@pytest.mark.parametrize("scale", [(0.02, 0.4), (0.1, 0.2), (0.1, 0.1)])
+@pytest.mark.parametrize("ratio", [(0.3, 3.3), (0.5, 0.6), (1.0, 1.0)])
+def test_erased_boxes_are_in_range_and_distributed_as_torchvisions(scale, ratio):
+    torch.manual_seed(0)
+    theirs = [RandomErasing.get_params(torch.zeros(3, 32, 32), scale, ratio, [0.0])[:4] for _ in range(2000)]
+    found = erased(erasing_scale=scale, erasing_ratio=ratio)
+    for mine, other in zip(found.T, np.array(theirs).T, strict=True):
+        assert stats.ks_2samp(mine, other, method="asymp").pvalue > 1e-3
+    assert found[:, :2].min(0).tolist() == [0, 0]
+    assert (found[:, :2] + found[:, 2:]).max(0).tolist() == [32, 32]
+    height, width = found[:, 2:].T
     assert ((height + 0.5) * (width + 0.5) >= scale[0] * 1024).all()
     assert ((height - 0.5) * (width - 0.5) <= scale[1] * 1024).all()
     assert ((height + 0.5) / (width - 0.5) >= ratio[0]).all()
     assert ((height - 0.5) / (width + 0.5) <= ratio[1]).all()
 
 
-def test_erased_boxes_are_distributed_as_torchvisions_and_reach_every_border():
-    torch.manual_seed(0)
-    drawn = (
-        RandomErasing.get_params(torch.zeros(3, 32, 32), (0.02, 0.4), (0.3, 3.3), [0.0]) for _ in range(2000)
-    )
-    theirs = np.array([box[:4] for box in drawn])
-    found = erased()
-    for mine, other in zip(found.T, theirs.T, strict=True):
-        assert stats.ks_2samp(mine, other).pvalue > 1e-3
-    assert found[:, :2].min(0).tolist() == [0, 0]
-    assert (found[:, :2] + found[:, 2:]).max(0).tolist() == [32, 32]
-
-
-def test_erased_boxes_of_one_size_lie_everywhere_alike():
-    top, left, height, _ = erased(erasing_scale=(0.1, 0.1), erasing_ratio=(1.0, 1.0)).T
-    for start in (top, left):
-        assert stats.chisquare(np.bincount(start, minlength=32 - height[0] + 1)).pvalue > 1e-3
-
-
-OPERATIONS = {
-    "crop": off(crop_padding=4),
-    "brightness": off(brightness=0.3),
-    "contrast": off(contrast=0.3),
-    "saturation": off(saturation=0.3),
-    "hue": off(hue=0.1),
-    "rotation": off(rotation_degrees=180.0),
-    "scale": off(scale_min=0.5, scale_max=1.5),
-    "reference": REFERENCE,
-}
-
-
-@pytest.mark.parametrize("name", OPERATIONS)
-def test_images_of_a_batch_get_draws_of_their_own_which_follow_from_the_seed(name):
+@pytest.mark.parametrize(
+    "config",
+    [
+        off(crop_padding=4),
+        off(brightness=0.3),
+        off(contrast=0.3),
+        off(saturation=0.3),
+        off(hue=0.1),
+        off(rotation_degrees=180.0),
+        off(scale_min=0.5, scale_max=1.5),
+        REFERENCE,
+    ],
+)
+def test_images_of_a_batch_get_draws_of_their_own_which_follow_from_the_seed(config):
     x = noise(1).repeat(5, 1, 1, 1)
-    found, again, other = (augment(x, OPERATIONS[name], rng(seed)) for seed in (4, 4, 5))
+    found, again, other = (augment(x, config, rng(seed)) for seed in (4, 4, 5))
     assert len({image.numpy().tobytes() for image in found}) == 5
     assert torch.equal(found, again)
     assert not torch.equal(found, other)
