@@ -101,6 +101,10 @@ def test_more_reflection_than_an_image_has_is_refused():
         crop_flip(noise(3, 5, 9), off(crop_padding=5, padding_mode="reflect"), rng())
 
 
+JITTERS = [off(**{name: 0.4}) for name in ("brightness", "contrast", "saturation", "hue")]
+JITTERS.append(off(brightness=0.3, contrast=0.4, saturation=0.5, hue=0.2))
+
+
 def test_adjust_hue_equals_torchvisions_with_a_shift_for_every_image():
     corners = torch.tensor([[r, g, b] for r in (0, 0.5, 1) for g in (0, 0.5, 1) for b in (0, 0.5, 1)])
     shifts = [-0.5, -0.3, -0.1, 0.0, 1e-3, 0.2, 0.5]
@@ -110,16 +114,7 @@ def test_adjust_hue_equals_torchvisions_with_a_shift_for_every_image():
     torch.testing.assert_close(found, each(TF.adjust_hue, x, shifts), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        off(brightness=0.4),
-        off(contrast=0.4),
-        off(saturation=0.4),
-        off(hue=0.1),
-        off(brightness=0.3, contrast=0.4, saturation=0.5, hue=0.2),
-    ],
-)
+@pytest.mark.parametrize("config", JITTERS)
 def test_adjustments_are_torchvisions_with_strengths_and_order_drawn_for_every_image(config):
     x, draws = noise(60, 8, 8).float() / 255, rng(3)
     orders = draws.random((60, 4)).argsort(axis=1)
@@ -142,24 +137,18 @@ def assert_nearly_all_pixels_equal(found: Tensor, expected: Tensor):
 
 @SIDES
 def test_affine_turns_shifts_and_scales_as_torchvision_does(height, width):
-    x, draws = noise(20, height, width).float(), rng()
-    angles, shifts, scales = (
-        draws.uniform(-180, 180, 20),
-        draws.integers(-9, 10, (20, 2)),
-        draws.uniform(0.5, 2, 20),
-    )
-    still, whole = np.zeros((20, 2), dtype=int), np.ones(20)
+    x, draws, still = noise(20, height, width).float(), rng(), np.zeros(20)
+    angles, scales = draws.uniform(-180, 180, 20), draws.uniform(0.5, 2, 20)
+    right, down = draws.integers(-9, 10, (2, 20))
 
-    def expected(angles, shifts, scales):
-        return each(
-            lambda image, *drawn: TF.affine(image, *drawn, [0.0]), x, -angles, shifts.tolist(), scales
-        )
+    def expected(*drawn):
+        return each(lambda image, a, r, d, s: TF.affine(image, -a, [r, d], s, [0.0]), x, *drawn)
 
     assert torch.equal(affine(x), x)
-    assert torch.equal(affine(x, right=shifts[:, 0], down=shifts[:, 1]), expected(0 * angles, shifts, whole))
-    assert_nearly_all_pixels_equal(affine(x, angle=angles), expected(angles, still, whole))
-    found = affine(x, angles, shifts[:, 0], shifts[:, 1], scales)
-    assert_nearly_all_pixels_equal(found, expected(angles, shifts, scales))
+    assert torch.equal(affine(x, right=right, down=down), expected(still, right, down, still + 1))
+    assert_nearly_all_pixels_equal(affine(x, angles), expected(angles, still, still, still + 1))
+    drawn = angles, right, down, scales
+    assert_nearly_all_pixels_equal(affine(x, *drawn), expected(*drawn))
 
 
 def test_rotation_draws_an_angle_for_every_image():
@@ -226,19 +215,10 @@ def test_erased_boxes_are_in_range_and_distributed_as_torchvisions(scale, ratio)
     assert ((height - 0.5) / (width + 0.5) <= ratio[1]).all()
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        off(crop_padding=4),
-        off(brightness=0.3),
-        off(contrast=0.3),
-        off(saturation=0.3),
-        off(hue=0.1),
-        off(rotation_degrees=180.0),
-        off(scale_min=0.5, scale_max=1.5),
-        REFERENCE,
-    ],
-)
+GEOMETRIES = [off(crop_padding=4), off(rotation_degrees=180.0), off(scale_min=0.5, scale_max=1.5)]
+
+
+@pytest.mark.parametrize("config", [*JITTERS, *GEOMETRIES, off(policy="trivial"), REFERENCE])
 def test_images_of_a_batch_get_draws_of_their_own_which_follow_from_the_seed(config):
     x = noise(1).repeat(5, 1, 1, 1)
     found, again, other = (augment(x, config, rng(seed)) for seed in (4, 4, 5))
