@@ -1,0 +1,1 @@
+"""Experiments beside the lab's stages: schemes, bits per layer, recipes, corrupted images."""

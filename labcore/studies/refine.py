@@ -1,104 +1,86 @@
-"""Better post-training quantization without retraining: equalized channels, corrected biases, learned rounding.
+"""Better PTQ without retraining: equalized channels, corrected biases, learned rounding.
 
-Scales stay what the configuration makes of them, so power-of-two scales stay powers of two. Each function works on a copy.
-References: Nagel et al. (2019), "Data-free quantization through weight equalization and bias correction" (CLE, BC);
-Nagel et al. (2020), "Up or down? Adaptive rounding for post-training quantization" (AdaRound).
+Power-of-two scales stay powers of two, and each function works on a copy. References: Nagel et al. (2019),
+"Data-free quantization through weight equalization and bias correction" (CLE); Nagel et al. (2020), "Up or
+down? Adaptive rounding for post-training quantization" (AdaRound).
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.ao import quantization as tq
 from torch.ao.nn.intrinsic import ConvReLU2d
 
 from labcore import LabError
 from labcore.files.progress import progress
 from labcore.model import QuantizableBasicBlock, QuantizableBottleneck, QuantizableResNet
 from labcore.quantize import layers, simulate
-
-_STRETCH = (-0.1, 1.1)  # gamma and zeta of the rectified sigmoid
+from labcore.studies.errors import in_float
+from labcore.studies.mixed import per_channel
 
 
 def pairs(model: nn.Module) -> list[list[str]]:
-    """The pairs [first, second] of layers (names as in `layers`) that can share a scaling of the channels between them.
+    """Return the pairs [first, second] of layers, as `layers` names them, that can share a scaling.
 
-    The first one's output goes through ReLU and max pooling at most, and into the second one only. Found inside the
-    residual blocks of labcore.model and torchvision's InvertedResidual (fused; ReLU6 does not scale, and is left out), and
-    between the stages of a QuantizableResNet.
+    The first one's output goes through ReLU and max pooling at most, and into the second one only. Of
+    QuantizableResNets, and of torchvision's InvertedResidual with ReLU (ReLU6 does not scale), fused.
     """
     from torchvision.models.mobilenetv2 import InvertedResidual  # takes seconds, for this alone
 
-    found = []
+    chains = []
     if isinstance(model, QuantizableResNet):
-        stages = [child for stage in range(1, 5) for child in model.get_submodule(f"layer{stage}")]
-        found += _consecutive(model, [model.conv1, model.maxpool, *stages])
+        stages = [*model.layer1, *model.layer2, *model.layer3, *model.layer4]
+        chains.append([model.conv1, model.maxpool, *stages])
     for block in model.modules():
-        if isinstance(block, QuantizableBasicBlock):
-            found += _consecutive(model, [block.conv1, block.conv2])
-        elif isinstance(block, QuantizableBottleneck):
-            found += _consecutive(model, [block.conv1, block.conv2, block.conv3])
+        if isinstance(block, QuantizableBasicBlock | QuantizableBottleneck):
+            chains.append(list(block.children()))  # in their order
         elif isinstance(block, InvertedResidual):
-            found += _consecutive(model, list(block.conv))
-    return found
-
-
-def _consecutive(model: nn.Module, modules: list[nn.Module]) -> list[list[str]]:
-    """The pairs in a chain of modules; any module but convolutions, identities and max pooling ends the chain."""
+            chains.append(list(block.conv))
     names = {module: name for name, module in model.named_modules()}
-    found, last = [], None
-    for module in modules:
-        if (
-            isinstance(module, nn.Sequential)
-            and not isinstance(module, ConvReLU2d)
-            and len(layers(module)) == 1
-        ):
-            module = module[0]  # Conv2dNormActivation: what follows was fused into its convolution
+    return [[names[first], names[second]] for chain in chains for first, second in _consecutive(chain)]
+
+
+def _consecutive(chain: list[nn.Module]) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """Yield the pairs in a chain; any module but convolutions, identities and max pooling breaks it."""
+    first = None
+    for module in chain:
+        if type(module) is not ConvReLU2d and isinstance(module, nn.Sequential) and len(layers(module)) == 1:
+            module = module[0]  # what follows was fused into this convolution
         if isinstance(module, ConvReLU2d | nn.Conv2d):
-            if last is not None:
-                found.append([names[last], names[module]])
-            last = module if isinstance(module, ConvReLU2d) else None
+            if first is not None:
+                yield first, module
+            first = module if isinstance(module, ConvReLU2d) else None
         elif not isinstance(module, nn.Identity | nn.MaxPool2d):
-            last = None
-    return found
+            first = None
 
 
 @torch.no_grad()
 def equalize(model: nn.Module, tolerance: float = 1e-3, max_rounds: int = 100) -> nn.Module:
-    """A copy of a fused float network that computes the same, in which the ranges of paired layers match.
+    """Return a copy of a fused float network that computes the same, its paired layers with equal ranges.
 
-    Channel i between layers 1 and 2 is scaled by s_i = sqrt(r1_i r2_i) / r2_i: W1_i, b1_i are divided by it, W2's inputs
-    multiplied, r being the largest absolute weight of the channel (CLE, section 4.1, equations 9 to 11). Repeated over all
-    `pairs` until every |s_i - 1| < tolerance. A channel without weights on one side is left alone.
-
-    The result is fused already: give it to prepare_ptq with fused=False.
-
-    torch.ao.quantization._equalize does the same, but never returns where a channel has no weights, and knows no
-    depthwise convolutions.
-
+    Channel i between layers 1 and 2 is scaled by s_i = sqrt(r1_i r2_i) / r2_i: W1_i, b1_i are divided by it,
+    W2's inputs multiplied, r being the channel's largest absolute weight (CLE, equations 9 to 11); for all
+    `pairs`, until every |s_i - 1| < tolerance. A channel without weights on one side is left alone, where
+    torch.ao.quantization._equalize never returns. Give the result to prepare_ptq with fused=False.
     Raises LabError where BatchNorm is not folded away, and where no layers form a pair.
     """
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
-        raise LabError(
-            "equalize needs a fused network, found BatchNorm modules; call labcore.quantize.fuse first."
-        )
+        raise LabError("equalize needs a fused network, found BatchNorm; call labcore.quantize.fuse first.")
     equalized = copy.deepcopy(model)
     by_name = layers(equalized)
-    found = [(by_name[first], by_name[second]) for first, second in pairs(equalized)]
-    if not found:
-        raise LabError(
-            "equalize expects consecutive layers with ReLU between them, found none; skip this step."
-        )
+    paired = [(by_name[first], by_name[second]) for first, second in pairs(equalized)]
+    if not paired:
+        raise LabError("equalize expects layers with only ReLU between them, found none; skip this step.")
     for _ in range(max_rounds):
-        if max([_equalize_pair(*pair) for pair in found]) < tolerance:
+        if max([_equalize_pair(*pair) for pair in paired]) < tolerance:
             break
     return equalized
 
 
 def _equalize_pair(first: nn.Conv2d, second: nn.Conv2d) -> float:
-    """Scale the channels between two layers in place; gives the largest |s_i - 1|."""
+    """Scale the channels between two layers in place; return the largest |s_i - 1|."""
     depthwise = second.groups > 1  # weights (C, 1, kH, kW): input channel i is output channel i
     inputs = second.weight if depthwise else second.weight.transpose(0, 1)  # a view (C, ...)
     outgoing, incoming = first.weight.abs().flatten(1).amax(1), inputs.abs().flatten(1).amax(1)  # (C,)
@@ -110,87 +92,42 @@ def _equalize_pair(first: nn.Conv2d, second: nn.Conv2d) -> float:
     return (scale - 1).abs().max().item()
 
 
-class _Reached(Exception):
-    """The layer of interest has run: the rest of the network need not."""
-
-
 @torch.no_grad()
-def _seen(model: nn.Module, layer: nn.Module, batches: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    """(input, output before ReLU and quantization) of one layer, batch by batch; what comes after it is not computed."""
-
-    def stop(_, inputs, output):
-        seen.append((inputs[0], output))
-        raise _Reached
-
-    device = layer.weight.device
-    for batch in batches:
-        seen: list[tuple[Tensor, Tensor]] = []
-        hook = layer.register_forward_hook(stop, prepend=True)  # before its output is quantized
-        try:
-            model(batch.to(device))
-        except _Reached:
-            pass
-        finally:
-            hook.remove()
-        yield seen[0]
-
-
-def _check(batches: list[Tensor]) -> None:
+def _values(model: nn.Module, layer: nn.Module, batches: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield (input, output before ReLU and quantization) of a layer, batch by batch."""
     if not sum(map(len, batches)):
-        raise LabError(
-            "expected batches of calibration images, found none; set calibration_images to at least 1."
-        )
+        raise LabError("expected calibration images, found none; set calibration_images to at least 1.")
+    values = []
+
+    def keep(_, inputs, output):
+        values.append((inputs[0], output.clone()))  # a ReLU may overwrite it
+
+    with layer.register_forward_hook(keep, prepend=True):  # before the output is quantized
+        for batch in batches:
+            model(batch.to(layer.weight.device))
+            yield values.pop()
 
 
-def _as_float(model: nn.Module) -> nn.Module:
-    """A copy whose observers and fake quantization are off."""
-    return copy.deepcopy(model).eval().apply(tq.disable_observer).apply(tq.disable_fake_quant)
-
-
-def _mean(output: Tensor) -> Tensor:
-    """The sum over images of the mean over places of a layer's output (B, C, ...): (C,), float64."""
-    return output.transpose(0, 1).flatten(1).mean(1).double() * len(output)
-
-
-def _means(model: nn.Module, batches: list[Tensor]) -> dict[str, Tensor]:
-    """For every layer the mean (C,) of its output, before ReLU and quantization, over images and places; one pass."""
-    totals: dict[str, Tensor] = {}
-
-    def add(name: str, output: Tensor) -> None:
-        totals[name] = totals.get(name, 0) + _mean(output)
-
-    hooks = [
-        layer.register_forward_hook(lambda _, inputs, output, name=name: add(name, output), prepend=True)
-        for name, layer in layers(model).items()
-    ]
-    device = next(model.parameters()).device
-    for batch in batches:
-        model(batch.to(device))
-    for hook in hooks:
-        hook.remove()
-    return {name: total / sum(map(len, batches)) for name, total in totals.items()}
+def _mean_output(model: nn.Module, layer: nn.Module, batches: list[Tensor]) -> Tensor:
+    """Return the mean (C,) of a layer's output over images and positions, in float64."""
+    outputs = (output for _, output in _values(model, layer, batches))
+    sums = [output.transpose(0, 1).flatten(1).mean(1).double() * len(output) for output in outputs]
+    return sum(sums) / sum(map(len, batches))
 
 
 @torch.no_grad()
 def correct_bias(simulated: nn.Module, float_model: nn.Module, batches: list[Tensor]) -> nn.Module:
-    """A copy of a simulated network in which no layer's output is shifted by quantization, on average.
+    """Return a copy of a simulated network in which quantization shifts no layer's output, on average.
 
-    b -= E[y~] - E[y] per channel, y the output in the float network before ReLU, y~ in the simulated one before ReLU and
-    its own quantization; the layers before are quantized and corrected already (CLE, section 4.2, empirical). Biases stay
-    float32.
-
-    Args:
-        simulated: from `simulate` or `adaround`.
-        float_model: the same network in float, with the same names: fused, or the calibrated one.
-        batches: normalised images, each (B, 3, H, W).
-
-    Raises LabError where there are no images.
+    b -= E[y~] - E[y] per channel, y the output before ReLU in the float network (fused, or the calibrated
+    one), y~ in the simulated one before its own quantization, the layers before being quantized and corrected
+    already (CLE, section 4.2, empirical). Raises LabError without images.
     """
-    _check(batches)
-    corrected, wanted = copy.deepcopy(simulated).eval(), _means(_as_float(float_model), batches)
+    corrected, reference = copy.deepcopy(simulated).eval(), in_float(float_model)
+    originals = layers(reference)
     for name, layer in layers(corrected).items():
-        found = sum(_mean(output) for _, output in _seen(corrected, layer, batches)) / sum(map(len, batches))
-        shift = (found - wanted[name]).float()
+        wanted = _mean_output(reference, originals[name], batches)
+        shift = (_mean_output(corrected, layer, batches) - wanted).float()
         if layer.bias is None:
             layer.bias = nn.Parameter(-shift)
         else:
@@ -198,46 +135,30 @@ def correct_bias(simulated: nn.Module, float_model: nn.Module, batches: list[Ten
     return corrected
 
 
-def adaround(
-    calibrated: nn.Module,
-    batches: list[Tensor],
-    steps: int = 300,
-    seed: int = 0,
-    batch_size: int = 32,
-    learning_rate: float = 0.05,
-    regularization: float = 1.0,
-    warm_start: float = 0.2,
-) -> nn.Module:
-    """As `simulate(calibrated)`, but each weight is rounded up or down as serves its layer's output.
+def adaround(calibrated: nn.Module, batches: list[Tensor], steps=300, seed=0, **options) -> nn.Module:
+    """Return `simulate(calibrated)`, but with each weight rounded up or down as serves its layer's output.
 
-    Layer by layer, with the inputs x~ of the network quantized so far, minimizes over V (AdaRound, equations 21 to 25)
+    Layer by layer, with the inputs x~ of the network quantized so far, minimizes over V (AdaRound, 21 to 25)
 
-        |f(W x) - f(W~ x~)|^2 / e + lambda sum(1 - |2 h(V) - 1|^beta),   W~ = s clip(floor(W / s) + h(V), qmin, qmax),
+        |f(W x) - f(W~ x~)|^2 / e + lambda sum(1 - |2 h(V) - 1|^beta),
+        W~ = s clip(floor(W / s) + h(V), qmin, qmax),  h(V) = clip(1.2 sigmoid(V) - 0.1, 0, 1),
 
-    h(V) = clip(1.2 sigmoid(V) - 0.1, 0, 1), f the fused ReLU or nothing, e the same error of nearest rounding per weight
-    (so that lambda, 0.01 in the paper, means the same for every layer and bit width). Beta falls from 20 to 2 after a warm
-    start without the second term; then h is rounded. An output channel that nearest rounding serves better on these images keeps it.
+    f the fused ReLU or nothing, e the same error of nearest rounding per weight (so that lambda, 0.01 in the
+    paper, means the same for every layer and bit width). Beta falls from 20 to 2 after a warm start without
+    the second term; then h is rounded. An output channel that nearest rounding serves better keeps it.
 
-    Args:
-        calibrated: from `prepare_ptq` with a configuration of mode "simulated", then `calibrate`.
-        batches: normalised images, each (B, 3, H, W); one layer's inputs and outputs are held at a time.
-        steps: Adam steps per layer, each on `batch_size` images drawn with `seed`.
-
-    The scale and zero point of the weights are those of `simulate`, kept as `weight_scale` and `weight_zero_point`.
-
-    Raises LabError where there are no images.
+    `steps` are Adam's per layer, on images of `batches` (B, 3, H, W) drawn with `seed`; LabError without any.
+    Options: batch_size (32), learning_rate (0.05), regularization (lambda, 1), warm_start (share, 0.2).
     """
-    _check(batches)
-    rounded, reference = simulate(calibrated), _as_float(calibrated)
-    originals, chosen = layers(reference), layers(rounded)
-    generator = torch.Generator().manual_seed(seed)
-    options = steps, generator, batch_size, learning_rate, regularization, warm_start
-    with progress(len(chosen), "adaround", unit="layer") as bar:
-        for name, layer in chosen.items():
-            activation = F.relu if isinstance(rounded.get_submodule(name), nn.Sequential) else nn.Identity()
-            inputs = torch.cat([x for x, _ in _seen(rounded, layer, batches)])
-            targets = torch.cat([activation(y) for _, y in _seen(reference, originals[name], batches)])
-            _round_layer(layer, originals[name].weight.detach(), activation, inputs, targets, *options)
+    rounded, reference = simulate(calibrated), in_float(calibrated)
+    originals, generator = layers(reference), torch.Generator().manual_seed(seed)
+    with progress(len(originals), "adaround", unit="layer") as bar:
+        for name, layer in layers(rounded).items():
+            relu = F.relu if isinstance(rounded.get_submodule(name), nn.Sequential) else nn.Identity()
+            inputs = torch.cat([x for x, _ in _values(rounded, layer, batches)])
+            targets = torch.cat([relu(y) for _, y in _values(reference, originals[name], batches)])
+            weight = originals[name].weight.detach()
+            _round_layer(layer, weight, relu, inputs, targets, generator, steps, **options)
             bar.update()
     return rounded
 
@@ -245,50 +166,44 @@ def adaround(
 def _round_layer(
     layer: nn.Module,
     weight: Tensor,
-    activation,
+    activation: Callable[[Tensor], Tensor],
     inputs: Tensor,
     targets: Tensor,
-    steps: int,
     generator: torch.Generator,
-    batch_size: int,
-    learning_rate: float,
-    regularization: float,
-    warm_start: float,
+    steps: int,
+    batch_size: int = 32,
+    learning_rate: float = 0.05,
+    regularization: float = 1.0,
+    warm_start: float = 0.2,
 ) -> None:
     """Learn the rounding of one simulated layer in place; `weight` is the float one, before rounding."""
-    observer = layer.qconfig.weight()
-    shape = (-1,) + (1,) * (weight.dim() - 1)
-    scale, zero_point = layer.weight_scale.reshape(shape), layer.weight_zero_point.reshape(shape)
+    observer, scale = layer.qconfig.weight(), per_channel(layer.weight_scale, weight)
+    zero_point = per_channel(layer.weight_zero_point, weight)
     low, high = observer.quant_min - zero_point, observer.quant_max - zero_point
+    floor, nearest = torch.floor(weight / scale), layer.weight.detach().clone()
 
     def output(values: Tensor, x: Tensor) -> Tensor:
         # Not the layer itself: its hook would quantize the output, which is not this layer's business.
         plain = F.linear if isinstance(layer, nn.Linear) else layer._conv_forward
         return activation(plain(x, values, layer.bias))
 
-    def on_grid(up: Tensor) -> Tensor:
-        return scale * torch.clamp(floor + up, low, high)
-
+    @torch.no_grad()
     def errors(values: Tensor) -> Tensor:
-        """Squared error (C,) per output channel, over all images."""
+        """Return the squared error (C,) per output channel, over all images."""
         parts = zip(inputs.split(batch_size), targets.split(batch_size), strict=True)
-        with torch.no_grad():
-            return sum(
-                (output(values, x) - y).square().transpose(0, 1).flatten(1).double().sum(1) for x, y in parts
-            )
+        squares = ((output(values, x) - y).square() for x, y in parts)
+        return sum(square.transpose(0, 1).flatten(1).double().sum(1) for square in squares)
 
-    floor = torch.floor(weight / scale)
-    nearest = layer.weight.detach().clone()
     before = errors(nearest)
-    gamma, zeta = _STRETCH
-    start = (weight / scale - floor - gamma) / (zeta - gamma)
-    v = torch.logit(start).requires_grad_()
-    optimizer = torch.optim.Adam([v], lr=learning_rate)
     factor = weight.numel() * len(inputs) / before.sum().clamp(min=1e-30).item()
+    gamma, zeta = -0.1, 1.1  # the ends of the stretched sigmoid
+    v = torch.logit((weight / scale - floor - gamma) / (zeta - gamma)).requires_grad_()
+    optimizer = torch.optim.Adam([v], lr=learning_rate)
     for step in range(steps):
         index = torch.randint(len(inputs), (min(batch_size, len(inputs)),), generator=generator)
         up = torch.clamp((zeta - gamma) * torch.sigmoid(v) + gamma, 0, 1)
-        loss = factor * (output(on_grid(up), inputs[index]) - targets[index]).square().sum() / len(index)
+        moved = output(scale * torch.clamp(floor + up, low, high), inputs[index]) - targets[index]
+        loss = factor * moved.square().sum() / len(index)
         if step >= warm_start * steps:
             beta = 20 - 18 * (step / steps - warm_start) / (1 - warm_start)
             loss = loss + regularization * (1 - (2 * up - 1).abs().pow(beta)).sum()
@@ -296,6 +211,6 @@ def _round_layer(
         loss.backward()
         optimizer.step()
     with torch.no_grad():
-        learned = on_grid((v >= 0).to(weight.dtype))
-        better = (errors(learned) <= before).reshape(shape)
+        learned = scale * torch.clamp(floor + (v >= 0).to(weight.dtype), low, high)
+        better = per_channel(errors(learned) <= before, weight)
         layer.weight.copy_(torch.where(better, learned, nearest))
