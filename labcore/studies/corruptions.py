@@ -1,14 +1,12 @@
 """Corrupted images: four groups and five severities, as in Hendrycks and Dietterich (2019).
 
-Theirs are published as CIFAR-10-C ("Benchmarking neural network robustness to common corruptions and
-perturbations"). Operations here are torchvision's, kornia's, Pillow's and torch's, so numbers do not compare
-digit for digit.
+Their paper, "Benchmarking neural network robustness to common corruptions and perturbations", has CIFAR-10-C.
+Operations here are torchvision's, kornia's, Pillow's and torch's: numbers do not compare digit for digit.
 """
 
-import contextlib
 import hashlib
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import kornia.augmentation as K
@@ -32,28 +30,17 @@ AUTHORS = "Hendrycks and Dietterich's for CIFAR-10"
 
 @dataclass(frozen=True)
 class Corruption:
-    """One way to spoil an image.
-
-    Args:
-        group: "noise", "blur", "weather" or "digital".
-        apply: (image, parameter) -> image, float (1, 3, H, W); `corrupt` gives it values in 0 … 1, clips what
-            leaves that range, and seeds torch's global generator, where random draws come from.
-        parameters: of the severities 1 … 5; those in pixels are meant for 32×32 images.
-        meaning: what the parameter says.
-        source: where the parameters come from.
-    """
+    """One way to spoil an image; random draws come from torch's global generator, which `corrupt` seeds."""
 
     group: str
-    apply: Callable[[Tensor, float | tuple], Tensor]
-    parameters: tuple
-    meaning: str
+    apply: Callable[[Tensor, float | tuple], Tensor]  # of an image (1, 3, H, W) in 0 … 1; clipped afterwards
+    parameters: tuple  # of the severities 1 … 5; those in pixels are meant for 32×32 images
+    meaning: str  # of the parameter
     source: str = AUTHORS
 
 
 def _gaussian_blur(x: Tensor, sigma: float) -> Tensor:
-    side = min(
-        2 * round(4 * sigma) + 1, 2 * min(x.shape[2:]) - 1
-    )  # four sigma to each side, if there is room
+    side = min(2 * round(4 * sigma) + 1, 2 * min(x.shape[2:]) - 1)  # four sigma to each side, or what fits
     return F.gaussian_blur(x, [side, side], [sigma, sigma])
 
 
@@ -77,7 +64,7 @@ def _fog(x: Tensor, parameter: tuple[float, float]) -> Tensor:
     return (x + thickness * plasma) * x.max() / (x.max() + thickness)
 
 
-def _brightness(x: Tensor, shift: float) -> Tensor:
+def _brighten(x: Tensor, shift: float) -> Tensor:
     hue, saturation, value = rgb_to_hsv(x).unbind(1)
     return hsv_to_rgb(torch.stack([hue, saturation, (value + shift).clamp(max=1)], 1))
 
@@ -138,9 +125,7 @@ CORRUPTIONS = {
         "thickness, and how fast its fractal gets smooth",
         f"{AUTHORS}; the fractal is kornia's",
     ),
-    "brightness": Corruption(
-        "weather", _brightness, (0.05, 0.1, 0.15, 0.2, 0.3), "added to the value of HSV"
-    ),
+    "brightness": Corruption("weather", _brighten, (0.05, 0.1, 0.15, 0.2, 0.3), "added to the value of HSV"),
     "contrast": Corruption(
         "digital",
         F.adjust_contrast,
@@ -163,25 +148,9 @@ def group_of(name: str) -> str:
 
 def parameters_table() -> pd.DataFrame:
     """Return the corruptions: index name; columns group, parameter, severities "1" … "5", source."""
-    rows = {
-        name: {"group": one.group, "parameter": one.meaning}
-        | dict(zip(map(str, SEVERITIES), one.parameters, strict=True))
-        | {"source": one.source}
-        for name, one in CORRUPTIONS.items()
-    }
-    return pd.DataFrame(rows).T
-
-
-@contextlib.contextmanager
-def _one_thread_own_draws() -> Iterator[None]:
-    """One thread, since single images are too small for more; torch's generator is given back as it was."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        torch.set_num_threads(threads)
+    rows = [(one.group, one.meaning, *one.parameters, one.source) for one in CORRUPTIONS.values()]
+    columns = ["group", "parameter", *map(str, SEVERITIES), "source"]
+    return pd.DataFrame(rows, index=list(CORRUPTIONS), columns=columns)
 
 
 @torch.no_grad()
@@ -191,12 +160,7 @@ def corrupt(images: np.ndarray, name: str, severity: int, seed: int = 0) -> np.n
     What is drawn for an image follows from the seed, the corruption and the image's own bytes: neither its
     neighbours nor its position matter, and the severities of one image share their draws.
 
-    Args:
-        name: of CORRUPTIONS.
-        severity: 1 … 5.
-
-    Raises:
-        LabError: an unknown corruption (with the nearest name), another severity, other images.
+    Raises LabError for an unknown corruption (with the nearest name), another severity, other images.
     """
     if name not in CORRUPTIONS:
         raise LabError(f"unknown corruption {name!r}: {nearest(name, CORRUPTIONS)}")
@@ -204,18 +168,22 @@ def corrupt(images: np.ndarray, name: str, severity: int, seed: int = 0) -> np.n
         raise LabError(f"severity must be a whole number in 1 … 5, found {severity!r}; change it.")
     dtype, shape = getattr(images, "dtype", type(images).__name__), getattr(images, "shape", ())
     if not isinstance(images, np.ndarray) or dtype != np.uint8 or len(shape) != 4 or shape[1] != 3:
-        raise LabError(
-            f"images must be a uint8 array (N, 3, H, W), found {dtype} {tuple(shape)}; convert them."
-        )
+        found = f"{dtype} {tuple(shape)}"
+        raise LabError(f"images must be a uint8 array (N, 3, H, W), found {found}; convert them.")
     corruption = CORRUPTIONS[name]
     parameter = corruption.parameters[SEVERITIES.index(severity)]
-    spoilt = np.empty_like(images)
-    with progress(len(images), f"{name} {severity}", unit="image") as bar, _one_thread_own_draws():
-        for position, image in enumerate(images):
-            digest = hashlib.sha256(f"{seed} {name} ".encode() + image.tobytes()).digest()
-            # torch.manual_seed also prepares kinds of device that are not there: a hundred times as long
-            torch.default_generator.manual_seed(int.from_bytes(digest[:8], "little"))
-            x = corruption.apply(torch.from_numpy(image)[None] / 255, parameter)  # (1, 3, H, W)
-            spoilt[position] = (x[0].clamp(0, 1) * 255).round().to(torch.uint8).numpy()
-            bar.update()
+    spoilt, threads = np.empty_like(images), torch.get_num_threads()
+    torch.set_num_threads(1)  # more are slower with single images
+    try:
+        title = f"{name} {severity}"
+        with progress(len(images), title, unit="image") as bar, torch.random.fork_rng(devices=[]):
+            for position, image in enumerate(images):
+                digest = hashlib.sha256(f"{seed} {name} ".encode() + image.tobytes()).digest()
+                # torch.manual_seed also prepares kinds of device that are not there: a hundred times as long
+                torch.default_generator.manual_seed(int.from_bytes(digest[:8], "little"))
+                x = corruption.apply(torch.from_numpy(image)[None] / 255, parameter)  # (1, 3, H, W)
+                spoilt[position] = (x[0].clamp(0, 1) * 255).round().to(torch.uint8).numpy()
+                bar.update()
+    finally:
+        torch.set_num_threads(threads)
     return spoilt

@@ -6,7 +6,7 @@ Below, `found` is the table that `answers` returns, and `labels` are the true cl
 import hashlib
 import itertools
 from collections.abc import Iterable
-from functools import lru_cache, partial
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from labcore import LabError
 from labcore.evaluate import predict
 from labcore.files.artifacts import UNREADABLE, read_npz, sha256_file, write_npz
 from labcore.files.code import modules_hash
-from labcore.stats import compare_paired, mean_over_images
+from labcore.stats import beyond_chance, compare_paired, mean_over_images, normal_p_value
 from labcore.studies.corruptions import CORRUPTIONS, GROUPS, SEVERITIES, corrupt, group_of
 from labcore.studies.study import Cell, Study
 
@@ -44,34 +44,27 @@ def answers(
     """
     run = study.run
     files = {name: run.path(name, "weights.pt" if name == "fp32" else "int8.pt") for name in networks}
-    weights = {name: sha256_file(path) for name, path in files.items()}
     common = {
         "corruption seed": run.seed,
         "images": hashlib.sha256(images.tobytes()).hexdigest(),
+        "networks": {name: sha256_file(path) for name, path in files.items()},
         "corruptions": modules_hash("studies.corruptions"),
         "versions": [metadata.version(name) for name in ("torchvision", "kornia", "pillow")],
     }
 
-    @lru_cache(maxsize=1)  # three networks see the same images
-    def spoilt(name: str, severity: int) -> np.ndarray:
-        return corrupt(images, name, severity, run.seed) if severity else images
-
-    def answer(name: str, severity: int, network: str) -> dict:
-        title = f"{network}, {name} {severity}".removesuffix(" 0")
-        logits = predict(networks[network], spoilt(name, severity), run.profile.eval_batch_size, title)
-        return {"answers": logits.argmax(1).tolist()}
+    def answer(name: str, severity: int) -> dict:
+        spoilt, classes = corrupt(images, name, severity, run.seed) if severity else images, {}
+        for network, model in networks.items():
+            title = f"{network}, {name} {severity}".removesuffix(" 0")
+            logits = predict(model, spoilt, run.profile.eval_batch_size, title)
+            classes[network] = logits.argmax(1).tolist()
+        return classes
 
     kinds = [("clean", 0), *itertools.product(corruptions, SEVERITIES)]
-    cells = {}
-    for kind in kinds:
-        for network in networks:
-            key = common | {"robustness": [*kind, network, weights[network]]}
-            cells[*kind, network] = Cell(key, partial(answer, *kind, network))
-    classes = study.cells(cells, "corruptions")["answers"]
+    cells = {kind: Cell(common | {"robustness": kind}, partial(answer, *kind)) for kind in kinds}
+    found = study.cells(cells, "corruptions")
     table = pd.DataFrame(kinds, columns=["corruption", "severity"])
-    for network in networks:
-        table[network] = [np.array(classes[*kind, network]) for kind in kinds]
-    return table
+    return table.assign(**{name: [np.array(classes) for classes in found[name]] for name in networks})
 
 
 def save_answers(path: Path, found: pd.DataFrame, labels: np.ndarray) -> None:
@@ -173,6 +166,51 @@ def verdict(cost: dict) -> str:
     if extra["high"] < 0:
         return "costs less on corrupted images than on clean ones"
     return "shows no difference in cost between corrupted and clean images"
+
+
+def compare_networks(found: pd.DataFrame, labels: np.ndarray, classes: int) -> dict:
+    """Return what quantization costs on corrupted images, for PTQ and QAT.
+
+    Returns:
+        cells, levels: rows of `cell_table` and `severity_table`;
+        cost and verdict, by network; group_cost, by group; corruption_cost, a row for each corruption;
+        changed: the groups, corruptions and cells on which the cost differs from that on clean images beyond
+        chance (`beyond_chance`), as rows name, network, mean (points), p_value.
+    """
+    names, is_clean = found["corruption"], found["corruption"] == "clean"
+
+    def cost(chosen: pd.Series) -> dict[str, dict]:
+        cells = found[is_clean | chosen]
+        return {network: corruption_cost(cells, labels, network) for network in ("ptq", "qat")}
+
+    everywhere, groups = cost(~is_clean), names.map(group_of)
+    by_group = {group: cost(groups == group) for group in sorted(GROUPS)}
+    by_corruption = {name: cost(names == name) for name in CORRUPTIONS}
+    cells = found[~is_clean].itertuples()
+    by_cell = {f"{row.corruption} {row.severity}": cost(found.index == row.Index) for row in cells}
+    parts = {"groups": by_group, "corruptions": by_corruption, "cells": by_cell}
+    return {
+        "cells": cell_table(found, labels, classes).to_dict("records"),
+        "levels": severity_table(found, labels).to_dict("records"),
+        "cost": everywhere,
+        "verdict": {network: verdict(of_network) for network, of_network in everywhere.items()},
+        "group_cost": by_group,
+        "corruption_cost": [{"corruption": name} | costs for name, costs in by_corruption.items()],
+        "changed": {part: beyond_chance(_extra_costs(costs)) for part, costs in parts.items()},
+    }
+
+
+def _extra_costs(costs: dict[str, dict[str, dict]]) -> list[dict]:
+    """Return what corruption adds to the cost, a row per part and network."""
+    means = {
+        (name, network): cost["extra_drop_pp"]
+        for name, both in costs.items()
+        for network, cost in both.items()
+    }
+    return [
+        {"name": name, "network": network, "mean": mean["mean"], "p_value": normal_p_value(mean)}
+        for (name, network), mean in means.items()
+    ]
 
 
 def lost_images(before: np.ndarray, after: np.ndarray, labels: np.ndarray, count: int = 24) -> pd.DataFrame:

@@ -1,6 +1,7 @@
 """What quantization costs on corrupted images: tables and costs by hand, cells that are kept."""
 
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -128,34 +129,34 @@ class Bright(nn.Module):
 
 
 def test_cells_are_kept_and_follow_weights_images_and_seed(tmp_path):
-    run = Run(PROFILES["smoke"], None, 0, root=tmp_path)
-    networks = {name: Bright() for name in ("fp32", "ptq", "qat")}
-    for name, file in {"fp32": "weights.pt", "ptq": "int8.pt", "qat": "int8.pt"}.items():
-        write_json(run.path(name, file), name)
+    run, networks = Run(PROFILES["smoke"], None, 0, tmp_path), {"fp32": Bright(), "ptq": Bright()}
+    files = {name: run.path(name, file) for name, file in (("fp32", "weights.pt"), ("ptq", "int8.pt"))}
+    for name, path in files.items():
+        write_json(path, name)
 
-    def ask(run: Run, images: np.ndarray) -> tuple[pd.DataFrame, dict[str, int]]:
+    def ask(run: Run, images: np.ndarray) -> tuple[pd.DataFrame, list[int]]:
         """The answers, and how many images each network was shown for them."""
-        before = {name: len(network.seen) for name, network in networks.items()}
-        cells = tmp_path / "cells"
-        study = SimpleNamespace(run=run, cells=lambda todo, title: run_cells(todo, cells, {}, title))
+        before = [len(network.seen) for network in networks.values()]
+        cells = partial(run_cells, folder=tmp_path / "cells", base={})
+        study = SimpleNamespace(run=run, cells=lambda todo, title: cells(todo, description=title))
         found = robustness.answers(study, networks, images, ["brightness", "jpeg"])
-        return found, {name: len(network.seen) - before[name] for name, network in networks.items()}
+        return found, [len(x.seen) - n for x, n in zip(networks.values(), before, strict=True)]
 
     images = np.random.default_rng(0).integers(0, 256, (6, 3, 8, 8)).astype(np.uint8)
     found, shown = ask(run, images)
-    assert shown == {"fp32": 66, "ptq": 66, "qat": 66}, "clean, and two corruptions at five severities"
+    assert shown == [66, 66], "clean, and two corruptions at five severities"
     assert found["severity"].tolist() == [0, *SEVERITIES, *SEVERITIES]
     clean, last = (normalize(torch.from_numpy(x)) for x in (images, corrupt(images, "jpeg", 5)))
-    seen = torch.stack(networks["fp32"].seen)
-    assert torch.equal(seen[:6], clean) and torch.equal(seen[-6:], last)
-    assert found["fp32"][0].tolist() == (clean[:, 0, 0, 0] > 0).long().tolist()
+    for network in networks.values():
+        assert torch.equal(torch.stack(network.seen[:6]), clean)
+        assert torch.equal(torch.stack(network.seen[-6:]), last)
+    assert found["ptq"].iloc[-1].tolist() == (last[:, 0, 0, 0] > 0).long().tolist()
     again, shown = ask(run, images)
-    assert shown == {"fp32": 0, "ptq": 0, "qat": 0}
-    assert again.map(str).equals(found.map(str))
-    write_json(run.path("ptq", "int8.pt"), "other weights")
-    assert ask(run, images)[1] == {"fp32": 0, "ptq": 66, "qat": 0}
-    assert ask(run, images[:5])[1] == {"fp32": 55, "ptq": 55, "qat": 55}, "other images"
-    assert ask(replace(run, seed=1), images)[1] == {"fp32": 66, "ptq": 66, "qat": 66}, "another seed"
+    assert shown == [0, 0] and again.map(str).equals(found.map(str))
+    write_json(files["ptq"], "other weights")
+    assert ask(run, images)[1] == [66, 66]
+    assert ask(run, images[:5])[1] == [55, 55], "other images"
+    assert ask(replace(run, seed=1), images)[1] == [66, 66], "another seed"
 
 
 def test_answers_come_back_from_their_file_and_give_the_same_tables(found, tmp_path):
