@@ -11,7 +11,6 @@ from labcore import LabError
 from labcore.files.artifacts import UNREADABLE, read_json, read_npz, sha256_json, write_json, write_npz
 from labcore.files.code import modules_hash
 
-DECODERS = ("images.decode", "images.folders", "images.sources")  # modules that decide the arrays
 Arrays = dict[str, np.ndarray]
 
 
@@ -25,7 +24,8 @@ def cached(path: Path, size: int, folder: Path, read: Callable[[], tuple[str, Ar
     index = read_json(index_path) if index_path.exists() else {}
     if not isinstance(index, dict):
         raise LabError(f"{index_path} is damaged: delete it and run again.")
-    decoder = sha256_json([modules_hash(*DECODERS), metadata.version("pillow")])
+    code = modules_hash("images.decode", "images.folders", "images.sources")
+    decoder = sha256_json([code, metadata.version("pillow")])
 
     def arrays_path(key: str) -> Path:
         return folder / f"{key[:16]}-{size}-{decoder[:8]}.npz"

@@ -74,12 +74,6 @@ def _sharpness(x: Tensor, magnitude: np.ndarray) -> Tensor:
     return torch.addcmul(sharp, blurred - sharp, per_image(x, 1 - (1 + magnitude)))
 
 
-def _posterize(x: Tensor, bits: np.ndarray) -> Tensor:
-    """Keep the highest bits."""
-    lost = 8 - bits.astype(int)
-    return x & per_image(x, 255 >> lost << lost, torch.uint8)
-
-
 # What each does to images x with a magnitude m for each. Shears keep the top left corner, as in torchvision.
 OPERATIONS = {
     "Identity": lambda x, m: x,
@@ -92,7 +86,7 @@ OPERATIONS = {
     "Color": lambda x, m: _blend(x, grey(x).floor(), m),
     "Contrast": lambda x, m: _blend(x, grey(x).floor().mean((1, 2, 3), keepdim=True), m),
     "Sharpness": _sharpness,
-    "Posterize": _posterize,
+    "Posterize": lambda x, m: x & per_image(x, 256 - 2 ** (8 - m), torch.uint8),  # keeps the highest bits
     "Solarize": lambda x, m: torch.where(x >= per_image(x, 255 * m), 255 - x, x),  # from a threshold on
     "AutoContrast": lambda x, _: TF.autocontrast(x),
     "Equalize": lambda x, _: TF.equalize(x),

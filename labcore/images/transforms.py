@@ -171,18 +171,15 @@ def mix(x: Tensor, recipe: Recipe, rng: np.random.Generator) -> tuple[Tensor, Te
     chance = rng.random(count)
     blended = chance < recipe.mixup_prob
     pasted = ~blended & (chance < recipe.mixup_prob + recipe.cutmix_prob)
-    blend_share = np.where(blended, _shares(recipe.mixup_alpha, count, rng), 1.0)
-    paste_share = np.where(pasted, _shares(recipe.cutmix_alpha, count, rng), 1.0)
+    alphas = recipe.mixup_alpha, recipe.cutmix_alpha
+    shares = [rng.beta(alpha, alpha, count) if alpha else np.ones(count) for alpha in alphas]
+    blend_share, paste_share = np.where([blended, pasted], shares, 1.0)
     top, bottom, left, right = box = _cutmix_box(x, paste_share, rng)
     share = blend_share * (1 - (bottom - top) * (right - left) / (height * width))  # one of the two is 1
     partner = to_device(x, np.minimum(np.arange(count) ^ 1, count - 1), torch.int64)
     other, blend = x[partner], per_image(x, blend_share)
     mixed = torch.where(_inside(x, *box), other, blend * x + (1 - blend) * other)
     return mixed.contiguous(memory_format=torch.channels_last), partner, to_device(x, share)
-
-
-def _shares(alpha: float, count: int, rng: np.random.Generator) -> np.ndarray:
-    return rng.beta(alpha, alpha, count) if alpha else np.ones(count)
 
 
 def _cutmix_box(x: Tensor, share: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
