@@ -60,10 +60,7 @@ def _classes(source: Path, found: set[tuple[str, str]]) -> list[str]:
     if missing:
         problem = f"expected train/<class>/<image> and test/…, found no image in {missing}; add it"
     elif train != test:
-        problem = (
-            f"the classes of train and test differ (only in train: {only_train}; only in test: {only_test}); "
-            "make them the same"
-        )
+        problem = f"only in train: {only_train}; only in test: {only_test}; give both the same classes"
     elif len(train) < 2:
         problem = f"expected two classes or more, found only {next(iter(train))!r}; add class folders"
     elif unprintable:
@@ -77,13 +74,11 @@ def _image_files(source: Path) -> Iterator[tuple[str, str, str, bytes]]:
     """Yield (split, class, name, content) of every image; LabError where something cannot be read."""
     try:
         for name, read in _members(source):
-            if place := _split_and_class(name):
-                yield *place, name, read()
+            if belonging := _split_and_class(name):
+                yield *belonging, name, read()
     except UNREADABLE as error:
-        reason = (
-            error if source.is_dir() else f"truncated, locked or no .zip, .tar, .tar.gz, .tar.xz: {error}"
-        )
-        raise LabError(f"{source} cannot be read ({reason}); fetch or pack it again.") from error
+        kind = "" if source.is_dir() else "truncated, locked or no .zip, .tar, .tar.gz, .tar.xz: "
+        raise LabError(f"{source} cannot be read ({kind}{error}); fetch or pack it again.") from error
 
 
 def _split_and_class(name: str) -> tuple[str, str] | None:
