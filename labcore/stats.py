@@ -1,4 +1,4 @@
-"""Statistics of the lab, each in one place: from logits, differences between trainings, and times to numbers with their uncertainty."""
+"""Statistics of the lab, each in one place: from logits, seeds and times to numbers with uncertainty."""
 
 import math
 import sys
@@ -10,41 +10,18 @@ from scipy import stats
 from scipy.special import log_softmax, logsumexp, softmax
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.power import TTestPower
-from statsmodels.stats.proportion import proportion_confint
+from statsmodels.stats.proportion import confint_proportions_2indep, proportion_confint
 from statsmodels.stats.weightstats import DescrStatsW
 
 from labcore import LabError
 
 
-def seed_spread(tables: Iterable[list[dict]]) -> tuple[float, int]:
-    """What one difference scatters by from seed to seed, in points, and its degrees of freedom; pooled over tables.
-
-    The first row of a table is what its others are held against. Pooling takes it that all recipes scatter alike: the few seeds
-    of one would hardly tell its own spread.
-    """
-    rows = [row for table in tables for row in table[1:]]
-    free = sum(row["seeds"] - 1 for row in rows)
-    squares = sum((row["seeds"] - 1) * row["diff_pp_std"] ** 2 for row in rows if row["seeds"] > 1)
-    return math.sqrt(squares / free) if free else math.inf, int(free)
-
-
-def seed_interval(row: dict, spread: tuple[float, int]) -> tuple[float, float]:
-    """95 % interval of a mean difference over seeds, in points, by Student's t with the pooled spread of `seed_spread`."""
-    half = sure_pp(row["seeds"], spread)
-    return row["diff_pp"] - half, row["diff_pp"] + half
-
-
-def sure_pp(seeds: int, spread: tuple[float, int]) -> float:
-    """Half of that interval: how far a mean difference of so many seeds is sure, in points."""
-    std, free = spread
-    return stats.t.ppf(0.975, free) * std / math.sqrt(seeds) if free else math.inf
-
-
 def summarize(logits: np.ndarray, labels: np.ndarray) -> dict:
-    """Counts, accuracy with its 95 % Wilson interval (Wilson, 1927), and mean cross-entropy (nats per image).
+    """Return counts, accuracy with its 95 % interval (Wilson, 1927), mean cross-entropy in nats per image.
 
-    Logits of 8 bits can tie, and the lower class then counts as the answer, as everywhere. `n_tied` counts such images;
-    `acc_ties_shared` is the accuracy where an image whose k largest logits are equal counts 1/k if its class is among them.
+    Logits of 8 bits can tie, and the lower class then counts as the answer, as everywhere. `n_tied` counts
+    such images. For `acc_ties_shared`, an image whose k largest logits are equal counts 1/k where its class
+    is among them.
     """
     n_seen = len(labels)
     largest = logits == logits.max(axis=1, keepdims=True)  # (N, classes)
@@ -67,19 +44,19 @@ def summarize(logits: np.ndarray, labels: np.ndarray) -> dict:
 
 
 def compare_paired(before: np.ndarray, after: np.ndarray, labels: np.ndarray) -> dict:
-    """Two networks on the same images: what one gets right and the other wrong.
+    """Return what one of two networks gets right and the other wrong, on the same images.
 
     Returns:
-        both, neither: images that both get right, or none; only_before, only_after: that only one of them gets right;
+        both, neither: images that both get right, or none;
+        only_before, only_after: those that only one of them gets right;
         agree: share of equal predictions;
         acc_drop_pp with its 95 % interval (t interval of the per-image difference), positive is worse;
-        p_value of McNemar's exact test (McNemar, 1947): how often chance alone splits the discordant images so unevenly.
+        p_value of McNemar's exact test (McNemar, 1947): how often chance alone splits the discordant images
+        so unevenly.
     """
     right_before, right_after = before.argmax(1) == labels, after.argmax(1) == labels
-    only_before, only_after = (
-        int((right_before & ~right_after).sum()),
-        int((~right_before & right_after).sum()),
-    )
+    only_before = int((right_before & ~right_after).sum())
+    only_after = int((~right_before & right_after).sum())
     both, neither = int((right_before & right_after).sum()), int((~right_before & ~right_after).sum())
     drop = DescrStatsW(100.0 * (right_before.astype(float) - right_after))
     low, high = drop.tconfint_mean(alpha=0.05) if only_before + only_after else (0.0, 0.0)
@@ -97,8 +74,13 @@ def compare_paired(before: np.ndarray, after: np.ndarray, labels: np.ndarray) ->
     }
 
 
+def summarize_paired(before: np.ndarray, after: np.ndarray, labels: np.ndarray) -> dict:
+    """Return `summarize` of the network `after`, and how it compares with `before` (`compare_paired`)."""
+    return summarize(after, labels) | compare_paired(before, after, labels)
+
+
 def mean_over_images(values: np.ndarray) -> dict[str, float]:
-    """Mean of one value per image, with its 95 % t interval over images: {"mean", "low", "high"}.
+    """Return the mean of one value per image with its 95 % t interval over images: mean, low, high.
 
     Raises LabError for fewer than two images, which have no interval.
     """
@@ -111,154 +93,163 @@ def mean_over_images(values: np.ndarray) -> dict[str, float]:
     return {"mean": mean, "low": float(low), "high": float(high)}
 
 
-def paired_by_class(
-    before: np.ndarray, after: np.ndarray, labels: np.ndarray, classes: Sequence[str]
-) -> pd.DataFrame:
-    """`compare_paired` on the images of each class alone: a row per class that has images.
-
-    So many tests find something by chance: divide the level by their number (Bonferroni).
-    """
-    rows = {
-        name: compare_paired(before[labels == label], after[labels == label], labels[labels == label])
-        for label, name in enumerate(classes)
-        if (labels == label).any()
-    }
-    return pd.DataFrame(rows).T
-
-
-def bootstrap_drop(
-    before: np.ndarray, after: np.ndarray, labels: np.ndarray, resamples: int = 2000, seed: int = 0
-) -> tuple[float, float]:
-    """The 95 % interval of the accuracy drop in points by resampling images, both networks on the same ones.
-
-    The percentile bootstrap (Efron, 1979), scipy's. It assumes nothing about the distribution, and checks the t interval of
-    `compare_paired`.
-    """
-    lost = (before.argmax(1) == labels).astype(float) - (after.argmax(1) == labels)
-    if not lost.any():
-        return 0.0, 0.0
-    rng = np.random.default_rng(seed)
-    found = stats.bootstrap(
-        (100 * lost,), np.mean, n_resamples=resamples, batch=100, method="percentile", rng=rng
-    ).confidence_interval
-    return float(found.low), float(found.high)
-
-
 def paired_loss(before: np.ndarray, after: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """How much larger the mean cross-entropy of `after` is, in nats, with the 95 % t interval over images.
+    """Return how much larger the mean cross-entropy of `after` is, in nats, with its t interval over images.
 
-    A loss counts how sure an answer is, not only which it is, so that it tells two networks apart on fewer images.
-
-    Returns:
-        loss_rise, loss_rise_low, loss_rise_high.
+    A loss counts how sure an answer is, so that it tells two networks apart on fewer images. The names are
+    loss_rise, loss_rise_low, loss_rise_high.
     """
     rows = np.arange(len(labels))
-    rise = (log_softmax(before.astype(np.float64), 1) - log_softmax(after.astype(np.float64), 1))[
-        rows, labels
-    ]
-    return _named("loss_rise", mean_over_images(rise))
+    surer = log_softmax(before.astype(np.float64), 1) - log_softmax(after.astype(np.float64), 1)
+    return _named("loss_rise", mean_over_images(surer[rows, labels]))
 
 
 def paired_error(target: np.ndarray, before: np.ndarray, after: np.ndarray) -> dict[str, float]:
-    """How much larger the squared error of `after` is than that of `before`, both against the logits `target` (N, classes).
+    """Return how much larger the squared error of `after` is than that of `before`, against logits `target`.
 
-    Returns:
-        error_rise, the mean over images and classes, with the 95 % t interval over images: error_rise_low, error_rise_high.
+    It is the mean over images and classes, with its t interval over images: error_rise, error_rise_low,
+    error_rise_high. All three have shape (N, classes).
     """
     rise = (np.square(after - target) - np.square(before - target)).mean(axis=1, dtype=np.float64)
     return _named("error_rise", mean_over_images(rise))
 
 
-def _named(name: str, found: dict[str, float]) -> dict[str, float]:
-    return {name: found["mean"], f"{name}_low": found["low"], f"{name}_high": found["high"]}
+def _named(name: str, interval: dict[str, float]) -> dict[str, float]:
+    return {name: interval["mean"], f"{name}_low": interval["low"], f"{name}_high": interval["high"]}
 
 
-def median_interval(values: np.ndarray) -> tuple[float, float]:
-    """The 95 % interval of a median by order statistics, which is wider than it need be and assumes no distribution.
+def normal_p_value(interval: dict[str, float]) -> float:
+    """Return how often chance alone gives such a mean, from its 95 % interval, by a normal distribution."""
+    error = (interval["high"] - interval["low"]) / (2 * stats.norm.ppf(0.975))
+    return float(2 * stats.norm.sf(abs(interval["mean"]) / error)) if error else 1.0
 
-    Quartiles say how far single values scatter; this says how well their median is known. Infinite to both sides for fewer than six values.
+
+def beyond_chance(rows: list[dict]) -> dict:
+    """Return the number of tests, and the rows whose `p_value` chance does not explain in view of it.
+
+    So many tests find something by chance, so the level is 0.05 / tests (Bonferroni).
     """
-    found = stats.quantile_test(values, p=0.5).confidence_interval(0.95)
-    return tuple(
-        float(bound) if np.isfinite(bound) else side * np.inf
-        for bound, side in ((found.low, -1), (found.high, 1))
-    )
+    return {"tests": len(rows), "rows": [row for row in rows if row["p_value"] < 0.05 / len(rows)]}
+
+
+def paired_by_class(
+    before: np.ndarray, after: np.ndarray, labels: np.ndarray, classes: Sequence[str]
+) -> dict[str, dict]:
+    """Return `compare_paired` on the images of each class alone; classes without images are left out."""
+    by_class = {name: labels == label for label, name in enumerate(classes)}
+    return {
+        name: compare_paired(before[own], after[own], labels[own])
+        for name, own in by_class.items()
+        if own.any()
+    }
+
+
+def bootstrap_drop(
+    before: np.ndarray, after: np.ndarray, labels: np.ndarray, resamples: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """Return the 95 % interval of the accuracy drop in points, by resampling the images of both networks.
+
+    The percentile bootstrap (Efron, 1979), scipy's. It assumes nothing about the distribution, and checks the
+    t interval of `compare_paired`.
+    """
+    lost = (before.argmax(1) == labels).astype(float) - (after.argmax(1) == labels)
+    if not lost.any():
+        return 0.0, 0.0
+    rng = np.random.default_rng(seed)
+    options = {"n_resamples": resamples, "batch": 100, "method": "percentile", "rng": rng}
+    interval = stats.bootstrap((100 * lost,), np.mean, **options).confidence_interval
+    return float(interval.low), float(interval.high)
 
 
 def images_needed(
     before: np.ndarray, after: np.ndarray, labels: np.ndarray, drop_pp: float = 0.05, power: float = 0.8
 ) -> int | None:
-    """How many test images would show a true drop of `drop_pp` points at the 5 % level, `power` of the time.
+    """Return how many test images would show a true drop of `drop_pp` points, `power` of the time.
 
-    Of paired networks whose answers differ as often as those of these two; statsmodels' power of the paired t test. None where
-    they never differ.
+    At the 5 % level, of networks whose answers differ as often as those of these two; statsmodels' power of
+    the paired t test. None where they never differ.
     """
-    spread = np.std(
-        100.0 * ((before.argmax(1) == labels).astype(float) - (after.argmax(1) == labels)), ddof=1
-    )
+    lost = (before.argmax(1) == labels).astype(float) - (after.argmax(1) == labels)
+    spread = np.std(100.0 * lost, ddof=1)
     if spread == 0:
         return None
     needed = TTestPower().solve_power(drop_pp / spread, alpha=0.05, power=power)
     return int(np.ceil(float(np.squeeze(needed))))
 
 
-def calibration(logits: np.ndarray, labels: np.ndarray, bins: int = 15) -> tuple[float, pd.DataFrame]:
-    """Expected calibration error, and what it is made of (Guo et al., 2017, equation 3).
+def accuracy_gap(train_acc: float, val_acc: float, n_train: int, n_validation: int) -> dict:
+    """Return the 95 % interval (Wald's) of train_acc - val_acc in points, and both numbers of images."""
+    hits = round(train_acc * n_train), n_train, round(val_acc * n_validation), n_validation
+    low, high = confint_proportions_2indep(*hits, method="wald")
+    return {"low": 100 * low, "high": 100 * high, "n_train": n_train, "n_validation": n_validation}
 
-    The softmax probability of the predicted class is compared with how often that class is right, in bins of equal width.
+
+def calibration(logits: np.ndarray, labels: np.ndarray, bins: int = 15) -> tuple[float, pd.DataFrame]:
+    """Return the expected calibration error, and what it is made of (Guo et al., 2017, equation 3).
+
+    The softmax probability of the predicted class is compared with how often that class is right, in bins of
+    equal width.
 
     Returns:
-        The error as a fraction; one row per bin that holds images: low, high, count, confidence (mean), accuracy.
+        The error as a fraction; one row per bin that holds images: low, high, count, confidence, accuracy.
     """
     confidence = softmax(logits.astype(np.float64), axis=1).max(axis=1)
     right = (logits.argmax(1) == labels).astype(float)
     edges = np.linspace(0, 1, bins + 1)
-    place = np.clip(np.digitize(confidence, edges, right=True) - 1, 0, bins - 1)
-    found = pd.DataFrame({"bin": place, "confidence": confidence, "accuracy": right}).groupby("bin")
-    table = found.mean().assign(count=found.size())
+    bin_index = np.clip(np.digitize(confidence, edges, right=True) - 1, 0, bins - 1)
+    images = pd.DataFrame({"bin": bin_index, "confidence": confidence, "accuracy": right}).groupby("bin")
+    table = images.mean().assign(count=images.size())
     table.insert(0, "low", edges[table.index])
     table.insert(1, "high", edges[table.index + 1])
     error = (table["count"] * (table["accuracy"] - table["confidence"]).abs()).sum() / len(labels)
     return float(error), table.reset_index(drop=True)
 
 
-def confusion(logits: np.ndarray, labels: np.ndarray, classes: tuple[str, ...]) -> pd.DataFrame:
-    """Counts; rows are true classes, columns predicted ones."""
+def confusion(logits: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> pd.DataFrame:
+    """Return counts; rows are true classes, columns predicted ones."""
     counts = np.zeros((len(classes), len(classes)), dtype=int)
     np.add.at(counts, (labels, logits.argmax(1)), 1)
     return pd.DataFrame(counts, index=classes, columns=classes)
 
 
-def class_accuracy(logits: np.ndarray, labels: np.ndarray, classes: tuple[str, ...]) -> pd.Series:
-    """Accuracy per class as a fraction; a class without images has NaN."""
+def class_accuracy(logits: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> pd.Series:
+    """Return the accuracy per class as a fraction; a class without images has NaN."""
     counts = confusion(logits, labels, classes)
     return pd.Series(np.diag(counts) / counts.sum(axis=1).replace(0, np.nan).to_numpy(), index=classes)
 
 
 def latency_table(measured: pd.DataFrame, baseline: str) -> pd.DataFrame:
-    """Median and middle half of the latency per model, and the speed-up over `baseline`, round by round.
+    """Return median and middle half of the latency per model, and of the speed-up over `baseline`.
 
-    Index: model. Columns: latency_ms, latency_ms_low, latency_ms_high (quartiles), speedup, speedup_low, speedup_high
-    (median and quartiles of the ratios within a round).
+    Index: model. Columns: latency_ms, latency_ms_low, latency_ms_high (quartiles), speedup, speedup_low,
+    speedup_high (median and quartiles of the ratios within a round).
     """
     wide = measured.pivot(index="round", columns="model", values="latency_ms")
-    ratio = wide[[baseline]].to_numpy() / wide
     columns = {}
-    for name, table in (("latency_ms", wide), ("speedup", ratio)):
-        columns |= {
-            name: table.median(),
-            f"{name}_low": table.quantile(0.25),
-            f"{name}_high": table.quantile(0.75),
-        }
+    for name, table in (("latency_ms", wide), ("speedup", wide[[baseline]].to_numpy() / wide)):
+        columns[name] = table.median()
+        columns |= {f"{name}_low": table.quantile(0.25), f"{name}_high": table.quantile(0.75)}
     return pd.DataFrame(columns).loc[list(dict.fromkeys(measured["model"]))]
 
 
+def median_interval(values: np.ndarray) -> tuple[float, float]:
+    """Return the 95 % interval of a median by order statistics, which assumes no distribution.
+
+    Quartiles say how far single values scatter; this says how well their median is known. It is infinite to
+    both sides for fewer than six values.
+    """
+    interval = stats.quantile_test(values, p=0.5).confidence_interval(0.95)
+    low, high = float(interval.low), float(interval.high)
+    return (low if math.isfinite(low) else -math.inf), (high if math.isfinite(high) else math.inf)
+
+
 def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
-    """What seeds give together, from accuracies with one row per recipe and one column per seed (NaN where it was not trained).
+    """Return what seeds give together, from accuracies: a row per recipe, a column per seed.
 
     Returns:
-        One row per recipe: seeds (how many), accs (of each), acc (their mean), acc_std, and the difference to the first recipe in
-        points, paired by seed: diff_pp (mean) and diff_pp_std. Standard deviations are those over seeds.
+        One row per recipe: seeds (how many were trained; NaN stands for others), accs (of each), acc (their
+        mean), acc_std, and the difference to the first recipe in points, paired by seed: diff_pp (its mean)
+        and diff_pp_std.
     """
     difference = 100 * (table - table.iloc[0])
     return pd.DataFrame(
@@ -271,3 +262,30 @@ def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
             "diff_pp_std": difference.std(axis=1),
         }
     )
+
+
+def seed_spread(tables: Iterable[list[dict]], name: str = "diff_pp") -> tuple[float, int]:
+    """Return what one difference scatters by from seed to seed, in points, and its degrees of freedom.
+
+    The first row of a table is what its others are held against. It is pooled over all tables, as if all
+    recipes scattered alike: the few seeds of one would hardly tell its own spread.
+    """
+    rows = [row for table in tables for row in table[1:] if row["seeds"] > 1]
+    free = sum(row["seeds"] - 1 for row in rows)
+    squares = sum((row["seeds"] - 1) * row[f"{name}_std"] ** 2 for row in rows)
+    return math.sqrt(squares / free), int(free)
+
+
+def sure_pp(seeds: int, spread: tuple[float, int]) -> float:
+    """Return half the 95 % interval (Student's t) of a mean difference of so many seeds, in points."""
+    std, free = spread
+    return stats.t.ppf(0.975, free) * std / math.sqrt(seeds)
+
+
+def with_seed_intervals(rows: list[dict], spread: tuple[float, int], name: str = "diff_pp") -> list[dict]:
+    """Return the rows of a table with the 95 % interval of each difference `name` to the first of them."""
+    halves = [0.0, *(sure_pp(row["seeds"], spread) for row in rows[1:])]
+    return [
+        row | {f"{name}_low": row[name] - half, f"{name}_high": row[name] + half}
+        for row, half in zip(rows, halves, strict=True)
+    ]

@@ -1,0 +1,1 @@
+"""The report: what is formatted from saved results, and checked against them."""

@@ -1,95 +1,110 @@
-"""Numbers and names to text: the one place that says how many digits each kind of number gets, and tables in Markdown."""
+"""Numbers and names to text: the one place that says how many digits each gets, and tables in Markdown."""
 
 import re
+from collections.abc import Iterable, Mapping
+from functools import reduce
+from operator import getitem
+
 import pandas as pd
 
-
 STAGE_NAMES = {"fp32": "FP32", "ptq": "PTQ", "qat": "QAT"}
-FORMATS = {
-    "acc": "{:.2%}",
-    "acc_low": "{:.2%}",
-    "acc_high": "{:.2%}",
-    "agree": "{:.2%}",
-    "identical": "{:.2%}",
-    "loss": "{:.4f}",
-    "p_value": "{:.2g}",
-    "n_seen": "{:,.0f}",
-    "n_correct": "{:,.0f}",
-    "both": "{:,.0f}",
-    "neither": "{:,.0f}",
-    "ece": "{:.4f}",
-    "images_needed": "{:,.0f}",
-    "only_before": "{:.0f}",
-    "only_after": "{:.0f}",
-    "epoch": "{:.0f}",
-    "acc_drop_pp": "{:+.2f}",
-    "acc_drop_pp_low": "{:+.2f}",
-    "acc_drop_pp_high": "{:+.2f}",
-    "latency_ms": "{:.2f}",
-    "latency_ms_low": "{:.2f}",
-    "latency_ms_high": "{:.2f}",
-    "speedup": "{:.2f}",
-    "speedup_low": "{:.2f}",
-    "speedup_high": "{:.2f}",
-    "train_acc": "{:.2%}",
-    "train_clean_acc": "{:.2%}",
-    "val_acc": "{:.2%}",
-    "train_loss": "{:.4f}",
-    "val_loss": "{:.4f}",
-    "train_clean_loss": "{:.4f}",
-    "lr": "{:.3g}",
-    "train_seconds": "{:.1f}",
-    "raw_scale": "{:.3g}",
-    "scale": "{:.6g}",
-    "min": "{:.4g}",
-    "max": "{:.4g}",
-    "seconds": "{:.1f}",
-    "fp32_acc": "{:.2%}",
-    "size_mb": "{:.2f}",
-    "libraries_mb": "{:,.0f}",
-    "peak_mb": "{:,.0f}",
-    "share_clipped": "{:.2g}",
-    "snr_db": "{:.1f}",
-    "logit_mse": "{:.4f}",
-    "width": "{:.0f}",
-    "seeds": "{:.0f}",
-    "acc_std": "{:.2%}",
-    "diff_pp": "{:+.2f}",
-    "diff_pp_std": "{:.2f}",
-    "acc_unrounded": "{:.2%}",
-    "diff_unrounded_pp": "{:+.2f}",
-    "diff_unrounded_pp_std": "{:.2f}",
-    "gap_unrounded_pp": "{:.2f}",
+_DIGITS = {
+    ".2%": "acc acc_low acc_high acc_std acc_unrounded fp32_acc train_acc train_clean_acc val_acc"
+    " agree identical",
+    "+.2f": "acc_drop_pp acc_drop_pp_low acc_drop_pp_high diff_pp diff_pp_low diff_pp_high diff_unrounded_pp"
+    " diff_unrounded_pp_low diff_unrounded_pp_high",
+    ".2f": "latency_ms latency_ms_low latency_ms_high speedup speedup_low speedup_high fp32_speedup"
+    " fp32_speedup_low fp32_speedup_high size_mb diff_pp_std diff_unrounded_pp_std gap_unrounded_pp",
+    ".4f": "loss train_loss val_loss train_clean_loss ece logit_mse",
+    "+.4f": "loss_rise loss_rise_low loss_rise_high",
+    ",.0f": "n_seen n_correct both neither images_needed libraries_mb peak_mb images_per_s",
+    ".0f": "only_before only_after epoch width seeds",
+    ".1f": "train_seconds seconds snr_db",
+    ".2g": "p_value share_clipped",
+    ".3g": "lr raw_scale",
+    ".4g": "min max",
+    ".6g": "scale",
+    ".0%": "roof_share",
 }
+FORMATS = {name: digits for digits, names in _DIGITS.items() for name in names.split()}
+
+
+def filled(template: str, row: Mapping, titles: Mapping[str, str] | None = None) -> str:
+    """Return a text such as "{acc_low} to {acc_high}" with the values of a row, each in its own format.
+
+    "{acc:.1%}" asks for another format, "{ptq.acc}" for a value inside of another. A value that is a name in
+    `titles` is replaced. The text is a dash where one of its values is missing.
+    """
+    texts = []
+    for name, digits in re.findall(r"\{([^{}:]+):?([^{}]*)\}", template):
+        value = reduce(getitem, name.split("."), row)
+        if pd.isna(value):
+            return "–"
+        text = format(value, digits or FORMATS.get(name, ""))
+        texts.append((titles or {}).get(text, text))
+    return re.sub(r"\{[^{}]+\}", "{}", template).format(*texts)
+
+
+def leave_out_zero(rows: Iterable[dict], name: str) -> list[dict]:
+    """Return the rows in which the interval of a value lies on one side of zero."""
+    return [row for row in rows if row[f"{name}_low"] > 0 or row[f"{name}_high"] < 0]
+
+
+def pick(rows: Iterable[dict], values: dict) -> dict | None:
+    """Return the first row with these values, None where there is none."""
+    return next((row for row in rows if values.items() <= row.items()), None)
+
+
+def titled(rows: Mapping[str, dict], titles: Mapping[str, str] | Iterable[str] = ()) -> list[dict]:
+    """Return rows that are saved by name as a list, each with its name or another title as "title".
+
+    Args:
+        titles: of rows in the order in which they shall stand; what is not among the rows is left out.
+    """
+    by_name = titles if isinstance(titles, Mapping) else {name: name for name in titles or rows}
+    return [{"title": title} | rows[name] for name, title in by_name.items() if name in rows]
 
 
 def formatted(table: pd.DataFrame) -> pd.DataFrame:
-    """The table as text, each column in its own format; a dash where there is no value."""
+    """Return the table as text, each column in its own format; a dash where there is no value."""
     text = table.astype(object).copy()
     for name in table.columns:
         if name in FORMATS:
-            text[name] = ["–" if pd.isna(value) else FORMATS[name].format(value) for value in table[name]]
+            text[name] = ["–" if pd.isna(value) else format(value, FORMATS[name]) for value in table[name]]
     return text
 
 
-def markdown_table(table: pd.DataFrame, index: str = "", widths: tuple[int, ...] = ()) -> str:
-    """A pipe table of a table of texts, the index first. Columns of numbers are set right, all others left.
+def pipe_table(
+    rows: Iterable[Mapping],
+    columns: Mapping[str, str] | None = None,
+    widths: tuple[int, ...] = (),
+    titles: Mapping[str, str] | None = None,
+) -> str:
+    """Return a pipe table in Markdown with a line per row, "" where there is none.
 
-    `widths` are the columns' shares of the page in percent, the index's first, for tables of long texts.
+    Columns of numbers are set right, all others left, as is the first.
+
+    Args:
+        columns: titles, and the templates that each row fills (`filled`); by default its values, by name.
+        widths: the columns' shares of the page in percent, for tables of long texts. Pandoc heeds the lengths
+            of the dashes in lines beyond its --columns.
+        titles: of values that are names.
     """
-    header = [index, *map(str, table.columns)]
-    numbers = [all(value[:1] in "+-–0123456789" for value in table[name]) for name in table.columns]
-    rule = [":---", *("---:" if number else ":---" for number in numbers)]
-    if widths:
-        # pandoc heeds the lengths of these dashes in lines beyond its --columns
-        ends = ["", *(":" if number else "" for number in numbers)]
-        rule = [":"[bool(end) :] + "-" * 12 * width + end for width, end in zip(widths, ends, strict=True)]
-    rows = [[str(label), *values] for label, values in zip(table.index, table.to_numpy(), strict=True)]
+    rows = list(rows)
+    if not rows:
+        return ""
+    columns = columns or {name: f"{{{name}}}" for name in rows[0]}
+    lines = [[filled(template, row, titles) for template in columns.values()] for row in rows]
+    texts = list(zip(*lines, strict=True))
+    is_number = [False, *(all(cell[:1] in "+-–0123456789" for cell in column) for column in texts[1:])]
+    dashes = ["-" * 12 * width for width in widths] or ["---"] * len(columns)
+    rule = [f"{dash}:" if right else f":{dash}" for dash, right in zip(dashes, is_number, strict=True)]
     return "\n".join(
-        "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in [header, rule, *rows]
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |"
+        for line in [columns, rule, *lines]
     )
 
 
 def escaped(text: str) -> str:
-    """Text from outside, such as the name of a class or a folder, that Markdown shall show as it is."""
+    """Return text from outside, such as a class's name, so that Markdown shows it as it is."""
     return re.sub(r"([\\`*_{}\[\]<>#$|~^])", r"\\\1", text)

@@ -1,0 +1,277 @@
+"""From the raw results that a notebook saved to its statistics: a function for each stage.
+
+A notebook calls it before it saves its metrics, labcore.report.verify calls it again. Each takes the folder
+with a profile's stages (runs/<profile>, or report/<profile>/results) and what the stage has measured.
+"""
+
+import math
+from collections.abc import Iterable
+from operator import itemgetter
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from scipy.stats import spearmanr
+
+from labcore.files.artifacts import load_logits, read_json
+from labcore.stats import (
+    accuracy_gap,
+    beyond_chance,
+    bootstrap_drop,
+    calibration,
+    class_accuracy,
+    compare_paired,
+    images_needed,
+    latency_table,
+    median_interval,
+    over_seeds,
+    paired_by_class,
+    paired_loss,
+    seed_spread,
+    summarize,
+    summarize_paired,
+    sure_pp,
+    with_seed_intervals,
+)
+
+STAGES = ("fp32", "ptq", "qat")
+PAIRS = {"ptq": ("fp32", "ptq"), "qat": ("fp32", "qat"), "ptq_qat": ("ptq", "qat")}
+# Schemes of notebook 05 that are held against each other, and not only against FP32.
+FINALISTS = (
+    ("reference", "best_ptq"),
+    ("no_clamp", "input_up"),
+    ("float_best", "best_ptq"),
+    ("torch_default", "best_ptq"),
+    ("best_ptq", "best_qat"),
+)
+# Schemes of notebook 05 and their peers, all else the same: a scale that is rounded or not, an exponent that
+# is clamped or not. Float scales span the whole range; an exponent that is chosen by its error may also clip.
+PEERS = (
+    ("float_same", "no_clamp"),
+    ("float_same", "input_up"),
+    ("float_best", "best_ptq"),
+    ("no_clamp", "reference"),
+)
+
+
+def load_stages(folder: Path) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Return the logits of "fp32", "ptq" and "qat" on the test images, and the labels."""
+    saved = {stage: load_logits(folder / stage / "logits.npz") for stage in STAGES}
+    return {stage: logits for stage, (logits, _) in saved.items()}, saved["fp32"][1]
+
+
+def load_networks(folder: Path, stage: str, names: Iterable[str]) -> dict[str, np.ndarray]:
+    """Return the logits on the test images of networks that a stage saved by name."""
+    return {name: load_logits(folder / stage / f"logits_{name}.npz")[0] for name in names}
+
+
+def load_classes(folder: Path) -> list[str]:
+    """Return the names of the classes."""
+    return read_json(folder / "fp32" / "provenance.json")["data"]["classes"]
+
+
+def fp32(folder: Path, metrics: dict) -> dict:
+    """Return the test accuracy of FP32, and the interval of its gap to training images."""
+    logits, labels = load_logits(folder / "fp32" / "logits.npz")
+    images = metrics["gap"]["n_train"], metrics["gap"]["n_validation"]
+    return {
+        "test": summarize(logits, labels),
+        "gap": accuracy_gap(metrics["train_clean_acc"], metrics["val_acc"], *images),
+    }
+
+
+def quantized(folder: Path, metrics: dict, stage: str) -> dict:
+    """Return the test accuracy of PTQ or QAT, and how it compares with FP32."""
+    stages, labels = load_stages(folder)
+    return {
+        "test": summarize(stages[stage], labels),
+        "paired": compare_paired(stages["fp32"], stages[stage], labels),
+    }
+
+
+def _beside_fp32(folder: Path, stage: str, names: Iterable[str]) -> dict[str, dict]:
+    """Return how networks that a stage saved by name do on the test images, compared with FP32."""
+    fp32_logits, labels = load_logits(folder / "fp32" / "logits.npz")
+    return {
+        name: summarize_paired(fp32_logits, logits, labels)
+        for name, logits in load_networks(folder, stage, names).items()
+    }
+
+
+def compare(folder: Path, metrics: dict) -> dict:
+    """Return what notebook 04 says of answers on the test images, and of sizes.
+
+    By pair of PAIRS: paired, bootstrap. By stage: ece, confidence (its mean), per_class, worst_class and
+    worst_class_change_pp, size_mb. And classes_changed, those that change beyond chance; size_ratio;
+    recommended, the network of that name beside FP32, where `metrics` has it.
+    """
+    size_mb = {stage: read_json(folder / stage / "metrics.json")["size_bytes"] / 1e6 for stage in STAGES}
+    (stages, labels), classes = load_stages(folder), load_classes(folder)
+    pairs = {name: (stages[before], stages[after], labels) for name, (before, after) in PAIRS.items()}
+    calibrated = {stage: calibration(logits, labels) for stage, logits in stages.items()}
+    by_class = pd.DataFrame(
+        {stage: class_accuracy(logits, labels, classes) for stage, logits in stages.items()}
+    )
+    change_pp = 100 * by_class[["ptq", "qat"]].sub(by_class["fp32"], axis=0)
+    changes = [
+        {"network": stage, "class": label}
+        | {key: row[key] for key in ("only_before", "only_after", "p_value")}
+        for stage in ("ptq", "qat")
+        for label, row in paired_by_class(*pairs[stage], classes).items()
+    ]
+    return {
+        "paired": {
+            name: compare_paired(*pair) | {"images_needed": images_needed(*pair)}
+            for name, pair in pairs.items()
+        },
+        "bootstrap": {name: bootstrap_drop(*pair) for name, pair in pairs.items()},
+        "ece": {stage: error for stage, (error, _) in calibrated.items()},
+        "confidence": {
+            stage: float(np.average(bins["confidence"], weights=bins["count"]))
+            for stage, (_, bins) in calibrated.items()
+        },
+        "per_class": by_class.T.to_dict(),
+        "worst_class": change_pp.idxmin().to_dict(),
+        "worst_class_change_pp": change_pp.min().to_dict(),
+        "classes_changed": beyond_chance(changes),
+        "size_mb": size_mb,
+        "size_ratio": size_mb["fp32"] / size_mb["ptq"],
+        **_beside_fp32(folder, "compare", {"recommended"} & metrics.keys()),
+    }
+
+
+def times(folder: Path, metrics: dict) -> dict:
+    """Return what notebook 04 says of latencies, and of what zero points cost.
+
+    `middle_zero_point` has the speed of networks with a zero point in the middle, over that of affine
+    activations, whose zero point behind a ReLU is 0: the median of the rounds' ratios and its 95 % interval.
+    It has no rows where the rounds are too few for an interval; `slower` counts those below 1.
+    """
+    rounds = pd.read_csv(folder / "compare" / "latency.csv")
+    baselines = {"fused": "fp32_fused", "float_scales": "float_scales", "affine": "affine"}
+    wide = rounds.pivot(index="round", columns="model", values="latency_ms")
+    speeds = []
+    for network in ("ptq", "qat", "float_scales"):
+        ratios = (wide["affine"] / wide[network]).to_numpy()
+        low, high = median_interval(ratios)
+        if math.isfinite(high - low):
+            speeds.append({"network": network, "speed": float(np.median(ratios)), "low": low, "high": high})
+    tables = {f"ptq_to_{name}": latency_table(rounds, model) for name, model in baselines.items()}
+    return {
+        "latency": latency_table(rounds, "fp32").T.to_dict(),
+        **{name: table.loc["ptq"].to_dict() for name, table in tables.items()},
+        "middle_zero_point": {"rows": speeds, "slower": sum(row["high"] < 1 for row in speeds)},
+    }
+
+
+def observers(folder: Path, metrics: dict) -> dict:
+    """Return how the networks of notebook 05's verdict do on the test images, and the finalists.
+
+    These are rows before, after, `compare_paired` and `paired_loss`, for FINALISTS that are in the verdict.
+    """
+    logits = load_networks(folder, "observers", metrics["verdict"])
+    labels = load_logits(folder / "fp32" / "logits.npz")[1]
+    return {
+        "verdict": _beside_fp32(folder, "observers", metrics["verdict"]),
+        "finalists": [
+            {"before": before, "after": after}
+            | compare_paired(logits[before], logits[after], labels)
+            | paired_loss(logits[before], logits[after], labels)
+            for before, after in FINALISTS
+            if {before, after} <= logits.keys()
+        ],
+    }
+
+
+def rounding_costs(folder: Path, names: Iterable[str]) -> dict[str, dict]:
+    """Return what rounding a scale costs, and clamping its exponent: schemes of PEERS against their peers.
+
+    Args:
+        names: of notebook 05's verdict.
+    """
+    logits, labels = load_networks(folder, "observers", names), load_logits(folder / "fp32" / "logits.npz")[1]
+    pairs = [(peer, name) for peer, name in PEERS if name in logits]
+    return {name: compare_paired(logits[peer], logits[name], labels) for peer, name in pairs}
+
+
+def mixed(folder: Path, metrics: dict) -> dict:
+    """Return how the networks of notebook 06's verdict do on the test images, and how well its solver does.
+
+    Args:
+        metrics: verdict, and the solver's front, allocations, cost, layers and sizes.
+
+    Returns:
+        verdict;
+        beaten: by "loss" and "acc", the allocations that a file no larger beats, and the best such file (by);
+        foretold: for every allocation, the sum of its layers' rises, and the rise over 8 bits throughout;
+        size_correlation: Spearman's, of the layers' numbers of weights and rises.
+    """
+    front = sorted(metrics["front"], key=itemgetter("size_mb"))
+    loss = {(row["family"], row["name"]): row["loss"] for row in front}
+    beaten: dict[str, list[dict]] = {"loss": [], "acc": []}
+    for row in (row for row in front if row["family"] == "mixed"):
+        others = [other for other in front if other is not row and other["size_mb"] <= row["size_mb"]]
+        surest = min(others, key=itemgetter("loss"), default=row)
+        rightest = max(others, key=itemgetter("acc"), default=row)
+        if surest is not row and surest["loss"] <= row["loss"]:
+            beaten["loss"].append({"name": row["name"], "by": surest["name"]})
+        if rightest["acc"] > row["acc"]:
+            beaten["acc"].append({"name": row["name"], "by": rightest["name"]})
+    return {
+        "verdict": _beside_fp32(folder, "mixed", metrics["verdict"]),
+        "beaten": beaten,
+        "foretold": [
+            {
+                "name": name,
+                "sum": sum(metrics["cost"][f"{bits}"][layer] for layer, bits in allocation.items()),
+                "rise": loss["mixed", name] - loss["uniform", "8 bits"],
+            }
+            for name, allocation in metrics["allocations"].items()
+        ],
+        "size_correlation": size_correlation(metrics["layers"], metrics["sizes"]),
+    }
+
+
+def size_correlation(layers: dict[str, dict], sizes: dict[str, int]) -> float:
+    """Return Spearman's correlation of the layers' numbers of weights and of their rises ("one layer")."""
+    rises = [row["one layer"] for row in layers.values()]
+    return float(spearmanr([sizes[layer] for layer in layers], rises).statistic)
+
+
+def training(folder: Path, metrics: dict) -> dict:
+    """Return differences over seeds of notebook 07 with their 95 % intervals, and what they scatter by.
+
+    The spread is pooled over its tables; that of trained_on, and that of longer, over their own rows.
+
+    Returns:
+        tables, trained_on and longer with the ends of the intervals; seed_spread: pp, df (degrees of
+        freedom), sure (pp by number of seeds), comparisons.
+    """
+    tables = {question: _over_seeds(rows) for question, rows in metrics["tables"].items()}
+    spread = seed_spread(tables.values())
+    counts = sorted({int(row["seeds"]) for rows in tables.values() for row in rows})
+    found = {
+        "tables": {question: with_seed_intervals(rows, spread) for question, rows in tables.items()},
+        "seed_spread": {
+            "pp": spread[0],
+            "df": spread[1],
+            "sure": [{"seeds": count, "pp": sure_pp(count, spread)} for count in counts],
+            "comparisons": sum(len(rows) - 1 for rows in tables.values()),
+        },
+    }
+    for name in ("trained_on", "longer"):
+        if name in metrics:
+            rows = _over_seeds(list(metrics[name].values()))
+            for difference in ("diff_pp", "diff_unrounded_pp"):
+                if difference in rows[0]:
+                    rows = with_seed_intervals(rows, seed_spread([rows], difference), difference)
+            found[name] = dict(zip(metrics[name], rows, strict=True))
+    return found
+
+
+def _over_seeds(rows: list[dict]) -> list[dict]:
+    """Return the rows, computed again from the accuracy of each seed where all have it (accs)."""
+    if any("accs" not in row for row in rows):
+        return rows
+    again = over_seeds(pd.DataFrame([row["accs"] for row in rows])).to_dict("records")
+    return [row | values for row, values in zip(rows, again, strict=True)]
