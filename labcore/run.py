@@ -14,8 +14,8 @@ from labcore.data import ImageData, Split, load_data, load_split, make_split, sa
 from labcore.files.artifacts import ROOT, atomic_path, read_json, write_json
 from labcore.files.provenance import provenance
 from labcore.model import QuantizableResNet, build_model
+from labcore.training.device import multiplies_bfloat16
 from labcore.training.first_weights import initialize
-from labcore.training.steps import multiplies_bfloat16
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ import copy
 import torch
 from torch import nn
 
+from labcore import train
 from labcore.images.transforms import normalize
 from labcore.model import build_model
-from labcore.training import steps
 
 
 def network(arch: str = "resnet9", width: int = 4, classes: int = 4) -> nn.Module:
@@ -36,26 +36,37 @@ def logits(model: nn.Module, data) -> torch.Tensor:
     return model(normalize(torch.from_numpy(data.test_images)))
 
 
-def counted_updates(monkeypatch) -> list:
-    """A list that grows by one with every update that trains."""
-    update, calls = steps.update, []
-    monkeypatch.setattr(steps, "update", lambda *args: calls.append(1) or update(*args))
+def counted_updates(monkeypatch, at: int = 0, then=None) -> list:
+    """A list that grows with every update; after number `at` its loss is what then(loop, loss) gives."""
+    update, calls = train.update, []
+
+    def counting(loop, *args):
+        loss, hits = update(loop, *args)
+        calls.append(1)
+        return (then(loop, loss) if len(calls) == at else loss), hits
+
+    monkeypatch.setattr(train, "update", counting)
     return calls
 
 
-def spoil_weights(monkeypatch, at: int) -> None:
-    """The update of this number leaves weights that are not finite, and a loss that is."""
-    update, calls = steps.update, []
+def stop(loop, loss):
+    raise KeyboardInterrupt
 
-    def spoiling(loop, *args):
-        found = update(loop, *args)
-        calls.append(1)
-        if len(calls) == at:
-            with torch.no_grad():
-                next(loop.model.parameters()).fill_(float("nan"))
-        return found
 
-    monkeypatch.setattr(steps, "update", spoiling)
+def spoil_loss(loop, loss):
+    return loss * float("nan")
+
+
+@torch.no_grad()
+def spoil_weights(loop, loss):
+    next(loop.model.parameters()).fill_(float("nan"))
+    return loss
+
+
+def newest_checkpoint(folder):
+    """The newest checkpoint of the only training in a folder."""
+    (path,) = (path for path in folder.glob("checkpoint-*.pt") if ".previous" not in path.name)
+    return path
 
 
 def snapshot(model: nn.Module) -> dict:

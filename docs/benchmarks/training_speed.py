@@ -27,7 +27,8 @@ from torchvision.transforms import v2
 from labcore.config import PROFILES, Profile
 from labcore.files.provenance import cpu_name, versions
 from labcore.model import build_model
-from labcore.training.steps import device, multiplies_bfloat16, new_loop, run_epoch
+from labcore.train import Loop, run_epoch
+from labcore.training.device import device, multiplies_bfloat16
 
 
 def synchronized(call: Callable[[], object]) -> float:
@@ -80,7 +81,7 @@ def measure(profile: Profile, images: Tensor, rounds: int, workers: int, size: i
     policy = [v2.TrivialAugmentWide()] if recipe.augment.policy == "trivial" else []
     networks = [build_model(profile.arch, 10, profile.width, profile.stem).to(device()) for _ in range(2)]
     ours = networks[0].to(memory_format=torch.channels_last)
-    loop = new_loop(ours, recipe, len(images))
+    loop = Loop(ours, recipe, len(images))
     labels = torch.arange(len(images)) % 10
     placed, order = (images.to(device()), labels.to(device())), torch.arange(len(images), device=device())
     loader = DataLoader(

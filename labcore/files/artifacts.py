@@ -1,4 +1,4 @@
-"""Files that stages hand to each other: written whole or not at all, hashed, with their provenance."""
+"""Files that stages hand to each other: written whole or not at all, and hashed."""
 
 import contextlib
 import errno
@@ -9,6 +9,7 @@ import os
 import tarfile
 import zipfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,20 +18,24 @@ from labcore import LabError
 
 ROOT = Path(__file__).resolve().parents[2]
 
+# What readers of damaged or foreign files raise; MemoryError comes of a forged size.
+UNREADABLE = (OSError, KeyError, ValueError, TypeError, EOFError, MemoryError, OverflowError, RuntimeError)
+UNREADABLE += (tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error)
+
 
 def sha256_file(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hex."""
+    """Return the SHA-256 of a file's bytes, in hex."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def sha256_json(value) -> str:
-    """SHA-256 of a JSON value, independent of the order of keys, in hex."""
+    """Return the SHA-256 of a JSON value, independent of the order of keys, in hex."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 @contextlib.contextmanager
-def atomic_path(path: Path):
+def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it to `path` on success, remove it otherwise.
 
     A reader sees the old file or the whole new one, never a part. Raises LabError where the disk is full.
@@ -44,11 +49,9 @@ def atomic_path(path: Path):
             os.fsync(stream.fileno())
         os.replace(partial, path)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise LabError(
-                f"no space left to write {path}: free some disk space and run again; what was there is kept."
-            ) from error
-        raise
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise LabError(f"no space left to write {path}: free some and run again; the old is kept.") from error
     finally:
         partial.unlink(missing_ok=True)
 
@@ -65,32 +68,13 @@ def write_json(path: Path, value) -> None:
 
 
 def read_json(path: Path):
-    """Read a JSON file; LabError names the file and the step that makes it when it is missing or damaged."""
+    """Read a JSON file; LabError names it and what to do where it is missing or damaged."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise LabError(
-            f"{path} is missing: run the stage that writes it first (make report does all in order)."
-        ) from None
+        raise LabError(f"{path} is missing: run the stage that writes it (make report runs all).") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise LabError(f"{path} is damaged ({error}): delete it and run make report again.") from None
-
-
-# What readers of damaged or foreign files raise: archives, .npz files, images.
-UNREADABLE = (
-    OSError,
-    KeyError,
-    ValueError,
-    TypeError,
-    EOFError,
-    MemoryError,  # a forged size
-    OverflowError,
-    RuntimeError,
-    tarfile.TarError,
-    zipfile.BadZipFile,
-    lzma.LZMAError,
-    zlib.error,
-)
 
 
 def write_npz(path: Path, **arrays: np.ndarray) -> None:
@@ -100,11 +84,11 @@ def write_npz(path: Path, **arrays: np.ndarray) -> None:
 
 
 def read_npz(path: Path) -> dict[str, np.ndarray]:
-    """All arrays of a file, read whole; no pickle is executed. Raises one of UNREADABLE where it is damaged."""
+    """Read all arrays of a file, without executing a pickle. Raises one of UNREADABLE where it is damaged."""
     with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as stored:
         if isinstance(stored, np.ndarray):
             raise ValueError("one array instead of several by name")
-        return {name: stored[name] for name in stored.files}
+        return dict(stored)
 
 
 def save_logits(path: Path, logits: np.ndarray, labels: np.ndarray) -> None:
@@ -113,7 +97,7 @@ def save_logits(path: Path, logits: np.ndarray, labels: np.ndarray) -> None:
 
 
 def load_logits(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """(logits, labels); LabError when the file is missing or damaged."""
+    """Read (logits, labels); LabError where the file is missing or damaged."""
     try:
         stored = read_npz(path)
         return stored["logits"], stored["labels"]

@@ -7,21 +7,13 @@ from tqdm import tqdm
 
 
 def progress(total: int | None, description: str, unit: str = "it", disable: bool = False) -> tqdm:
-    """A bar to be used as a context manager. `total` may be None where it is not known; `disable` shows nothing.
+    """Return a bar to be used as a context manager; without `total` it only counts.
 
-    Run by make, the bar goes to the file named in LAB_PROGRESS, which the runner copies to the terminal, so that the
+    Run by make, the bar goes to the file named in LAB_PROGRESS, which the runner copies to the terminal: the
     executed notebook stays small and the same from run to run.
     """
-    target = os.environ.get("LAB_PROGRESS")
-    stream = open(target, "a", encoding="utf-8") if target else sys.stderr  # noqa: SIM115 (closed with the process)
-    interval = 0.5 if target is None or os.environ.get("LAB_TERMINAL") else 30
-    return tqdm(
-        total=total,
-        desc=description,
-        unit=unit,
-        file=stream,
-        mininterval=interval,
-        leave=True,
-        ncols=100,
-        disable=disable,
-    )
+    path = os.environ.get("LAB_PROGRESS")
+    stream = open(path, "a", encoding="utf-8") if path else sys.stderr  # noqa: SIM115 (closed with the process)
+    interval = 0.5 if path is None or os.environ.get("LAB_TERMINAL") else 30
+    options = {"file": stream, "mininterval": interval, "ncols": 100}
+    return tqdm(total=total, desc=description, unit=unit, disable=disable, **options)

@@ -10,61 +10,47 @@ from pathlib import Path
 
 from labcore.files.artifacts import ROOT
 
+PACKAGES = ("torch", "torchvision", "numpy", "pandas", "papermill", "matplotlib", "scikit-learn")
+PACKAGES += ("statsmodels", "onnx", "onnxruntime")
+
+
+def _output(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
 
 def cpu_name() -> str:
-    """The processor's name, as the system gives it."""
+    """Return the processor's name, as the system gives it."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
                 return " ".join(line.partition(":")[2].split())
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        return subprocess.run(
-            ["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, check=True
-        ).stdout.strip()
+        return _output("sysctl", "-n", "machdep.cpu.brand_string")
     return platform.processor() or platform.machine()
 
 
 def git_commit() -> str:
-    """The commit checked out, with "+changes" where tracked files differ; "unknown" outside a checkout."""
-
-    def git(*words):
-        return subprocess.run(
-            ["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True
-        ).stdout.strip()
-
-    try:
-        sources = ["labcore", "notebooks", "requirements.txt"]
-        return git("rev-parse", "--short=12", "HEAD") + (
-            "+changes" if git("status", "--porcelain", "--", *sources) else ""
-        )
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
+    """Return the commit, with "+changes" where tracked files differ; "unknown" outside a checkout."""
+    git = "git", "-C", str(ROOT)
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        commit = _output(*git, "rev-parse", "--short=12", "HEAD")
+        changes = _output(*git, "status", "--porcelain", "--", "labcore", "notebooks", "requirements.txt")
+        return commit + ("+changes" if changes else "")
+    return "unknown"
 
 
 @lru_cache(maxsize=1)  # every training asks
 def versions() -> dict[str, str]:
-    """Python and the packages that numbers depend on, without importing them."""
-    packages = (
-        "torch",
-        "torchvision",
-        "numpy",
-        "pandas",
-        "papermill",
-        "matplotlib",
-        "scikit-learn",
-        "statsmodels",
-        "onnx",
-        "onnxruntime",
-    )
-    found = {"python": platform.python_version()}
-    for name in packages:
+    """Return Python's version and those of packages that numbers depend on, without importing them."""
+    numbers = {"python": platform.python_version()}
+    for name in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
+            numbers[name] = metadata.version(name)
+    return numbers
 
 
 def provenance() -> dict:
-    """What a number depends on besides the code: commit, versions, processor, instructions, threads, device, engine."""
+    """Return all of this: commit, versions, system, processor, instructions, threads, device, engine."""
     import torch
 
     return {

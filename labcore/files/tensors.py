@@ -20,9 +20,8 @@ def save_tensors(path: Path, value, keep_old_as: str | None = None) -> None:
 
     `keep_old_as` is the name, beside `path`, under which the file that was there is kept.
     """
-    buffer = (
-        io.BytesIO()
-    )  # given a path, torch would write its name into the file, and hide a full disk's error
+    # Given a path, torch would write its name into the file, and hide a full disk's error.
+    buffer = io.BytesIO()
     torch.save(value, buffer)
     path = Path(path)
     with atomic_path(path) as partial:
@@ -34,33 +33,40 @@ def save_tensors(path: Path, value, keep_old_as: str | None = None) -> None:
 
 
 def load_tensors(path: Path, mmap: bool = False):
-    """Read what save_tensors wrote, on the CPU, without executing anything; with `mmap`, tensors only when they are used.
+    """Read what save_tensors wrote, on the CPU, without executing anything; with `mmap`, tensors when used.
 
-    Raises LabError for a missing, truncated or changed file, and for a pickle that holds more than tensors, numbers and text.
-    A changed byte is found by the checksums that torch wrote, which are not looked at with `mmap`.
+    Raises LabError for a missing, truncated or changed file, and for a pickle that holds more than tensors,
+    numbers and text. A changed byte is found by torch's checksums, which `mmap` does not look at.
     """
     if not Path(path).exists():
-        raise LabError(
-            f"{path} is missing: run the stage that writes it first (make report does all in order)."
-        )
+        raise LabError(f"{path} is missing: run the stage that writes it (make report runs all).")
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", message="Detected pickle protocol"
-            )  # a foreign pickle is refused just below
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")  # refused just below
             if not mmap and zipfile.is_zipfile(path):
                 with zipfile.ZipFile(path) as parts:
                     if changed := parts.testzip():
                         raise zipfile.BadZipFile(f"the checksum of {changed} does not fit")
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except pickle.UnpicklingError as error:
-        raise LabError(
-            f"{path} is refused: it holds more than weights, or it is damaged ({first_line(error)}); use another file."
-        ) from error
     except Exception as error:  # torch's reader raises almost anything on foreign bytes
-        raise LabError(
-            f"{path} is damaged or not a checkpoint ({first_line(error)}); delete it and run the stage again."
-        ) from error
+        problem = "is damaged or not a checkpoint"
+        if isinstance(error, pickle.UnpicklingError):
+            problem = "is refused: it is damaged, or holds more than weights"
+        raise LabError(f"{path} {problem} ({first_line(error)}); delete it, run the stage again.") from error
+
+
+def first_line(error: Exception) -> str:
+    """Return an error in one line, for a message that names the file."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+
+
+def state_hash(state: dict[str, Tensor]) -> str:
+    """Return the SHA-256 of names, shapes and bytes of a state dict of plain tensors."""
+    digest = hashlib.sha256()
+    for name, value in state.items():
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def load_weights(model: nn.Module, state: dict[str, Tensor], source: str = "checkpoint") -> None:
@@ -82,17 +88,3 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], source: str = "chec
                 f"{found.get(name)}; check arch, width, stem and the number of classes."
             )
     model.load_state_dict(state)
-
-
-def first_line(error: Exception) -> str:
-    """An error in one line, for a message that names the file."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-
-
-def state_hash(state: dict[str, Tensor]) -> str:
-    """SHA-256 over names, shapes and bytes of a state dict of plain tensors."""
-    digest = hashlib.sha256()
-    for name, value in state.items():
-        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()

@@ -1,46 +1,25 @@
-"""Training from the command line, on one machine or several: what torchrun starts.
+r"""Training from the command line, on one machine or several: what torchrun starts.
 
 The same command on every machine, here two with eight GPUs each; `--node-rank` is 0 on HOST, 1 on the other:
 
-    .venv/bin/torchrun --nnodes=2 --node-rank=0 --master-addr=HOST --master-port=29500 --nproc-per-node=8 \\
+    .venv/bin/torchrun --nnodes=2 --node-rank=0 --master-addr=HOST --master-port=29500 --nproc-per-node=8 \
         -m labcore.lab.launch --profile full --stage fp32 --data cifar10
 
-The machine of node 0 keeps the checkpoints; `make report PROFILE=full` there finds the finished training and goes on.
+Node 0 keeps the checkpoints; `make report PROFILE=full` there finds the finished training.
 """
 
 import argparse
 import os
 import sys
 
-from torch import nn
-
 from labcore import LabError
-from labcore.files.tensors import load_tensors, load_weights
-from labcore.lab.parallel import train_worker
-from labcore.qconfig import CustomQConfig
-from labcore.quantize import prepare_qat
-from labcore.run import Run, open_run
-from labcore.training.distributed import from_first
-
-
-def qat_model(run: Run) -> nn.Module:
-    """The network that QAT starts from: the weights of the fp32 stage, prepared with the reference's scheme.
-
-    Raises LabError where the weights are missing, damaged or of another architecture; only process 0 reads them.
-    """
-    path, model = run.path("fp32", "weights.pt"), run.model()
-    load_weights(model, from_first(lambda: load_tensors(path)), str(path))
-    return prepare_qat(model, CustomQConfig.POWER2.qat)
-
-
-BUILD = {"fp32": Run.fresh_model, "qat": qat_model}
+from labcore.lab.parallel import BUILD, train_worker
+from labcore.run import open_run
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line of every process. Returns the exit status; an error is one line on stderr."""
-    parser = argparse.ArgumentParser(
-        prog="torchrun … -m labcore.lab.launch", description=__doc__.splitlines()[0]
-    )
+    """Train by the command line of every process. Return the exit status; an error is one line on stderr."""
+    parser = argparse.ArgumentParser("torchrun … -m labcore.lab.launch", description=__doc__.split("\n")[0])
     parser.add_argument("--profile", default="full", help="smoke, cpu, cpu-long, full or reference")
     parser.add_argument("--stage", choices=BUILD, default="fp32")
     parser.add_argument("--data", default=None, help="cifar10, cifar100, digits, or a path to images")
@@ -49,11 +28,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         if "LOCAL_RANK" not in os.environ:
-            raise LabError(
-                "expected to be started by torchrun, found no LOCAL_RANK; use torchrun, or make report."
-            )
+            raise LabError("expected to be started by torchrun; use it, or make report.")
         run = open_run(options.profile, options.data, options.seed, options.overrides)
-        train_worker(run, options.stage, BUILD[options.stage])
+        train_worker(run, options.stage)
     except LabError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -32,7 +32,7 @@ from labcore.studies.errors import count_clamped
 from labcore.studies.kernels import on_onednn, predict_ptq, run_exactly
 from labcore.studies.mixed import overrides, save_packed
 from labcore.train import fit
-from labcore.training.steps import multiplies_bfloat16
+from labcore.training.device import multiplies_bfloat16
 
 # What decides the result of a cell.
 MODULES = ("data", "model", "observer", "qconfig", "quantize", "evaluate", "stats")

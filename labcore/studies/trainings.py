@@ -23,8 +23,7 @@ from labcore.quantize import prepare_qat
 from labcore.run import Run
 from labcore.stats import over_seeds, summarize
 from labcore.studies.study import Cell, Study
-from labcore.train import fit, training_identity
-from labcore.training.steps import Diverged
+from labcore.train import Diverged, fit, training_identity
 
 EPOCHS = 6
 FIRST_SEEDS = 2

@@ -1,0 +1,1 @@
+"""What labcore.train is made of: devices, memory, optimizers, checkpoints, several processes."""

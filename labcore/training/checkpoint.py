@@ -1,4 +1,4 @@
-"""Tensors in files: written whole, read without executing a pickle."""
+"""Checkpoints, which survive a kill at any moment and are never taken for those of another training."""
 
 import contextlib
 import time
@@ -11,119 +11,90 @@ from labcore.files.tensors import first_line, load_tensors, save_tensors
 STALE_SECONDS = 3600  # a partial file so old is of a write that was killed
 
 
-def checkpoint_paths(folder: Path, about: dict) -> tuple[Path, Path]:
-    """Where the training that `about` describes keeps its newest checkpoint and the one before. Each training has its own
-    names, so that none is in another's way.
+class Checkpoints:
+    """The newest state of a training and the one before, in a folder that other trainings may use too.
+
+    `identity` says what decides the weights (labcore.train.training_identity); files are named by its hash.
     """
-    return _pair(folder / f"checkpoint-{sha256_json(about)[:8]}.pt")
 
+    def __init__(self, folder: Path, identity: dict):
+        self.folder, self.identity = folder, identity
+        self.newest = folder / f"checkpoint-{sha256_json(identity)[:8]}.pt"
+        self.previous = self.newest.with_suffix(".previous.pt")
+        self.newest_is_good = False  # since it was read or written here
+        self.saved_at, self.save_seconds = 0.0, 0.0
 
-def _pair(newest: Path) -> tuple[Path, Path]:
-    return newest, newest.with_name(f"{newest.stem}.previous.pt")
-
-
-_written: dict[Path, tuple[int, ...]] = {}  # the checkpoints of this process as it left them
-
-
-def _stamp(path: Path) -> tuple[int, ...]:
-    facts = path.stat()
-    return facts.st_ino, facts.st_size, facts.st_mtime_ns
-
-
-def save_checkpoint(folder: Path, state: dict) -> None:
-    """Write a training's state; `state["about"]` tells what decides its weights.
-
-    The last two are kept, and those of the one other training that was saved last; a killed write loses nothing.
-    """
-    newest, previous = own = checkpoint_paths(folder, state["about"])
-    for part in folder.glob(".checkpoint-*.part"):
-        if (
-            time.time() - _saved_at(part) > STALE_SECONDS
-        ):  # what a killed write left, not what another process writes now
-            part.unlink(missing_ok=True)
-    # A damaged or foreign file must not take the place of a good one. One that this process wrote, and nobody after it, is good.
-    whole = newest.exists() and (
-        _written.get(newest) == _stamp(newest) or _about(newest, mmap=False) == state["about"]
-    )
-    save_tensors(newest, state, keep_old_as=previous.name if whole else None)
-    _written[newest] = _stamp(newest)
-    for pair in _of_others(folder, own)[1:]:
-        for old in pair:
-            old.unlink(missing_ok=True)
-
-
-def load_checkpoint(folder: Path, about: dict) -> dict | None:
-    """The newest state of a training that `about` describes, or None.
-
-    What is not used is said in one line each: a damaged file, and a checkpoint of another training where there is none of
-    this one, with the values that differ.
-    """
-    own = checkpoint_paths(folder, about)
-    for path in own:
-        if path.exists():
+    def load(self) -> dict | None:
+        """Return the newest state, or None. Notes say which files are not used, and why."""
+        for path in filter(Path.exists, (self.newest, self.previous)):
             try:
                 state = _read(path)
-                found = differences(state["about"], about)
-                if not found:
-                    return state
-                raise LabError(f"its content belongs to another training: {'; '.join(found[:3])}")
+                if unlike := differences(state["identity"], self.identity):
+                    raise LabError(f"its content belongs to another training: {'; '.join(unlike[:3])}")
+                self.newest_is_good = path == self.newest
+                return state
             except LabError as error:
                 cause = first_line(error.__cause__ or error)
                 print(f"note: {path.name} cannot be used ({cause}); an older one is looked for.")
-    for path in next(iter(_of_others(folder, own)), ()):
-        if other := _about(path):
-            found = differences(other, about)
-            print(
-                f"note: {path.name} is not continued, since it is of another training ({'; '.join(found[:3])})."
-            )
-            break
-    return None
+        for path in self._of_others()[:1]:
+            with contextlib.suppress(LabError):
+                unlike = differences(_read(path, mmap=True)["identity"], self.identity)
+                print(
+                    f"note: {path.name} is not continued: it is another training's ({'; '.join(unlike[:3])})."
+                )
+        return None
 
+    def due(self) -> bool:
+        """Return whether saving takes under 0.25 s, or under a tenth of the time since the last one."""
+        return self.save_seconds < 0.25 or time.perf_counter() - self.saved_at >= 10 * self.save_seconds
 
-def _of_others(folder: Path, own: tuple[Path, Path]) -> list[tuple[Path, Path]]:
-    """(newest, previous) of every other training, the last saved first; either file may be missing."""
-    saved = {}
-    for path in folder.glob("checkpoint-*.pt"):
-        pair = _pair(path.with_name(path.name.replace(".previous", "")))
-        if pair != own:
-            saved[pair] = max(saved.get(pair, 0), _saved_at(path))
-    return sorted(saved, key=saved.get, reverse=True)
+    def save(self, state: dict) -> None:
+        """Write a state; keep the one before, and the two files of other trainings that were saved last."""
+        began = time.perf_counter()
+        for part in self.folder.glob(".checkpoint-*.part"):
+            if time.time() - _saved_at(part) > STALE_SECONDS:
+                part.unlink(missing_ok=True)
+        keep = self.newest_is_good and self.newest.exists()  # a damaged file must not replace a good one
+        state = {"identity": self.identity} | state
+        save_tensors(self.newest, state, keep_old_as=self.previous.name if keep else None)
+        self.newest_is_good = True
+        for path in self._of_others()[2:]:
+            path.unlink(missing_ok=True)
+        self.saved_at = time.perf_counter()
+        self.save_seconds = self.saved_at - began
+
+    def _of_others(self) -> list[Path]:
+        """Return the files of other trainings, those saved last first."""
+        others = set(self.folder.glob("checkpoint-*.pt")) - {self.newest, self.previous}
+        return sorted(others, key=_saved_at, reverse=True)
 
 
 def _saved_at(path: Path) -> float:
-    """When a file was written, in seconds of the clock; now where another process has just moved it."""
+    """Return when a file was written, in seconds; now where another process has just moved it."""
     with contextlib.suppress(FileNotFoundError):
         return path.stat().st_mtime
     return time.time()
 
 
 def _read(path: Path, mmap: bool = False) -> dict:
-    """What save_checkpoint wrote; LabError where the file is missing, damaged or holds something else."""
     state = load_tensors(path, mmap)
-    if not (isinstance(state, dict) and isinstance(state.get("about"), dict)):
+    if not (isinstance(state, dict) and isinstance(state.get("identity"), dict)):
         raise LabError("it holds no checkpoint of a training")
     return state
 
 
-def _about(path: Path, mmap: bool = True) -> dict | None:
-    """What a checkpoint is about; None where it is missing, damaged (all of it is looked at without `mmap`) or foreign."""
-    with contextlib.suppress(LabError):
-        return _read(path, mmap)["about"]
-    return None
-
-
 def differences(there: dict, here: dict) -> list[str]:
-    """What differs between two descriptions of a training, in words."""
-    old, new = _flat(there), _flat(here)
+    """Return in words what differs between two identities."""
+    there, here = _flat(there), _flat(here)
     return [
-        f"{name} is {old.get(name, 'missing')} there and {new.get(name, 'missing')} here"
-        for name in sorted(old.keys() | new.keys())
-        if old.get(name) != new.get(name)
+        f"{name} is {there.get(name, 'missing')} there and {here.get(name, 'missing')} here"
+        for name in sorted(there.keys() | here.keys())
+        if there.get(name) != here.get(name)
     ]
 
 
 def _flat(values: dict, prefix: str = "") -> dict[str, object]:
     flat = {}
     for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return flat

@@ -5,19 +5,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from labcore.images.transforms import normalize
-from labcore.model import QuantizableResNet
 
 
 @torch.no_grad()
-def initialize(model: QuantizableResNet, init: str, images: Tensor) -> None:
+def initialize(model: nn.Module, init: str, images: Tensor) -> None:
     """Replace the first weights that torch drew, in place, with torch's global random generator.
 
-    "he" keeps them. "identity" gives the first filters of every convolution but the stem's the identity, as many as it has
-    inputs, and the others torch's default (Jordan, 2024, "94% on CIFAR-10 in 3.29 seconds on a single GPU", section 3.3).
-    "whitened" does the same and gives the stem `whitening_filters` (section 3.2 there); here they go on learning.
-
-    Args:
-        images: uint8 (N, 3, H, W); "whitened" alone looks at them.
+    "he" keeps them. "identity" makes the first filters of every convolution but the stem's the identity, as
+    many as it has inputs (Jordan, 2024, "94% on CIFAR-10 in 3.29 seconds on a single GPU", section 3.3).
+    "whitened" also gives the stem `whitening_filters` of `images`, uint8 (N, 3, H, W) (section 3.2 there).
     """
     if init == "he":
         return
@@ -33,11 +29,10 @@ def initialize(model: QuantizableResNet, init: str, images: Tensor) -> None:
 
 
 def whitening_filters(images: Tensor, side: int, count: int, eps: float = 5e-4) -> Tensor:
-    """Filters whose outputs on patches of these images, normalised, are uncorrelated, and of one size where there is energy:
-    (K, 3, side, side), K <= count.
+    """Return up to `count` filters, (K, 3, side, side), whose outputs on normalised patches are uncorrelated.
 
-    Eigenvectors of the patches' second moments, those of the largest eigenvalues first, each divided by the square root of
-    its eigenvalue plus `eps` (Jordan, 2024, section 3.2). Directions without energy, as grey images have them, give none.
+    They are eigenvectors of the patches' second moments, those of the largest eigenvalues first, each divided
+    by the square root of its eigenvalue plus `eps`; those without energy, as in grey images, are left out.
     Sums are of bytes and therefore exact, whatever the number of threads.
     """
     total, products, n_patches = 0, 0, 0
@@ -45,14 +40,12 @@ def whitening_filters(images: Tensor, side: int, count: int, eps: float = 5e-4) 
         patches = F.unfold(part.double(), side).transpose(1, 2).flatten(0, 1)  # (patches, 3 side side)
         total, products = total + patches.sum(0), products + patches.T @ patches
         n_patches += len(patches)
-    black, white = (
-        normalize(torch.tensor([0, 255]).view(2, 1, 1, 1).expand(2, 3, side, side)).double().flatten(1)
-    )
+    bounds = torch.tensor([0, 255]).view(2, 1, 1, 1).expand(2, 3, side, side)
+    black, white = normalize(bounds).double().flatten(1)
     gain = (white - black) / 255  # a normalised pixel is gain * byte + black
     cross = torch.outer(gain * total, black)
-    moments = torch.outer(gain, gain) * products + cross + cross.T
-    moments = moments / n_patches + torch.outer(black, black)
+    moments = (torch.outer(gain, gain) * products + cross + cross.T) / n_patches + torch.outer(black, black)
     values, vectors = torch.linalg.eigh(moments)  # ascending
-    some = values > 1e-9 * values[-1]
-    filters = vectors[:, some] / torch.sqrt(values[some] + eps)
+    has_energy = values > 1e-9 * values[-1]
+    filters = vectors[:, has_energy] / torch.sqrt(values[has_energy] + eps)
     return filters.flip(1)[:, :count].T.reshape(-1, images.shape[1], side, side).float()

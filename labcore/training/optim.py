@@ -13,10 +13,10 @@ from labcore.config import Recipe
 
 
 def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
-    """The learning rate of a step, counted from 0.
+    """Return the learning rate of a step, counted from 0: lr_min + (lr - lr_min) (1 + cos(pi t)) / 2.
 
-    cosine:        lr (step + 1) / warm-up steps, then lr_min + (lr - lr_min) (1 + cos(pi t)) / 2 with t from 0 to 1
-    warm_restarts: the same half cosine in every cycle, t from 0 to 1 within it (SGDR, equation 5)
+    "cosine": after lr (step + 1) / warm-up steps, t goes from 0 to 1 over all other steps.
+    "warm_restarts": t goes from 0 to 1 within every cycle (SGDR, equation 5).
     """
     if recipe.schedule == "cosine":
         total = recipe.epochs * steps_per_epoch
@@ -33,39 +33,29 @@ def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
 
 
 def build_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """SGD for the network; Adam for logarithms of thresholds, whose gradients have no scale (TQT, section 5.2 and appendix B).
+    """Return SGD, and Adam for logarithms of thresholds, whose gradients have no scale (TQT, section 5.2).
 
-    Weight decay would pull learned scales to zero, so they get none. Each group keeps its highest rate as torch's schedulers
-    do, in "initial_lr".
+    Learned scales get no weight decay, which would pull them to zero. Each group keeps its highest rate as
+    torch's schedulers do, in "initial_lr".
     """
-    scales = {
-        id(parameter): name
-        for module in model.modules()
-        if isinstance(module, FakeQuantizeBase)
-        for name, parameter in module.named_parameters(recurse=False)
-    }
-    logs = [p for p in model.parameters() if scales.get(id(p), "").startswith("log2_")]
-    linear = [p for p in model.parameters() if id(p) in scales and not scales[id(p)].startswith("log2_")]
+    scales, log_scales = [], []
+    for module in model.modules():
+        if isinstance(module, FakeQuantizeBase):
+            for name, parameter in module.named_parameters(recurse=False):
+                (log_scales if name.startswith("log2_") else scales).append(parameter)
     biases = [module.bias for module in model.modules() if isinstance(module, _BatchNorm)]
-    apart = {*scales, *map(id, biases)}
-    rate, decay = recipe.lr * recipe.bias_lr, recipe.weight_decay / recipe.bias_lr
-    groups: list[dict] = [
-        {"params": [p for p in model.parameters() if id(p) not in apart]},
-        {"params": biases, "lr": rate, "weight_decay": decay},
+    apart = {id(parameter) for parameter in [*scales, *log_scales, *biases]}
+    weights = [parameter for parameter in model.parameters() if id(parameter) not in apart]
+    lr, decay = recipe.lr, recipe.weight_decay
+    groups = [
+        {"params": weights},
+        {"params": biases, "lr": lr * recipe.bias_lr, "weight_decay": decay / recipe.bias_lr},
     ]
-    if linear:
-        groups.append({"params": linear, "weight_decay": 0.0})
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.SGD(
-            groups,
-            lr=recipe.lr,
-            momentum=recipe.momentum,
-            nesterov=recipe.momentum > 0,
-            weight_decay=recipe.weight_decay,
-        )
-    ]
-    if logs:
-        optimizers.append(torch.optim.Adam(logs, lr=recipe.scale_lr))
+    if scales:
+        groups.append({"params": scales, "weight_decay": 0.0})
+    optimizers = [torch.optim.SGD(groups, lr, recipe.momentum, 0, decay, nesterov=recipe.momentum > 0)]
+    if log_scales:
+        optimizers.append(torch.optim.Adam(log_scales, lr=recipe.scale_lr))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
@@ -73,25 +63,24 @@ def build_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optim
 
 
 class Average:
-    """The exponential moving average of a network's weights and BatchNorm statistics, as a network of its own.
+    """The exponential moving average of weights and BatchNorm statistics, as a network of its own.
 
-    After step t (from 0): average <- d average + (1 - d) weights, d = min(decay, (1 + t) / (10 + t)), so that the first
-    weights are soon forgotten (Polyak and Juditsky, 1992; the ramp is TensorFlow's ExponentialMovingAverage). The averaging
-    itself is torch.optim.swa_utils'.
+    After step t (from 0): average <- d average + (1 - d) weights, d = min(decay, (1 + t) / (10 + t)), so that
+    the first weights are soon forgotten (Polyak and Juditsky, 1992; the ramp is TensorFlow's).
     """
 
     def __init__(self, model: nn.Module, decay: float):
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
-        self.decay = decay
-        pairs = list(zip(self.model.state_dict().values(), model.state_dict().values(), strict=True))
+        self.model, self.decay = copy.deepcopy(model).eval().requires_grad_(False), decay
         # state_dict's tensors share their memory with the networks: found once, they stay right.
-        self._moving = [pair for pair in pairs if pair[0].is_floating_point()]
+        pairs = list(zip(self.model.state_dict().values(), model.state_dict().values(), strict=True))
+        self._floats = [pair for pair in pairs if pair[0].is_floating_point()]
         self._counts = [pair for pair in pairs if not pair[0].is_floating_point()]
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take in the weights after a step; without waiting for the device."""
+        """Take in the weights after a step, without waiting for the device."""
+        averages, weights = zip(*self._floats, strict=True)
         decay = min(self.decay, (1 + step) / (10 + step))
-        get_ema_multi_avg_fn(decay)(*map(list, zip(*self._moving, strict=True)), 0)
-        for own, other in self._counts:
-            own.copy_(other)
+        get_ema_multi_avg_fn(decay)(list(averages), list(weights), 0)
+        for kept, newest in self._counts:
+            kept.copy_(newest)

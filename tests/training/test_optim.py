@@ -7,8 +7,8 @@ import torch
 from small import network, used
 
 from labcore.config import Recipe
+from labcore.train import Loop, run_epoch
 from labcore.training.optim import Average, build_optimizers, learning_rate
-from labcore.training.steps import new_loop, run_epoch
 
 
 def rates(recipe: Recipe, steps: int) -> list[float]:
@@ -110,7 +110,7 @@ def test_biases_of_batchnorm_alone_learn_faster_and_decay_as_before():
 
 def test_every_group_follows_the_schedule_from_its_own_rate(tiny_data, tiny_split):
     recipe = Recipe(epochs=2, batch_size=32, lr=0.1, bias_lr=16.0, warmup=0.0)
-    loop = new_loop(network().train(), recipe, len(tiny_split.train))
+    loop = Loop(network().train(), recipe, len(tiny_split.train))
     images, labels = torch.from_numpy(tiny_data.train_images), torch.from_numpy(tiny_data.train_labels)
     run_epoch(loop, images, labels, torch.from_numpy(tiny_split.train), 0, 0, lambda: None)
     rate = learning_rate(recipe, 1, 2)
