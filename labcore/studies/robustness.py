@@ -19,8 +19,9 @@ from labcore.evaluate import predict
 from labcore.files.artifacts import UNREADABLE, read_npz, sha256_file, write_npz
 from labcore.files.code import modules_hash
 from labcore.stats import beyond_chance, compare_paired, mean_over_images, normal_p_value
+from labcore.studies.cells import Cell
 from labcore.studies.corruptions import CORRUPTIONS, GROUPS, SEVERITIES, corrupt, group_of
-from labcore.studies.study import Cell, Study
+from labcore.studies.study import Study
 
 IMAGES = 1_000  # test images that are corrupted, evenly spaced
 

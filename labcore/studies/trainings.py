@@ -22,7 +22,8 @@ from labcore.qconfig import CustomQConfig
 from labcore.quantize import prepare_qat
 from labcore.run import Run
 from labcore.stats import over_seeds, summarize
-from labcore.studies.study import Cell, Study
+from labcore.studies.cells import Cell
+from labcore.studies.study import Study
 from labcore.train import Diverged, fit, training_identity
 
 EPOCHS = 6
@@ -35,8 +36,8 @@ def base_recipe(profile: Profile, train_images: int) -> Recipe:
     """Return the recipe that all others are held against: six epochs of a quarter of the images.
 
     It has a warm-up, one cosine to zero, crops and flips, and, to be quicker, small images in its first four
-    epochs; batch size, rate, weight decay and label smoothing are the profile's. Six epochs hold the curve of
-    the reference: its 300 end at three quarters of the third of its cycles of 50, 100 and 200, six of 1, 2, 4.
+    epochs; batch size, rate, weight decay and label smoothing are the profile's. Six epochs hold the reference's
+    curve in small: its 300 end at three quarters of the third of its cycles (50, 100, 200), six of 1, 2 and 4.
     """
     fp32 = profile.fp32
     return Recipe(

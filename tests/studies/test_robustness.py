@@ -87,13 +87,11 @@ def test_an_interval_needs_two_images(found):
         robustness.corruption_cost(one, LABELS[:1], "ptq")
 
 
-@pytest.mark.parametrize(
-    ("low", "high", "words"),
-    [(0.1, 2, "costs more"), (-2, -0.1, "costs less"), (-1, 1, "shows no difference")],
-)
-def test_the_verdict_follows_the_interval(low, high, words):
-    cost = {"extra_drop_pp": {"mean": 0, "low": low, "high": high}}
-    assert robustness.verdict(cost).startswith(words)
+def test_the_verdict_follows_the_interval():
+    words = {(0.1, 2): "costs more", (-2, -0.1): "costs less", (-1, 1): "shows no difference"}
+    for (low, high), expected in words.items():
+        cost = {"extra_drop_pp": {"mean": 0, "low": low, "high": high}}
+        assert robustness.verdict(cost).startswith(expected)
 
 
 def test_lost_images_by_hand():

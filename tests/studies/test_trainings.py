@@ -17,8 +17,8 @@ from labcore.run import Run
 from labcore.studies import trainings
 from labcore.studies.cells import Cell
 from labcore.studies.trainings import EPOCHS, Trainings, base_recipe, recipes_of
+from labcore.train import Diverged
 from labcore.training.optim import learning_rate
-from labcore.training.steps import Diverged
 
 OPTIONS = (ROOT / "docs/options.md").read_text(encoding="utf-8")
 BASE = Recipe(epochs=EPOCHS, epoch_images=512, batch_size=128, lr=0.15, small_share=2 / 3)
@@ -102,23 +102,19 @@ def test_a_training_that_diverges_counts_as_guessing(study, capsys, monkeypatch)
     assert "seed 0: the training loss is no longer finite; lower lr" in capsys.readouterr().out
 
 
-@pytest.fixture
-def compared(study, monkeypatch):
-    """Compare recipes whose trainings give known accuracies."""
+def compare(study: Trainings, accuracies: dict[str, list[float]], **options):
+    """Compare recipes whose trainings give these accuracies."""
 
-    def compare(accuracies: dict[str, list[float]], **options):
-        def trained(recipe: str, seed: int) -> Cell:
-            return Cell({recipe: seed}, lambda: {"acc": accuracies[recipe][seed - 5]})
+    def trained(recipe: str, seed: int) -> Cell:
+        return Cell({recipe: seed}, lambda: {"acc": accuracies[recipe][seed - study.run.seed]})
 
-        monkeypatch.setattr(study, "trained", trained)
-        return study.compare({name: name for name in accuracies}, "", **options)
-
-    return compare
+    study.trained = trained
+    return study.compare({name: name for name in accuracies}, "", **options)
 
 
-def test_only_what_is_close_gets_more_seeds_and_differences_are_paired(study, compared):
+def test_only_what_is_close_gets_more_seeds_and_differences_are_paired(study):
     accuracies = {"base": [0.80, 0.82, 0.84], "far": [0.85, 0.86, None], "close": [0.805, 0.80, 0.83]}
-    table = compared(accuracies)
+    table = compare(study, accuracies)
     assert table["seeds"].to_dict() == {"base": 3, "far": 2, "close": 3} and len(study.trainings) == 8
     assert table.loc["base", ["diff_pp", "diff_pp_std"]].tolist() == [0, 0]
     for name, count in (("close", 3), ("far", 2)):
@@ -127,8 +123,9 @@ def test_only_what_is_close_gets_more_seeds_and_differences_are_paired(study, co
         assert table.loc[name, "diff_pp_std"] == pytest.approx(differences.std(ddof=1))
 
 
-def test_what_a_verdict_rests_on_gets_its_seeds_whatever_they_show(study, compared):
-    table = compared({"base": [0.80, 0.82, 0.84, 0.81], "far": [0.95, 0.96, 0.97, 0.98]}, verdict=True)
+def test_what_a_verdict_rests_on_gets_its_seeds_whatever_they_show(study):
+    accuracies = {"base": [0.80, 0.82, 0.84, 0.81], "far": [0.95, 0.96, 0.97, 0.98]}
+    table = compare(study, accuracies, verdict=True)
     assert table["seeds"].tolist() == [4, 4] and len(study.trainings) == 8
     assert table.loc["far", "diff_pp"] == pytest.approx(14.75)
 
