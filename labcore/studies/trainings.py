@@ -36,8 +36,9 @@ def base_recipe(profile: Profile, train_images: int) -> Recipe:
     """Return the recipe that all others are held against: six epochs of a quarter of the images.
 
     It has a warm-up, one cosine to zero, crops and flips, and, to be quicker, small images in its first four
-    epochs; batch size, rate, weight decay and label smoothing are the profile's. Six epochs hold the reference's
-    curve in small: its 300 end at three quarters of the third of its cycles (50, 100, 200), six of 1, 2 and 4.
+    epochs. Batch size, rate, weight decay and label smoothing are the profile's. Six epochs hold the
+    reference's curve in small: its 300 end at three quarters of the third of its cycles (50, 100, 200 epochs),
+    six at that of 1, 2 and 4.
     """
     fp32 = profile.fp32
     return Recipe(
