@@ -11,24 +11,28 @@ from torch.ao.quantization.observer import MinMaxObserver
 from labcore import LabError
 from labcore.observer import RANGES, RULES, PowerOfTwoObserver
 from labcore.quantizers.learned import LearnedFakeQuantize
+from labcore.quantizers.least_error import LeastErrorObserver
 
-ZERO_POINTS = ("symmetric", "unsigned", "affine")
-# PTQ: observers alone, to be converted. SIMULATED: PTQ in float, for bit widths without a kernel. QAT: moving averages.
-# LEARNED: QAT with trained exponents. LSQ: QAT with trained float scales.
+WORDS = {
+    "bits": tuple(range(2, 9)),
+    "range": (*RANGES, "moving_average"),
+    "rule": (*RULES, "least_error"),
+    "zero_point": ("symmetric", "unsigned", "affine"),
+}
 MODES = ("ptq", "simulated", "qat", "learned", "lsq")
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """How one kind of tensor, weights or activations, is quantized. Every combination is a cell of the ablation.
+    """How one kind of tensor is quantized; each combination is a cell of the ablation.
 
     Args:
         bits: 2 … 8.
-        range: "minmax", "percentile" (99.99 %) or "histogram"; "moving_average" is min-max with constant 0.01.
+        range: "minmax", "percentile" (99.99 %), "histogram" or "moving_average" (minmax, constant 0.01).
         rule: "round", "ceil", "floor" or "least_error" to a power of two; "none" keeps the float scale.
         per_channel: one scale per output channel; weights only.
-        zero_point: "symmetric" (0 for signed weights, the middle for unsigned activations), "unsigned" (0 for activations
-            that are never negative, the middle for others) or "affine"; the last two for activations only.
+        zero_point: "symmetric" (0 for weights, the middle for activations); for activations "unsigned" (0
+            where nothing is negative, else the middle) or "affine".
         max_shift_amount: the exponent's clamp, or None.
     """
 
@@ -40,145 +44,107 @@ class Scheme:
     max_shift_amount: int | None = None
 
     def __post_init__(self):
-        known = {
-            "bits": tuple(range(2, 9)),
-            "range": (*RANGES, "moving_average"),
-            "rule": RULES,
-            "zero_point": ZERO_POINTS,
-        }
-        for name, values in known.items():
-            if getattr(self, name) not in values:
-                listed = ", ".join(map(str, values))
+        for name, words in WORDS.items():
+            if getattr(self, name) not in words:
+                listed = ", ".join(map(str, words))
                 raise LabError(f"{name} must be one of {listed}, found {getattr(self, name)!r}; change it.")
 
     def observer_args(self, kind: str, full_range: bool = False) -> dict:
-        """Arguments of PowerOfTwoObserver for "weight" or "activation".
+        """Return the arguments of the observer of a "weight" or "activation"; see `observer_class`.
 
-        `full_range` gives 8-bit activations all of quint8, also where this machine's kernels would saturate (see
-        `activation_range`): for simulation, which never does.
-
-        Raises LabError where the scheme does not fit the kind of tensor.
+        `full_range`: 8-bit activations have all of quint8 also where kernels would saturate, for simulation.
+        Raises LabError where the scheme does not fit.
         """
-        symmetric, affine = torch.per_tensor_symmetric, torch.per_tensor_affine
-        args = {
-            "range": "minmax" if self.range == "moving_average" else self.range,
-            "averaging_constant": 0.01 if self.range == "moving_average" else None,
-            "rule": self.rule,
-            "max_shift_amount": self.max_shift_amount,
-        }
+        args = {"rule": self.rule, "max_shift_amount": self.max_shift_amount, "range": self.range}
+        if self.range == "moving_average":
+            args |= {"range": "minmax", "averaging_constant": 0.01}
         if kind == "weight":
             if self.zero_point != "symmetric":
                 raise LabError(f"weights are symmetric, found zero_point {self.zero_point!r}; change it.")
+            args["qscheme"] = torch.per_channel_symmetric if self.per_channel else torch.per_tensor_symmetric
             half = 2 ** (self.bits - 1)
-            return args | {
-                "dtype": torch.qint8,
-                "qscheme": torch.per_channel_symmetric if self.per_channel else symmetric,
-                "quant_min": -half,
-                "quant_max": half - 1,
-            }
+            return args | {"dtype": torch.qint8, "quant_min": -half, "quant_max": half - 1}
         if self.per_channel:
             raise LabError("activations have one scale per tensor, found per_channel=True; change it.")
         low, high = (0, 2**self.bits - 1) if self.bits < 8 or full_range else activation_range()
         if self.bits == 8 and high < 255 and self.rule != "none":
-            # Kernels clamp to the whole of quint8: only a scale that is rounded up keeps values inside 7 bits.
+            # Kernels clamp to all of quint8: only a scale that is rounded up keeps values inside 7 bits.
             args["rule"] = "ceil"
-        return args | {
-            "dtype": torch.quint8,
-            "qscheme": affine if self.zero_point == "affine" else symmetric,
-            "unsigned": self.zero_point == "unsigned",
-            "quant_min": low,
-            "quant_max": high,
-        }
+        affine, unsigned = self.zero_point == "affine", self.zero_point == "unsigned"
+        args["qscheme"] = torch.per_tensor_affine if affine else torch.per_tensor_symmetric
+        return args | {"dtype": torch.quint8, "quant_min": low, "quant_max": high, "unsigned": unsigned}
+
+
+def observer_class(rule: str) -> type[PowerOfTwoObserver]:
+    """Return the class of observers whose scales follow this rule."""
+    return LeastErrorObserver if rule == "least_error" else PowerOfTwoObserver
 
 
 def has_vnni() -> bool:
-    """Whether int8 kernels add up products in 32 bits: x86 with AVX512-VNNI, or not x86.
-
-    Without it, x86 kernels add two products of uint8 and int8 in 16 bits, which saturate.
-    """
-    return bool(torch.cpu._is_vnni_supported()) or torch.backends.quantized.engine not in (
-        "x86",
-        "fbgemm",
-        "onednn",
-    )
+    """Return whether int8 kernels add in 32 bits; x86 without AVX512-VNNI adds pairs in saturating 16."""
+    is_x86 = torch.backends.quantized.engine in ("x86", "fbgemm", "onednn")
+    return bool(torch.cpu._is_vnni_supported()) or not is_x86
 
 
 def activation_range() -> tuple[int, int]:
-    """(quant_min, quant_max) for activations: all of quint8 where the processor adds exactly, else 7 bits."""
+    """Return (quant_min, quant_max) of activations: all of quint8 where kernels add exactly, else 7 bits."""
     return (0, 255) if has_vnni() else (0, 127)
 
 
 def make_qconfig(weight: Scheme, activation: Scheme, mode: str = "ptq", full_range: bool = False) -> QConfig:
-    """A QConfig: unsigned activations, signed weights, each with its scheme.
+    """Return a QConfig of unsigned activations and signed weights; LabError where schemes or mode do not fit.
 
-    Activations of 8 bits keep to what this machine's kernels add exactly, unless `full_range` is set; "simulated" always
-    has all 8 bits.
-
-    Modes: "ptq" observes. "simulated" observes and can then round in float. "qat" rounds while training; ranges of
-    activations are moving averages, those of weights are of the weights as they are (as in torch's default). "learned"
-    trains exponents (LearnedFakeQuantize), "lsq" float scales with torch's _LearnableFakeQuantize (Esser et al., 2020),
-    per tensor; both need calibration first, and take rule and clamp as the start.
-
-    Raises LabError for an unknown mode, and for a scheme that does not fit.
+    Args:
+        mode: "ptq" observes. "simulated" observes and can then round in float, for any bit width. "qat"
+            rounds while training: moving averages for activations, weights as they are (torch's default).
+            "learned" trains exponents, "lsq" float scales (Esser et al., 2020), from a calibration on.
+        full_range: use all 8 bits of activations also where kernels saturate, as "simulated" does.
     """
     if mode not in MODES:
         raise LabError(f"mode must be one of {', '.join(MODES)}, found {mode!r}; change it.")
-    args = {
-        "activation": activation.observer_args("activation", full_range or mode == "simulated"),
-        "weight": weight.observer_args("weight"),
-    }
-    if mode == "ptq":
-        return QConfig(**{kind: PowerOfTwoObserver.with_args(**part) for kind, part in args.items()})
-    if mode == "lsq":
-        if weight.per_channel:
-            raise LabError("mode 'lsq' learns one scale per tensor, found per_channel=True; change it.")
-        # torch's class sets the zero point of symmetric activations to 0, so they are affine here.
-        schemes = {"activation": torch.per_tensor_affine, "weight": torch.per_tensor_symmetric}
-        return QConfig(
-            **{
-                kind: _LearnableFakeQuantize.with_args(
-                    observer=MinMaxObserver,
-                    use_grad_scaling=True,
-                    qscheme=schemes[kind],
-                    **{name: part[name] for name in ("dtype", "quant_min", "quant_max")},
-                )
-                for kind, part in args.items()
-            }
-        )
+    if mode == "lsq" and weight.per_channel:
+        raise LabError("mode 'lsq' learns one scale per tensor, found per_channel=True; change it.")
+    of_activation = activation.observer_args("activation", full_range or mode == "simulated")
+    of_weight = weight.observer_args("weight")
     if mode == "qat":
-        args["activation"]["averaging_constant"] = 0.01
+        of_activation["averaging_constant"] = 0.01
     if mode in ("qat", "learned"):
-        args["weight"]["averaging_constant"] = 1.0
+        of_weight["averaging_constant"] = 1.0
+    return QConfig(activation=_module(mode, of_activation), weight=_module(mode, of_weight))
+
+
+def _module(mode: str, args: dict):
+    """Return the factory of an observer, or of fake quantization around one."""
+    observer = observer_class(args["rule"])
+    if mode == "ptq":
+        return observer.with_args(**args)
+    if mode == "lsq":
+        # torch's class sets the zero point of symmetric activations to 0, so they are affine here.
+        qscheme = torch.per_tensor_symmetric if args["dtype"] == torch.qint8 else torch.per_tensor_affine
+        args = {"qscheme": qscheme} | {name: args[name] for name in ("dtype", "quant_min", "quant_max")}
+        return _LearnableFakeQuantize.with_args(observer=MinMaxObserver, use_grad_scaling=True, **args)
     fake_quantize = LearnedFakeQuantize if mode == "learned" else FakeQuantize
-    return QConfig(
-        **{kind: fake_quantize.with_args(observer=PowerOfTwoObserver, **part) for kind, part in args.items()}
-    )
+    return fake_quantize.with_args(observer=observer, **args)
 
 
-# The reference's scheme, per tensor and symmetric, every scale a power of two between 2^-8 and 2^8.
+# Per tensor and symmetric, every scale a power of two between 2^-8 and 2^8.
 REFERENCE = Scheme(max_shift_amount=8)
-# What study 1 recommends: of weights and of activations.
-RECOMMENDED = (
-    Scheme(rule="least_error", per_channel=True),
-    Scheme(rule="least_error", zero_point="unsigned"),
-)
-# The same ranges as the reference's, with float scales.
+# The same ranges, with float scales.
 FLOAT = replace(REFERENCE, rule="none", max_shift_amount=None)
+# What study 1 recommends: of weights and of activations.
+_LEAST = Scheme(rule="least_error")
+RECOMMENDED = replace(_LEAST, per_channel=True), replace(_LEAST, zero_point="unsigned")
 
 
 class CustomQConfig(Enum):
-    """The configurations to choose from; `.value` observes (PTQ), `.qat` also simulates (QAT).
-
-    POWER2 is the reference's scheme. DEFAULT is torch's own for this machine's engine: float scales, histogram ranges,
-    per-channel weights.
-    """
+    """POWER2 is the reference's; DEFAULT is torch's: float scales, histograms, weights per channel."""
 
     POWER2 = make_qconfig(REFERENCE, REFERENCE)
     DEFAULT = get_default_qconfig(torch.backends.quantized.engine)
 
     @property
     def qat(self) -> QConfig:
-        """The same scheme with fake quantization."""
+        """Return the same scheme with fake quantization."""
         if self is CustomQConfig.DEFAULT:
             return get_default_qat_qconfig(torch.backends.quantized.engine)
         return make_qconfig(REFERENCE, REFERENCE, "qat")

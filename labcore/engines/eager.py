@@ -9,12 +9,12 @@ from torch.ao.quantization import QConfig
 from labcore import LabError
 from labcore.files.tensors import first_line, load_tensors, load_weights, save_tensors
 from labcore.model import QuantizableResNet
-from labcore.quantize import _quiet, convert, prepare_ptq
+from labcore.quantize import convert, prepare_ptq, quietly
 
 
 def save_int8(path: Path, model: nn.Module) -> None:
-    """Write the int8 state dict: weights as bytes with their scales, one scale and zero point per activation."""
-    _quiet(save_tensors, path, model.state_dict())
+    """Write the int8 state dict: weights as bytes with scales, one scale and zero point per activation."""
+    quietly(save_tensors, path, model.state_dict())
 
 
 def load_int8(path: Path, float_model: QuantizableResNet, qconfig: QConfig) -> nn.Module:
@@ -22,7 +22,7 @@ def load_int8(path: Path, float_model: QuantizableResNet, qconfig: QConfig) -> n
 
     Raises LabError where the file is truncated, foreign, or belongs to another architecture.
     """
-    state = _quiet(load_tensors, path)
+    state = quietly(load_tensors, path)
     skeleton = convert(prepare_ptq(float_model, qconfig))
     try:
         expected = _shapes(skeleton.state_dict())
@@ -30,14 +30,13 @@ def load_int8(path: Path, float_model: QuantizableResNet, qconfig: QConfig) -> n
             raise ValueError("names or shapes differ")
         skeleton.load_state_dict(state)
     except (RuntimeError, KeyError, AttributeError, TypeError, ValueError) as error:
-        raise LabError(
-            f"{path} does not fit this architecture and configuration ({first_line(error)}); use the profile that wrote it."
-        ) from error
+        why = f"does not fit this architecture and configuration ({first_line(error)})"
+        raise LabError(f"{path} {why}; use the profile that wrote it.") from error
     return skeleton
 
 
 def _shapes(state: dict) -> dict:
-    """Name -> shape, also inside the pair (weight, bias) that a linear layer packs."""
+    """Return name -> shapes, two for the pair (weight, bias) that a linear layer packs."""
     parts = {name: value if isinstance(value, tuple) else (value,) for name, value in state.items()}
     return {
         name: [tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__ for v in part]
@@ -46,6 +45,6 @@ def _shapes(state: dict) -> dict:
 
 
 def load_float(path: Path, model: QuantizableResNet) -> QuantizableResNet:
-    """Read FP32 weights into `model`, laid out channels_last; LabError as in load_tensors and load_weights."""
+    """Read FP32 weights into `model`, in channels_last; LabError as in load_tensors and load_weights."""
     load_weights(model, load_tensors(path), str(path))
     return model.to(memory_format=torch.channels_last).eval()

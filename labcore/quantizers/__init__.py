@@ -1,0 +1,1 @@
+"""Quantizers beside the reference: least squared error, learned exponents."""

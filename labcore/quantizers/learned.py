@@ -6,22 +6,23 @@ import torch
 from torch import Tensor, nn
 from torch.ao.quantization import FakeQuantizeBase
 
-from labcore.observer import EXPONENT_MAX, EXPONENT_MIN, PowerOfTwoObserver, _power
+from labcore.observer import EXPONENT_MAX, EXPONENT_MIN, PowerOfTwoObserver, exact_power
 
 
 class LearnedFakeQuantize(FakeQuantizeBase):
-    """Fake quantization whose exponent is trained: scale = 2^ceil(log2_scale), ceil with a straight-through gradient.
+    """Round to a grid whose exponent is trained: scale s = 2^ceil(log2_scale).
 
-    While the observer is on (calibration), log2_scale follows it: half a step below the observer's exponent, the middle
-    of the interval that ceil sends there. With the observer off, log2_scale is a parameter like any other; its gradient
-    is s ln 2 dL/ds, with dL/ds as in torch's learnable fake quantization. The zero point stays where calibration put it.
+    While the observer is on (calibration), log2_scale follows it: half a step below the observer's exponent,
+    in the middle of the interval that ceil sends there. With the observer off it is a parameter like others.
+    The gradient passes ceil as if it were not there: s ln 2 dL/ds, with dL/ds as in torch's learnable fake
+    quantization. The zero point stays where calibration put it.
 
     Args:
-        observer: a power-of-two observer's class; the other arguments go to it.
+        observer: the class of a power-of-two observer; the other arguments go to it.
         quant_min, quant_max: the integer range.
 
     Attributes:
-        log2_scale: shape (1,) per tensor, (C,) per channel. The threshold of the paper is scale * 2^(bits - 1).
+        log2_scale: (1,) per tensor, (C,) per channel. The threshold of the paper is scale * 2^(bits - 1).
 
     Reference: Jain et al. (2020), "Trained quantization thresholds (TQT)", equations 4 to 8.
     """
@@ -41,9 +42,9 @@ class LearnedFakeQuantize(FakeQuantizeBase):
         self.register_buffer("zero_point", torch.zeros(1))
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
-        """(scale, zero_point) as they are now: float32 powers of two, and int64."""
+        """Return (scale, zero_point) as they are now: float32 powers of two, and int64."""
         exponent = self.log2_scale.detach().ceil().clamp(EXPONENT_MIN, EXPONENT_MAX)
-        return _power(exponent), self.zero_point.to(torch.int64)
+        return exact_power(exponent), self.zero_point.to(torch.int64)
 
     def forward(self, x: Tensor) -> Tensor:
         """Round `x` (any shape) to the grid of the scale, or give it back where fake quantization is off."""
@@ -68,6 +69,7 @@ class LearnedFakeQuantize(FakeQuantizeBase):
         )
 
     def extra_repr(self) -> str:
+        """Return the integer range, to be printed with the network."""
         return f"quant_min={self.quant_min}, quant_max={self.quant_max}"
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
@@ -79,11 +81,11 @@ class LearnedFakeQuantize(FakeQuantizeBase):
 
 
 class _ExactPower(torch.autograd.Function):
-    """2^ceil(x), exactly; its gradient is that of 2^x at the rounded place (TQT, equation 6)."""
+    """2^ceil(x), exactly; its gradient is that of 2^x where it was rounded to (TQT, equation 6)."""
 
     @staticmethod
     def forward(ctx, log2_scale: Tensor) -> Tensor:
-        scale = _power(log2_scale.ceil().clamp(EXPONENT_MIN, EXPONENT_MAX))
+        scale = exact_power(log2_scale.ceil().clamp(EXPONENT_MIN, EXPONENT_MAX))
         ctx.save_for_backward(scale)
         return scale
 
