@@ -37,7 +37,7 @@ def base_recipe(profile: Profile, train_images: int) -> Recipe:
 
     It has a warm-up, one cosine to zero, crops and flips, and, to be quicker, small images in its first four
     epochs. Batch size, rate, weight decay and label smoothing are the profile's. Six epochs hold the
-    reference's curve in small: its 300 end at three quarters of the third of its cycles (50, 100, 200 epochs),
+    reference's curve in small: its 300 end at three quarters of the third of its cycles (50, 100, 200),
     six at that of 1, 2 and 4.
     """
     fp32 = profile.fp32
