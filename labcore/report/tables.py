@@ -37,10 +37,11 @@ def filled(template: str, row: Mapping, titles: Mapping[str, str] | None = None)
     """
     texts = []
     for name, digits in re.findall(r"\{([^{}:]+):?([^{}]*)\}", template):
-        value = reduce(getitem, name.split("."), row)
+        keys = name.split(".")
+        value = reduce(getitem, keys, row)
         if pd.isna(value):
             return "–"
-        text = format(value, digits or FORMATS.get(name, ""))
+        text = format(value, digits or FORMATS.get(keys[-1], ""))
         texts.append((titles or {}).get(text, text))
     return re.sub(r"\{[^{}]+\}", "{}", template).format(*texts)
 

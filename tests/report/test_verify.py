@@ -1,14 +1,13 @@
-"""Verification: what counts as a difference, and that the committed report passes. test_pipeline.py changes digits in a report."""
+"""What counts as a difference, and that the committed reports pass. tests/lab changes digits in a report."""
 
 import pytest
 
 from labcore import LabError
-from labcore.report import verify
-from labcore.report.verify import differences
+from labcore.report.verify import differences, main, verify
 
 
 @pytest.mark.parametrize(
-    ("found", "expected", "named"),
+    ("saved", "computed", "named"),
     [
         ({"a": 1, "extra": 2}, {"a": 1}, []),
         ({"a": 1.0 + 1e-12}, {"a": 1.0}, []),
@@ -23,8 +22,8 @@ from labcore.report.verify import differences
         ({"a": "1 of 2"}, {"a": "1 of 3"}, ["row.a is '1 of 2', computed again '1 of 3'"]),
     ],
 )
-def test_what_differs_is_named(found, expected, named):
-    assert list(differences("row", found, expected)) == named
+def test_what_differs_is_named(saved, computed, named):
+    assert list(differences("row", saved, computed)) == named
 
 
 def test_a_tolerance_is_relative():
@@ -34,7 +33,7 @@ def test_a_tolerance_is_relative():
 
 @pytest.mark.parametrize("profile", ["cpu", "cpu-long"])
 def test_the_committed_report_follows_from_its_results(profile):
-    assert verify.verify(profile) == []
+    assert verify(profile) == []
 
 
 @pytest.mark.parametrize(
@@ -45,20 +44,16 @@ def test_the_committed_report_follows_from_its_results(profile):
     ],
 )
 def test_a_profile_without_results_is_one_line(profile, message, capsys):
-    with pytest.raises(LabError, match=message):
-        verify.verify(profile)
-    assert verify.main(["--profile", profile]) == 1
+    assert main(["--profile", profile]) == 1
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1
+    assert error.startswith(f"error: {message}") and error.count("\n") == 1
 
 
-@pytest.mark.parametrize(
-    "text", ["{}", "[]", "null", "3", '{"wall_seconds": 1, "files": {}, "figures": {}}', '{"wall_seconds": {}}']
-)
-def test_a_damaged_list_of_the_run_is_one_line(text, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(verify, "ROOT", tmp_path)
-    monkeypatch.setattr(verify, "results_folder", lambda _: tmp_path)
-    (tmp_path / "run.json").write_text(text)
-    assert verify.main(["--profile", "cpu"]) == 1
-    error = capsys.readouterr().err
-    assert error.startswith("error: run.json is damaged: expected wall_seconds, files, figures") and error.count("\n") == 1
+@pytest.mark.parametrize("text", ["{}", "[]", "null", "3", '{"wall_seconds": 1, "files": {}, "figures": {}}'])
+def test_a_damaged_list_of_the_run_is_one_line(text, tmp_path):
+    (tmp_path / "report/cpu/results").mkdir(parents=True)
+    (tmp_path / "report/cpu/results/run.json").write_text(text)
+    with pytest.raises(
+        LabError, match=r"^report/cpu/results/run.json is damaged: expected wall_seconds, files"
+    ):
+        verify("cpu", root=tmp_path)

@@ -1,0 +1,89 @@
+"""What notebooks compute from their raw results, on results made by hand."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from labcore.files.artifacts import save_logits
+from labcore.studies import statistics
+
+
+@pytest.mark.parametrize("rounds", [5, 6, 20])
+def test_a_zero_point_in_the_middle_is_slower_where_the_median_surely_is(rounds, tmp_path):
+    times = {"fp32": 2.0, "fp32_fused": 1.0, "affine": 0.7, "ptq": 0.8, "qat": 0.6, "float_scales": 0.7}
+    rows = [
+        {"round": n, "model": name, "latency_ms": ms} for n in range(rounds) for name, ms in times.items()
+    ]
+    (tmp_path / "compare").mkdir()
+    pd.DataFrame(rows).to_csv(tmp_path / "compare/latency.csv", index=False)
+    found = statistics.times(tmp_path, {})
+    assert found["latency"]["ptq"]["speedup"] == pytest.approx(2.5)
+    assert found["ptq_to_fused"]["speedup"] == pytest.approx(1.25)
+    middle = found["middle_zero_point"]
+    speeds = [(row["network"], row["speed"], row["high"]) for row in middle["rows"]]
+    assert speeds == [
+        (network, pytest.approx(0.7 / times[network]), pytest.approx(0.7 / times[network]))
+        for network in ("ptq", "qat", "float_scales")
+        if rounds > 5  # two halves of 5 rounds leave out 6.25 %
+    ]
+    assert middle["slower"] == (rounds > 5)
+
+
+def test_schemes_are_held_against_their_peers_and_not_against_fp32(tmp_path):
+    labels = np.zeros(100, dtype=np.int64)
+    right = {"float_same": 90, "no_clamp": 85, "reference": 80, "float_best": 90, "best_ptq": 91}
+    right |= {"input_up": 88, "best_qat": 92}
+    for name, count in (
+        {"observers/logits_" + name: n for name, n in right.items()} | {"fp32/logits": 99}
+    ).items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        answers = np.tile([0.0, 1.0], (100, 1))
+        answers[:count] = 1.0, 0.0
+        save_logits(tmp_path / f"{name}.npz", answers, labels)
+    expected = {"no_clamp": 5.0, "input_up": 2.0, "best_ptq": -1.0, "reference": 5.0}
+    for schemes in (set(right), set(right) - {"input_up"}):
+        costs = statistics.rounding_costs(tmp_path, schemes)
+        drops = {name: round(cost["acc_drop_pp"], 9) for name, cost in costs.items()}
+        assert drops == {name: points for name, points in expected.items() if name in schemes}
+        found = statistics.observers(tmp_path, {"verdict": schemes})
+        pairs = {(row["before"], row["after"]): round(row["acc_drop_pp"], 9) for row in found["finalists"]}
+        assert pairs["best_ptq", "best_qat"] == -1 and pairs["reference", "best_ptq"] == -11
+        assert (("no_clamp", "input_up") in pairs) == ("input_up" in schemes)
+        assert found["verdict"]["best_ptq"]["acc_drop_pp"] == pytest.approx(8)
+
+
+def test_the_solver_is_judged_by_files_no_larger_and_by_the_sum_of_its_layers(tmp_path):
+    save_logits(tmp_path / "fp32/logits.npz", np.eye(2), np.arange(2))
+    files = (("mixed", "60%", 6, 0.9, 0.8), ("mixed", "40%", 4, 1.2, 0.7), ("uniform", "3 bits", 3, 1.0, 0.6))
+    columns = ("family", "name", "size_mb", "loss", "acc")
+    front = [dict(zip(columns, row, strict=True)) for row in (*files, ("uniform", "8 bits", 8, 0.5, 0.9))]
+    metrics = {
+        "front": front,
+        "cost": {"8": {"a": 0.0, "b": 0.0}, "4": {"a": 0.1, "b": 0.25}},
+        "allocations": {"60%": {"a": 8, "b": 4}, "40%": {"a": 4, "b": 4}},
+        "layers": {"a": {"one layer": 0.3}, "b": {"one layer": 0.2}, "c": {"one layer": 0.1}},
+        "sizes": {"c": 3, "b": 1, "a": 2},
+        "verdict": {},
+    }
+    found = statistics.mixed(tmp_path, metrics)
+    assert found["beaten"] == {"loss": [{"name": "40%", "by": "3 bits"}], "acc": []}
+    assert [list(row.values()) for row in found["foretold"]] == [
+        ["60%", pytest.approx(0.25), pytest.approx(0.4)],
+        ["40%", pytest.approx(0.35), pytest.approx(0.7)],
+    ]
+    assert found["size_correlation"] == pytest.approx(-0.5), "ranks 2, 1, 3 and 3, 2, 1"
+
+
+def test_trainings_that_go_on_have_a_spread_of_their_own(tmp_path):
+    def rows(*accs: list[float]) -> list[dict]:
+        return [{"accs": values} for values in accs]
+
+    tables = {"init": rows([0.5, 0.6], [0.6, 0.5]), "batch": rows([0.5, 0.6], [0.5, 0.6])}
+    continued = dict(zip("ab", rows([0.8, 0.8], [0.7, 0.7]), strict=True))
+    found = statistics.training(tmp_path, {"tables": tables, "trained_on": continued})
+    # Differences of +10 and -10 points, and of 0 and 0: variances 200 and 0, with a degree of freedom each.
+    assert found["seed_spread"]["pp"] == pytest.approx(10) and found["seed_spread"]["df"] == 2
+    assert found["seed_spread"]["sure"] == [{"seeds": 2, "pp": pytest.approx(4.302653 * 10 / 2**0.5)}]
+    assert found["seed_spread"]["comparisons"] == 2
+    assert found["trained_on"]["b"]["diff_pp_high"] == pytest.approx(-10), "its own spread is none"
+    assert "longer" not in found
