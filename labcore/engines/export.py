@@ -20,7 +20,7 @@ from torch.fx import GraphModule, Node
 
 from labcore import LabError
 from labcore.observer import PowerOfTwoObserver
-from labcore.qconfig import Scheme, has_vnni
+from labcore.qconfig import Scheme, has_vnni, observer_class
 from labcore.quantize import fuse
 
 
@@ -83,7 +83,11 @@ class PowerOfTwoQuantizer(Quantizer):
             elif node.target in _ADD:
                 annotate_output_qspec(_relu_behind(node) or node, self._activation)
             elif node.target in _KEEPS_SCALE:
-                annotate_output_qspec(node, _same_as(_source(node), self._activation))
+                spec = self._activation
+                limits = spec.quant_min, spec.quant_max, spec.qscheme
+                annotate_output_qspec(
+                    node, DerivedQuantizationSpec([node.args[0]], _first_qparams, spec.dtype, *limits)
+                )
         return model
 
     def validate(self, model: GraphModule) -> None:
@@ -99,15 +103,12 @@ def x86_quantizer() -> Quantizer:
 def _spec(args: dict) -> QuantizationSpec:
     """Bind an observer's arguments to it; torchao adds those that it knows itself."""
     fields = {name: args[name] for name in ("dtype", "qscheme", "quant_min", "quant_max")}
-    observer = PartialWrapper(partial(PowerOfTwoObserver, **args))
+    observer = PartialWrapper(partial(observer_class(args["rule"]), **args))
     return QuantizationSpec(observer_or_fake_quant_ctr=observer, **fields)
 
 
-def _same_as(source: Node, spec: QuantizationSpec) -> DerivedQuantizationSpec:
-    fields = {name: getattr(spec, name) for name in ("dtype", "qscheme", "quant_min", "quant_max")}
-    return DerivedQuantizationSpec(
-        [source], derive_qparams_fn=lambda observers: observers[0].calculate_qparams(), **fields
-    )
+def _first_qparams(observers: list[nn.Module]) -> tuple[Tensor, Tensor]:
+    return observers[0].calculate_qparams()
 
 
 def _relu_behind(node: Node) -> Node | None:
@@ -116,32 +117,16 @@ def _relu_behind(node: Node) -> Node | None:
     return users[0] if len(users) == 1 and users[0].target in _RELU else None
 
 
-def _source(node: Node) -> Node:
-    """Return the observed node whose scale a chain of pooling and flattening keeps."""
-    while node.target in _KEEPS_SCALE:
-        node = node.args[0]
-    return node
-
-
-def prepare_export(model: nn.Module, weight: Scheme, activation: Scheme, example: Tensor) -> GraphModule:
+@torch.no_grad()
+def prepare_export(model: nn.Module, quantizer: Quantizer, example: Tensor) -> GraphModule:
     """Return the fused network as a graph with observers; call it on the calibration batches next.
 
-    Args:
-        model: a float network, as for `prepare_ptq`; it stays as it is.
-        example: normalised images (B, 3, H, W) of the size to come; the number of images stays free.
-
-    Raises LabError where a scheme does not fit, or the example is no batch of images.
+    `example` holds images (B, 3, H, W) of the size to come, else LabError; their number stays free.
     """
-    return prepare_graph(model, PowerOfTwoQuantizer(weight, activation), example.shape)
-
-
-@torch.no_grad()
-def prepare_graph(model: nn.Module, quantizer: Quantizer, shape: tuple[int, ...]) -> GraphModule:
-    """Prepare as `prepare_export` does, for any quantizer of torchao; shape is a batch's, (B, 3, H, W)."""
-    if len(shape) != 4 or shape[0] == 0:
-        raise LabError(f"example must be images (B, 3, H, W), found shape {tuple(shape)}; change it.")
-    example = torch.zeros(2, *shape[1:])  # a batch of one would be taken for a fixed size
-    program = torch.export.export(fuse(model), (example,), dynamic_shapes=BATCH)
+    if example.dim() != 4 or len(example) == 0:
+        raise LabError(f"example must be images (B, 3, H, W), found shape {tuple(example.shape)}; change it.")
+    pair = torch.zeros(2, *example.shape[1:])  # a batch of one would be taken for a fixed size
+    program = torch.export.export(fuse(model), (pair,), dynamic_shapes=BATCH)
     return prepare_pt2e(program.module(), quantizer)
 
 
@@ -202,19 +187,11 @@ def export_scales(converted: GraphModule) -> pd.DataFrame:
         if owner.target in _KEEPS_SCALE:
             continue
         scales, zero_points = _values(converted, scale), _values(converted, zero_point)
-        rows.append(
-            {
-                "layer": _layer(owner),
-                "tensor": "weight" if is_weight else "activation",
-                "scale": min(scales),
-                "zero_point": int(zero_points[0]),
-                "exponent": math.log2(min(scales)),
-                "scales": tuple(scales),
-                "quant_min": low,
-                "quant_max": high,
-            }
-        )
-    return pd.DataFrame(rows).drop_duplicates(["layer", "tensor"], ignore_index=True)
+        least = min(scales), int(zero_points[0]), math.log2(min(scales))
+        tensor = "weight" if is_weight else "activation"
+        rows.append((_layer(owner), tensor, *least, tuple(scales), low, high))
+    columns = ["layer", "tensor", "scale", "zero_point", "exponent", "scales", "quant_min", "quant_max"]
+    return pd.DataFrame(rows, columns=columns).drop_duplicates(["layer", "tensor"], ignore_index=True)
 
 
 def _values(model: GraphModule, value: float | int | Node) -> list:

@@ -22,7 +22,7 @@ from labcore.engines.export import (
     BATCH,
     PowerOfTwoQuantizer,
     convert_export,
-    prepare_graph,
+    prepare_export,
     weights_per_channel,
     x86_quantizer,
 )
@@ -55,14 +55,9 @@ def write_images(path: Path, images: np.ndarray, chunk: int = 1000) -> None:
 
 
 def write_files(run: Run, folder: Path) -> tuple[dict[str, Path], dict[str, str]]:
-    """Write what labcore.engines.bench.ENGINES names.
+    """Write the files of ENGINES in bench.py into a folder, of a run whose stages fp32 and ptq are done.
 
-    Args:
-        run: whose stages fp32 and ptq are done.
-        folder: for the files; what was there goes.
-
-    Returns:
-        Paths by file name, and for those that this machine's packages cannot write, the reason.
+    Returns paths by file name, and for those that this machine's packages cannot write, the reason.
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -102,9 +97,8 @@ def write_files(run: Run, folder: Path) -> tuple[dict[str, Path], dict[str, str]
 
 def save_float_onnx(path: Path, model: nn.Module, example: Tensor) -> None:
     """Write the FP32 network through torch.onnx; `example` has the shape (B, 3, H, W) of a batch."""
-    program = torch.onnx.export(
-        model, (example,), input_names=[INPUT], output_names=[OUTPUT], dynamic_shapes=BATCH, verbose=False
-    )
+    names = {"input_names": [INPUT], "output_names": [OUTPUT], "dynamic_shapes": ({0: "batch"},)}
+    program = torch.onnx.export(model, (example,), verbose=False, **names)
     save_onnx(path, program.model_proto)
 
 
@@ -120,7 +114,7 @@ def _save_script(path: Path, network: nn.Module, example: Tensor) -> None:
 
 @torch.no_grad()
 def _save_exported(path: Path, model: nn.Module, quantizer, batches: list[Tensor]) -> None:
-    prepared = prepare_graph(model, quantizer, batches[0].shape)
+    prepared = prepare_export(model, quantizer, batches[0])
     for batch in batches:
         prepared(batch)
     converted = weights_per_channel(convert_export(prepared))

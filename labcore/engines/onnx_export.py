@@ -84,7 +84,8 @@ class _Graph:
         inputs = [source.name, self.integers(f"{name}.weight", weight.int_repr().numpy(), scale)]
         if bias is not None and self.integer_bias:
             step = np.asarray(source.scale * scale)  # of the accumulator
-            inputs.append(self.integers(f"{name}.bias", _bias_codes(bias, step), step))
+            codes = np.rint(bias.detach().double().numpy() / step).clip(-(2**31), 2**31 - 1)
+            inputs.append(self.integers(f"{name}.bias", codes.astype(np.int32), step))
         elif bias is not None:
             inputs.append(self.constant(f"{name}.bias", bias.detach().numpy()))
         out = self.add(kind, inputs, name, **attributes)
@@ -135,11 +136,6 @@ class _Graph:
         raise LabError(f"{name} is {node.target}, which this export does not know; use a residual network.")
 
 
-def _bias_codes(bias: Tensor, step: np.ndarray) -> np.ndarray:
-    limits = np.iinfo(np.int32)
-    return np.clip(np.rint(bias.detach().double().numpy() / step), limits.min, limits.max).astype(np.int32)
-
-
 def build_onnx(
     network: nn.Module,
     image_shape: tuple[int, int, int],
@@ -148,14 +144,9 @@ def build_onnx(
 ) -> onnx.ModelProto:
     """Return the ONNX model of an eager int8 network: normalised images (B, 3, H, W) -> logits (B, classes).
 
-    Args:
-        network: from `convert`.
-        image_shape: (3, H, W) of one image; the batch is free.
-        facts: kept in the file as metadata, to tell of which run it is.
-        integer_bias: store biases as int32 multiples of input scale x weight scale, as integer hardware needs
-            them; else as the float32 numbers that torch's kernels add.
-
-    Raises LabError where the network has an operation that is not known here.
+    `image_shape` is (3, H, W), the batch is free; `facts` are kept as metadata, to tell whose file it is.
+    Biases are int32 multiples of input scale x weight scale, as integer hardware needs them, or, without
+    `integer_bias`, the float32 numbers that torch's kernels add. Raises LabError for unknown operations.
     """
     graph, values = _Graph(integer_bias), {}
     for node in _Tracer().trace(network.eval()).nodes:
@@ -185,27 +176,6 @@ def save_onnx(path: Path, model: onnx.ModelProto) -> int:
     """Write the model, whole or not at all; return its size in bytes."""
     with atomic_path(path) as partial:
         return partial.write_bytes(model.SerializeToString(deterministic=True))
-
-
-def load_onnx(path: Path, facts: dict[str, str] | None = None) -> onnx.ModelProto:
-    """Read a file that `save_onnx` wrote.
-
-    Raises LabError where it is missing, damaged, or of another run (the fact that differs is named).
-    """
-    try:
-        model = onnx.load_model_from_string(Path(path).read_bytes())
-        onnx.checker.check_model(model, full_check=True)
-    except FileNotFoundError:
-        raise LabError(f"{path} is missing: run make report, which writes it.") from None
-    except Exception as error:  # protobuf and the checker raise their own kinds
-        kind = type(error).__name__
-        raise LabError(f"{path} is damaged or no ONNX file ({kind}); run make report again.") from error
-    stored = {entry.key: entry.value for entry in model.metadata_props}
-    for name, expected in (facts or {}).items():
-        if stored.get(name) != expected:
-            difference = f"{name} is {stored.get(name, 'missing')}, expected {expected}"
-            raise LabError(f"{path} is of another run: {difference}; run make report again.")
-    return model
 
 
 def predict_onnx(model: onnx.ModelProto, batches: Iterable[Tensor], optimize: bool = True) -> np.ndarray:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from labcore.engines import bench
+from labcore.engines import bench, tables
 from labcore.files.artifacts import load_logits
 from labcore.stats import compare_paired, summarize
 
@@ -18,10 +18,10 @@ def answers(folder: Path, metrics: dict) -> dict:
 
     answers has a row for each; paired, by title, those that should compute its integers and do not.
     """
-    logits, labels = bench.load_answers(folder / "engines" / "answers.npz")
+    logits, labels = tables.load_answers(folder / "engines" / "answers.npz")
     eager = load_logits(folder / "ptq" / "logits.npz")[0]
     rows = [
-        {"engine": title} | summarize(values, labels) | bench.agreement(values, eager)
+        {"engine": title} | summarize(values, labels) | tables.agreement(values, eager)
         for title, values in logits.items()
     ]
     differing = [row["engine"] for row in rows if row["identical"] < 1]
@@ -44,14 +44,14 @@ def speeds(folder: Path, metrics: dict) -> dict:
     pairs = []
     for threads, rows in pd.read_csv(folder / "engines" / "latency.csv").groupby("threads"):
         rounds, count = rows.drop(columns="threads"), f"{threads}"
-        table = bench.speeds(rounds, metrics["macs"])
-        found["roofs"][count], found["speeds"][count] = bench.roofs(rounds), table
-        found["best"][count] = best = bench.best(table)
+        table = tables.speeds(rounds, metrics["macs"])
+        found["roofs"][count], found["speeds"][count] = tables.roofs(rounds), table
+        found["best"][count] = best = tables.best(table)
         found["ties"][count] = {
             batch: [row["engine"] for row in table if f"{row['batch']}" == batch and _is_tied(row, fastest)]
             for batch, fastest in best.items()
         }
-        pairs += [row | {"threads": int(threads)} for row in bench.pairs(rounds).to_dict("records")]
+        pairs += [row | {"threads": int(threads)} for row in tables.pairs(rounds).to_dict("records")]
     return found | {"pairs": pairs}
 
 

@@ -1,18 +1,15 @@
-"""The process that runs one engine: `python -m labcore.engine_worker`, driven through its standard input by labcore.engines.
+"""The process that runs one engine: `python -m labcore.engines.worker`, driven by labcore.engines.bench.
 
-Every engine has a process of its own, so that its memory is its own, its threads are as many as it was told, and a crash takes
-nothing else along. Requests and answers are lines of JSON. An engine takes normalised images, float32 (B, 3, H, W) in numpy's
-order, and gives logits, float32 (B, classes); what it does to bring the images into its own layout is part of its time.
+So its memory is its own, its threads are as many as it was told, and a crash takes nothing else along.
+Requests and answers are lines of JSON. An engine takes normalised images, float32 (B, 3, H, W) in numpy's
+order, and gives logits, float32 (B, classes). To bring images into its own layout is part of its time.
 """
 
 import json
-import math
 import os
-import re
 import sys
-import time
-import traceback
-from collections.abc import Callable, Iterator
+import timeit
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
@@ -20,105 +17,101 @@ import numpy as np
 
 BATCH = 64  # images at a time where accuracy is measured; the last batch is filled up
 Network = Callable[[np.ndarray], np.ndarray]
+MEMORY: dict[str, float | None] = {}  # of this process, in MB of 10^6 bytes
+
+
+def memory_mb(field: str, status: Path = Path("/proc/self/status")) -> float | None:
+    """Return this process's memory, now ("VmRSS") or at its peak ("VmHWM"); None where that is unknown."""
+    lines = status.read_text().splitlines() if status.exists() else []
+    kb = [int(line.split()[1]) for line in lines if line.startswith(f"{field}:")]
+    return kb[0] * 1024 / 1e6 if kb else None  # getrusage would count the parent's peak
 
 
 def _torch(spec: dict):
-    """Torch with the threads and the int8 kernels that were asked for, without gradients."""
+    """Import torch, set to the threads and the int8 kernels that were asked for, without gradients."""
     import torch
 
-    import labcore.quantize  # noqa: F401  # what all kinds of torch need, or none: memory is compared
+    import labcore.quantize  # noqa: F401 (some engines need it; all import it, since their memory is compared)
 
     torch.set_num_threads(spec["threads"])
     torch.set_grad_enabled(False)
-    if engine := spec.get("kernels"):
-        if engine not in torch.backends.quantized.supported_engines:
-            raise RuntimeError(f"torch has no {engine} kernels for this processor")
-        torch.backends.quantized.engine = engine
+    if "kernels" in spec:
+        torch.backends.quantized.engine = spec["kernels"]  # RuntimeError where this processor has none
     return torch
 
 
-def _through_torch(torch, model) -> Network:
-    return lambda images: model(torch.from_numpy(images)).numpy()
-
-
-def torch_eager(spec: dict) -> Iterator[Network | None]:
-    """torch, operation by operation: the FP32 network channels_last, perhaps fused, or an int8 network as `convert` made it."""
-    torch = _torch(spec)
-    from labcore.engines.eager import load_float, load_int8
-    from labcore.model import build_model
-    from labcore.qconfig import CustomQConfig
-    from labcore.quantize import fuse
-
-    yield None
-    path, model = Path(spec["path"]), build_model(*spec["network"])
-    if spec.get("kernels"):
-        yield _through_torch(torch, load_int8(path, model, CustomQConfig.POWER2.value))
-    model = load_float(path, model)
-    if spec.get("fused"):
-        model = fuse(model).to(memory_format=torch.channels_last)
-    yield lambda images: model(torch.from_numpy(images).to(memory_format=torch.channels_last)).numpy()
-
-
-def torch_compiled(spec: dict) -> Iterator[Network | None]:
-    """torch.compile: Inductor turns the FP32 network into C++ once for every batch size."""
+def torch_float(spec: dict) -> Network:
+    """Load an FP32 network, channels_last, perhaps fused, perhaps compiled for every batch size."""
     torch = _torch(spec)
     from labcore.engines.eager import load_float
     from labcore.model import build_model
+    from labcore.quantize import fuse
 
-    torch._inductor.config.freezing = True  # weights are constants
-    yield None
-    model = torch.compile(load_float(Path(spec["path"]), build_model(*spec["network"])), dynamic=False)
-    yield lambda images: model(torch.from_numpy(images).to(memory_format=torch.channels_last)).numpy()
+    if spec.get("compiled"):
+        torch._inductor.config.freezing = True  # weights are constants
+    MEMORY["libraries_mb"] = memory_mb("VmRSS")
+    model = load_float(Path(spec["path"]), build_model(*spec["network"]))
+    if spec.get("fused"):
+        model = fuse(model).to(memory_format=torch.channels_last)
+    if spec.get("compiled"):
+        model = torch.compile(model, dynamic=False)
+    return lambda images: model(torch.from_numpy(images).to(memory_format=torch.channels_last)).numpy()
 
 
-def torch_script(spec: dict) -> Iterator[Network | None]:
-    """A traced and frozen network, run by TorchScript's interpreter."""
+def torch_int8(spec: dict) -> Network:
+    """Load an int8 network: as `convert` made it (.pt), or traced and frozen for TorchScript (.ts)."""
     torch = _torch(spec)
-    yield None
-    yield _through_torch(torch, torch.jit.load(spec["path"]))
+    from labcore.engines.eager import load_int8
+    from labcore.model import build_model
+    from labcore.qconfig import CustomQConfig
+
+    MEMORY["libraries_mb"] = memory_mb("VmRSS")
+    path = Path(spec["path"])
+    if path.suffix == ".ts":
+        model = torch.jit.load(path)
+    else:
+        model = load_int8(path, build_model(*spec["network"]), CustomQConfig.POWER2.value)
+    return lambda images: model(torch.from_numpy(images)).numpy()
 
 
-def torch_export(spec: dict) -> Iterator[Network | None]:
-    """A program of PyTorch 2 Export with quantize and dequantize nodes, compiled by Inductor with torchao's int8 patterns."""
+def torch_export(spec: dict) -> Network:
+    """Load a program of PyTorch 2 Export, compiled by Inductor with torchao's int8 patterns."""
     torch = _torch(spec)
     # Importing it registers the patterns; without them Inductor dequantizes and computes in float.
     import torchao.quantization.pt2e.quantizer.x86_inductor_quantizer  # noqa: F401
-    from torch._inductor.utils import run_and_get_code
+    from torch._dynamo.utils import counters
 
     torch._inductor.config.freezing = True
-    torch._inductor.config.fx_graph_cache = False  # so that the code below can be read
-    yield None
+    torch._inductor.config.fx_graph_cache = False  # what comes from the cache is not counted below
+    MEMORY["libraries_mb"] = memory_mb("VmRSS")
     program = torch.export.load(spec["path"])
     model = torch.compile(program.module(), dynamic=False)
-    _, code = run_and_get_code(model, torch.zeros(1, *spec["image_shape"]))
-    wanted = sum("conv2d" in str(node.target) for node in program.graph.nodes if node.op == "call_function")
-    found = len(
-        re.findall(r"= torch\.ops\.onednn\.qconv|^\s+torch\.ops\.onednn\.qconv", "".join(code), re.MULTILINE)
-    )
-    if found < wanted:
-        raise RuntimeError(f"Inductor made {found} of {wanted} convolutions int8")
-    yield _through_torch(torch, model)
+    model(torch.zeros(1, *spec["image_shape"]))
+    expected = sum("conv2d" in str(node.target) for node in program.graph.nodes)
+    made = counters["inductor"]["qconv_weight_prepack_matcher_count"]
+    if made < expected:
+        raise RuntimeError(f"Inductor made {made} of {expected} convolutions int8")
+    return lambda images: model(torch.from_numpy(images)).numpy()
 
 
-def onnx_runtime(spec: dict) -> Iterator[Network | None]:
-    """ONNX Runtime on the CPU, all graph optimisations on."""
+def onnx_runtime(spec: dict) -> Network:
+    """Load for ONNX Runtime on the CPU, all graph optimisations on."""
     import onnxruntime
 
-    def session(batch: int, free: str = "batch") -> onnxruntime.InferenceSession:
+    @lru_cache
+    def session(batch: int) -> onnxruntime.InferenceSession:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = spec["threads"]
         options.log_severity_level = 3
-        options.add_free_dimension_override_by_name(free, batch)
+        options.add_free_dimension_override_by_name("batch", batch)
         return onnxruntime.InferenceSession(spec["path"], options, providers=["CPUExecutionProvider"])
 
-    yield None
-    first = session(1, "").get_inputs()[0]
-    made = lru_cache(lambda batch: session(batch, first.shape[0]))
-    yield lambda images: made(len(images)).run(None, {first.name: images})[0]
+    MEMORY["libraries_mb"] = memory_mb("VmRSS")
+    return lambda images: session(len(images)).run(None, {"images": images})[0]
 
 
-def openvino(spec: dict) -> Iterator[Network | None]:
-    """OpenVINO on the CPU, told to answer one request at a time and to keep to float32 where nothing is quantized."""
+def openvino(spec: dict) -> Network:
+    """Load for OpenVINO on the CPU, one request at a time, in float32 where nothing is quantized."""
     import openvino
 
     core = openvino.Core()
@@ -128,135 +121,82 @@ def openvino(spec: dict) -> Iterator[Network | None]:
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_PRECISION_HINT": "f32",  # it would take bfloat16 where the processor has it
     }
-    yield None
 
     @lru_cache
-    def made(batch: int) -> openvino.InferRequest:
+    def request(batch: int) -> openvino.InferRequest:
         model = core.read_model(spec["path"])
         model.reshape([batch, *model.inputs[0].partial_shape[1:]])
         return core.compile_model(model, "CPU", options).create_infer_request()
 
-    yield lambda images: made(len(images)).infer({0: images}, share_inputs=True)[0]
+    MEMORY["libraries_mb"] = memory_mb("VmRSS")
+    return lambda images: request(len(images)).infer({0: images}, share_inputs=True)[0]
 
 
-def matrix_fp32(spec: dict) -> Iterator[Network | None]:
-    """The roof of the FP32 engines: torch multiplies two matrices of `size`."""
+def matrix(spec: dict) -> Network:
+    """Make a roof: torch multiplies two matrices of `size`, FP32, or INT8 with the fastest of its kernels."""
     torch = _torch(spec)
-    yield None
+    MEMORY["libraries_mb"] = memory_mb("VmRSS")
     torch.manual_seed(0)
     a, b = torch.randn(2, spec["size"], spec["size"]).unbind()
-    yield lambda images: torch.mm(a, b)
+    if spec["numbers"] == "FP32":
+        return lambda _: torch.mm(a, b)
+    a_uint8 = torch.quantize_per_tensor(a.abs(), 1 / 64, 0, torch.quint8)
+    b_int8 = torch.quantize_per_tensor(b, 1 / 32, 0, torch.qint8)
+
+    def product(kernels: str) -> Network:
+        torch.backends.quantized.engine = kernels
+        packed = torch.ops.quantized.linear_prepack(b_int8, None)
+        return lambda _: torch.ops.quantized.linear(a_uint8, packed, 4.0, 64)
+
+    def best_ms(kernels: str) -> float:
+        return min(time_ms(product(kernels), None, runs=3))
+
+    return product(min(torch.backends.quantized.supported_engines, key=best_ms))
 
 
-def matrix_int8(spec: dict) -> Iterator[Network | None]:
-    """The roof of the INT8 engines: torch's quantized linear layer multiplies two matrices of `size`, uint8 by int8, with the
-    fastest of its kernels.
-    """
-    torch = _torch(spec)
-    yield None
-    torch.manual_seed(0)
-    size, seconds = spec["size"], {}
-    a = torch.quantize_per_tensor(torch.rand(size, size), 1 / 127, 0, torch.quint8)
-    weight = torch.quantize_per_tensor(torch.randn(size, size), 1 / 32, 0, torch.qint8)
-    for engine in torch.backends.quantized.supported_engines:
-        if engine == "none":
-            continue
-        torch.backends.quantized.engine = engine
-        packed = torch.ops.quantized.linear_prepack(weight, None)
-        for _ in range(3):
-            began = time.perf_counter()
-            torch.ops.quantized.linear(a, packed, 4.0, 64)
-            seconds[engine] = min(time.perf_counter() - began, seconds.get(engine, math.inf))
-    torch.backends.quantized.engine = min(seconds, key=seconds.get)
-    packed = torch.ops.quantized.linear_prepack(weight, None)
-    yield lambda images: torch.ops.quantized.linear(a, packed, 4.0, 64)
+def batch(images: np.ndarray, size: int, start: int = 0) -> np.ndarray:
+    """Return images from `start` on, in memory; from the first of them again where there are fewer."""
+    part = images[start : start + size]
+    return np.ascontiguousarray(np.resize(part, (size, *part.shape[1:])))
 
 
-ENGINES = {
-    function.__name__: function
-    for function in (
-        torch_eager,
-        torch_compiled,
-        torch_script,
-        torch_export,
-        onnx_runtime,
-        openvino,
-        matrix_fp32,
-        matrix_int8,
-    )
-}
+def time_ms(network: Network, images: np.ndarray | None, runs: int) -> list[float]:
+    """Return the milliseconds of each run; one before does not count, since another engine had the caches."""
+    network(images)
+    return [1000 * seconds for seconds in timeit.repeat(lambda: network(images), number=1, repeat=runs)]
 
 
-def memory_mb(field: str) -> float | None:
-    """This process's resident memory in MB of 10^6 bytes, now ("VmRSS") or at its peak ("VmHWM"); None where the system does not say.
-
-    The peak is Linux's own per process, since getrusage would start from that of the parent.
-    """
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    kb = next((line.split()[1] for line in lines if line.startswith(f"{field}:")), None)
-    return None if kb is None else int(kb) * 1024 / 1e6
-
-
-class Engine:
-    """The engine of this process, and what it can be asked."""
-
-    def __init__(self, spec: dict):
-        steps = ENGINES[spec["kind"]](spec)
-        next(steps)
-        self.libraries_mb = memory_mb("VmRSS")
-        self.network: Network = next(steps)
-        self.images = np.load(spec["images"], mmap_mode="r") if spec.get("images") else np.zeros((1, 1))
-
-    def batch(self, size: int) -> np.ndarray:
-        """The first images, in memory; from the first again where there are fewer."""
-        return np.ascontiguousarray(np.resize(self.images[:size], (size, *self.images.shape[1:])))
-
-    def warm(self, batches: list[int]) -> dict:
-        """Run every batch size three times, and say how much memory that took at its peak."""
-        for size in batches:
-            images = self.batch(size)
-            for _ in range(3):
-                self.network(images)
-        return {"libraries_mb": self.libraries_mb, "peak_mb": memory_mb("VmHWM")}
-
-    def time(self, batch: int, runs: int) -> dict:
-        """Milliseconds of so many runs, after one that does not count: another engine had the caches before."""
-        images = self.batch(batch)
-        self.network(images)
-        found = []
-        for _ in range(runs):
-            began = time.perf_counter()
-            self.network(images)
-            found.append(1000 * (time.perf_counter() - began))
-        return {"ms": found}
-
-    def predict(self, start: int) -> dict:
-        """Logits of a batch of images from `start` on, as lists."""
-        images = np.ascontiguousarray(self.images[start : start + BATCH])
-        count = len(images)
-        if count < BATCH:
-            images = np.concatenate([images, np.repeat(images[-1:], BATCH - count, axis=0)])
-        return {"logits": self.network(images)[:count].astype(np.float32).tolist()}
+def reason(error: Exception) -> str:
+    """Say in one line why an engine cannot run."""
+    if isinstance(error, ModuleNotFoundError):
+        return f"{error.name} is not installed (it stands in requirements.txt)"
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def main() -> None:
-    """Answer requests until the input ends. The first line says which engine; what fails is answered as {"error": …}."""
+    """Answer requests until the input ends; the first says which engine. A failure is answered too."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print must not stand between the answers
-    engine = None
+    network = None
     for line in sys.stdin:
         request = json.loads(line)
         try:
-            if engine is None:
-                engine, answer = Engine(request), {}
+            if network is None:
+                network = globals()[request["kind"]](request)  # the function above of that name
+                images = (
+                    np.load(request["images"], mmap_mode="r") if "images" in request else np.zeros((1, 1))
+                )
+                for size in request["batches"]:
+                    time_ms(network, batch(images, size), runs=2)
+                MEMORY["peak_mb"] = memory_mb("VmHWM")
+                answer = MEMORY
+            elif request["do"] == "time":
+                answer = {"ms": time_ms(network, batch(images, request["batch"]), request["runs"])}
             else:
-                answer = getattr(engine, request.pop("do"))(**request)
+                logits = network(batch(images, BATCH, request["start"]))
+                answer = {"logits": logits.astype(np.float32).tolist()}
         except Exception as error:  # whatever a library raises, the row says why it is empty
-            traceback.print_exc()
-            answer = {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
+            answer = {"error": reason(error)}
         print(json.dumps(answer), file=answers)
 
 
