@@ -1,8 +1,7 @@
 """Training, FP32 and QAT alike: one update, one epoch, one training that can be resumed.
 
-All randomness of an epoch follows from (seed, epoch). A killed training therefore starts its unfinished
-epoch again and ends with the same weights as one that was never killed; on a CPU with the same number of
-threads and processes, to the bit.
+All randomness of an epoch follows from (seed, epoch). A killed training starts its unfinished epoch again
+and ends with the same weights as one never killed; on a CPU with as many threads and processes, to the bit.
 """
 
 import copy
@@ -42,9 +41,10 @@ from labcore.training.device import (
 from labcore.training.distributed import PartOfBatch, current_world, from_first, same_buffers, sum_of_all
 from labcore.training.optim import Average, build_optimizers, learning_rate
 
-# What every training runs.
+# What every training runs, and what QAT runs besides.
 MODULES = ("train", "training.device", "training.distributed", "training.optim")
 MODULES += ("images.transforms", "images.policy", "images.pixels", "model")
+QAT_MODULES = ("observer", "quantizers.learned", "quantizers.least_error", "qconfig", "quantize")
 
 
 class Diverged(LabError):
@@ -62,9 +62,7 @@ class Loop:
         self.model, self.recipe, self.world = model, recipe, current_world()
         images, batch = min(train_images, recipe.epoch_images or train_images), recipe.batch_size
         if batch > images:
-            raise LabError(
-                f"batch_size must be at most the epoch's {images} images, found {batch}; lower it."
-            )
+            raise LabError(f"batch_size can be at most the epoch's {images} images, found {batch}; lower it.")
         if not self.world.can_share(recipe):
             raise LabError(
                 f"batch_size must give each of {self.world.size} processes as many images, an even number if "
@@ -215,7 +213,7 @@ def score(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int) -> 
 
 def training_identity(recipe: Recipe, data: ImageData, split: Split, seed: int, model: nn.Module) -> dict:
     """Return what decides the weights, as JSON values."""
-    of_qat = ("observer", "quantizers.learned", "quantizers.least_error", "qconfig", "quantize")
+    modules = (*MODULES, *QAT_MODULES) if is_fake_quantized(model) else MODULES
     return {
         "recipe": asdict(recipe),
         "data": data.sha256[:16],
@@ -223,7 +221,7 @@ def training_identity(recipe: Recipe, data: ImageData, split: Split, seed: int, 
         "seed": seed,
         "first weights": state_hash(model.state_dict())[:16],
         "network": sha256_json(str(model))[:16],
-        "code": modules_hash(*MODULES, *(of_qat if is_fake_quantized(model) else ()))[:16],
+        "code": modules_hash(*modules)[:16],
         "torch": versions()["torch"],
         "device": device().type,
         "autocast dtype": str(autocast_dtype(model)),
@@ -277,7 +275,8 @@ def fit(
     model = copy.deepcopy(model).to(device(), memory_format=torch.channels_last)
     arrays = data.train_images, data.train_labels, split.train, split.validation, split.train_sample
     images, labels, train, validation, clean = (torch.from_numpy(array).to(device()) for array in arrays)
-    loop, checkpoints, rows, best = Loop(model, recipe, len(train)), Checkpoints(folder, identity), [], None
+    loop, checkpoints = Loop(model, recipe, len(train)), Checkpoints(folder, identity)
+    rows, best = [], None
     if state := from_first(checkpoints.load):
         loop.load(state)
         rows, best, loop.saved_epoch = state["rows"], state["best"], len(state["rows"])
@@ -293,11 +292,10 @@ def fit(
             # Training images scored like validation images: the gap is overfitting, not augmentation.
             clean_loss, clean_acc = score(loop.scored, images[clean], labels[clean], batch_size)
             rate = learning_rate(recipe, (epoch + 1) * loop.steps - 1, loop.steps)
-            if not all(
-                value.isfinite().all() for value in [torch.tensor(val_loss), *loop.model.parameters()]
-            ):
-                what = f"the weights are no longer finite after epoch {epoch + 1}, learning rate {rate:.4g}"
-                raise Diverged(what, loop.saved_epoch)
+            finite = all(value.isfinite().all() for value in loop.model.parameters())
+            if not (finite and np.isfinite(val_loss)):
+                when = f"after epoch {epoch + 1}, learning rate {rate:.4g}"
+                raise Diverged(f"the weights are no longer finite {when}", loop.saved_epoch)
             rows.append(
                 {
                     "epoch": epoch + 1,

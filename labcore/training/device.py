@@ -25,10 +25,9 @@ def device() -> torch.device:
 
 @lru_cache
 def multiplies_bfloat16() -> bool:
-    """Return whether bfloat16 is faster than float32: on GPUs, on CPUs with AMX, on AMD's with AVX512-BF16.
+    """Return whether bfloat16 is faster than float32: on GPUs, CPUs with AMX, and AMD's with AVX512-BF16.
 
-    Intel's have one unit for AVX512-BF16 and two for float32 (docs/benchmarks). A stopwatch would not
-    decide the same every time.
+    Intel's have one unit for AVX512-BF16 and two for float32 (docs/benchmarks).
     """
     if device().type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
@@ -91,14 +90,13 @@ def in_parts(
     the sums of what `backward` returned, and the part that memory held. Raise LabError where one image is too
     much, and among several processes, since the others would not know.
     """
-    loss, hits = 0, 0
+    loss, hits, is_alone = 0, 0, current_world().size == 1
     network.zero_grad(set_to_none=True)
     try:
         for start in range(0, n_images, part):
+            # DistributedDataParallel averages the gradients once, after the last part.
             is_last = start + part >= n_images
-            # DistributedDataParallel averages the gradients once per batch.
-            wait = contextlib.nullcontext() if is_last or current_world().size == 1 else network.no_sync()
-            with wait:
+            with contextlib.nullcontext() if is_last or is_alone else network.no_sync():
                 part_loss, part_hits = backward(slice(start, start + part))
             loss, hits = loss + part_loss, hits + part_hits
         return loss, hits, part
@@ -108,7 +106,7 @@ def in_parts(
     # Here the error is gone, and the tensors that it held.
     if part == 1:
         raise LabError("out of GPU memory with one image at a time; use a narrower network or a larger GPU.")
-    if current_world().size > 1:
+    if not is_alone:
         raise LabError(f"out of GPU memory with {part} images at a time; set micro_batch below that.")
     torch.cuda.empty_cache()
     part = math.ceil(part / 2)

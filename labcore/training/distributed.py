@@ -84,17 +84,15 @@ def same_buffers(model: nn.Module) -> None:
 
 def from_first(make: Callable[[], object]):
     """Return in all processes what `make` returns in the first; where it fails, all raise LabError."""
-    world, made, message, cause = current_world(), None, None, None
-    if world.size == 1:
+    if current_world().size == 1:
         return make()
-    if world.rank == 0:
+    answer, cause = [None, None], None  # what was made, or what went wrong
+    if current_world().rank == 0:
         try:
-            made = make()
-        except LabError as error:
-            message = str(error)
+            answer[0] = make()
         except Exception as error:
-            message, cause = f"process 0 failed ({type(error).__name__}: {error}); run again to go on.", error
-    answer = [made, message]
+            failed = f"process 0 failed ({type(error).__name__}: {error}); run again to go on."
+            answer[1], cause = str(error) if isinstance(error, LabError) else failed, error
     dist.broadcast_object_list(answer, src=0)
     if answer[1] is not None:
         raise LabError(answer[1]) from cause
@@ -117,9 +115,7 @@ def process_group():
     local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     if torch.cuda.is_available():
         if local_size > (gpus := torch.cuda.device_count()):
-            raise LabError(
-                f"one GPU per process is needed, found {gpus} for {local_size} processes; start fewer."
-            )
+            raise LabError(f"each process needs a GPU, found {gpus} for {local_size} processes; start fewer.")
         torch.cuda.set_device(local_rank)
         options = {"backend": "nccl", "device_id": torch.device("cuda", local_rank)}
     else:
@@ -147,11 +143,11 @@ def launch(processes: int, call: Callable, *args) -> None:
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         message = failure.message if isinstance(failure.message, str) else failure.message.get("message")
-        said = (str(message).strip().splitlines() or ["no message"])[0]
+        said = str(message).strip().partition("\n")[0]
         kind, _, text = said.partition(": ")
         if kind in ("LabError", *(special.__name__ for special in LabError.__subclasses__())):
             raise LabError(text) from None
         raise LabError(
-            f"training process {rank} of {processes} ended with exit code {failure.exitcode} ({said}); "
-            "the others were stopped. Run again: it goes on from the last checkpoint."
+            f"training process {rank} of {processes} ended with exit code {failure.exitcode} ({said}), "
+            "the others were stopped; run again: it goes on from the last checkpoint."
         ) from error

@@ -47,10 +47,8 @@ def build_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optim
     apart = {id(parameter) for parameter in [*scales, *log_scales, *biases]}
     weights = [parameter for parameter in model.parameters() if id(parameter) not in apart]
     lr, decay = recipe.lr, recipe.weight_decay
-    groups = [
-        {"params": weights},
-        {"params": biases, "lr": lr * recipe.bias_lr, "weight_decay": decay / recipe.bias_lr},
-    ]
+    faster = {"params": biases, "lr": lr * recipe.bias_lr, "weight_decay": decay / recipe.bias_lr}
+    groups = [{"params": weights}, faster]
     if scales:
         groups.append({"params": scales, "weight_decay": 0.0})
     optimizers = [torch.optim.SGD(groups, lr, recipe.momentum, 0, decay, nesterov=recipe.momentum > 0)]
