@@ -7,7 +7,6 @@ from operator import getitem
 
 import pandas as pd
 
-STAGE_NAMES = {"fp32": "FP32", "ptq": "PTQ", "qat": "QAT"}
 _DIGITS = {
     ".2%": "acc acc_low acc_high acc_std acc_unrounded fp32_acc train_acc train_clean_acc val_acc"
     " agree identical",
