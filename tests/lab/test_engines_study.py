@@ -41,9 +41,9 @@ def test_every_engine_answers_and_has_its_row(studied):
 @pytest.mark.parametrize(
     ("pattern", "message"),
     [
-        (r'(?<="agree": 0\.9)\d', "engines.answers."),
+        (r'(?<="agree": 0\.9)\d', "engines.answers["),
         (r'(?<="speedup": )\d', "engines."),
-        (r'(?<="n_tied": )\d', "engines.answers."),
+        (r'(?<="n_tied": )\d', "engines.answers["),
     ],
 )
 def test_numbers_of_the_engines_are_verified_too(studied, pattern, message):
