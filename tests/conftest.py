@@ -32,12 +32,16 @@ def tiny_split() -> Split:
 
 
 @pytest.fixture
-def int8(tiny_data, tiny_split, request):
+def batches(tiny_data, tiny_split):
+    """The 16 images that calibrate, normalised."""
+    return calibration_batches(tiny_data, tiny_split)
+
+
+@pytest.fixture
+def int8(batches, request):
     """A calibrated and converted network; POWER2 where the test names no other configuration."""
     config = getattr(request, "param", CustomQConfig.POWER2)
-    return convert(
-        calibrate(prepare_ptq(network(), config.value), calibration_batches(tiny_data, tiny_split))
-    )
+    return convert(calibrate(prepare_ptq(network(), config.value), batches))
 
 
 @pytest.fixture(scope="session")

@@ -19,78 +19,67 @@ from labcore.qconfig import (
     has_vnni,
     make_qconfig,
 )
+from labcore.quantize import observer_of
 from labcore.quantizers.learned import LearnedFakeQuantize
+from labcore.quantizers.least_error import LeastErrorObserver
 
-
-@pytest.mark.parametrize(
-    ("config", "is_power"), [(CustomQConfig.POWER2, True), (CustomQConfig.DEFAULT, False)]
+needs_x86 = pytest.mark.skipif(
+    "x86" not in torch.backends.quantized.supported_engines, reason="needs the x86 engine"
 )
-def test_each_configuration_observes_weights_and_activations_in_its_own_way(config, is_power):
-    watchers = [
-        config.value.activation(),
-        config.value.weight(),
-        *(part().activation_post_process for part in config.qat),
-    ]
-    assert [isinstance(watcher, PowerOfTwoObserver) for watcher in watchers] == [is_power] * 4
-
-
-@pytest.mark.parametrize("config", CustomQConfig)
-def test_only_the_training_configuration_fakes_quantization(config):
-    assert all(isinstance(part(), FakeQuantize) for part in config.qat)
-    assert not any(isinstance(part(), FakeQuantize) for part in config.value)
-
-
-def test_the_power_configuration_is_the_references_scheme():
-    activation, weight = (part() for part in CustomQConfig.POWER2.value)
-    assert (activation.dtype, weight.dtype) == (torch.quint8, torch.qint8)
-    assert {activation.qscheme, weight.qscheme} == {torch.per_tensor_symmetric} and (
-        activation.max_shift_amount,
-        weight.max_shift_amount,
-    ) == (8, 8)
-
-
-def test_training_averages_the_range_of_activations_only():
-    activation, weight = (part().activation_post_process for part in CustomQConfig.POWER2.qat)
-    assert (activation.averaging_constant, weight.averaging_constant) == (0.01, 1.0)
-
-
-def test_activations_use_all_eight_bits_where_the_processor_adds_exactly(monkeypatch):
-    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
-    assert has_vnni() and activation_range() == (0, 255)
-
-
-@pytest.mark.skipif("x86" not in torch.backends.quantized.supported_engines, reason="needs the x86 engine")
-def test_activations_keep_to_seven_bits_where_sums_of_16_bits_would_saturate(monkeypatch):
-    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
-    monkeypatch.setattr(torch.backends.quantized, "engine", "x86")
-    low, high = activation_range()
-    assert (low, high) == (0, 127)
-    assert 2 * high * 128 <= 2**15 - 1 < 2 * 255 * 128
-
-
-def test_other_engines_than_those_of_x86_need_no_seventh_bit(monkeypatch):
-    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
-    monkeypatch.setattr(torch.backends.quantized, "engine", "qnnpack")
-    assert activation_range() == (0, 255)
-
-
-@pytest.mark.skipif("x86" not in torch.backends.quantized.supported_engines, reason="needs the x86 engine")
-@pytest.mark.parametrize("rule", ["round", "least_error", "none"])
-def test_simulation_has_all_eight_bits_and_its_own_rule_also_where_kernels_would_saturate(monkeypatch, rule):
-    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
-    monkeypatch.setattr(torch.backends.quantized, "engine", "x86")
-    scheme = Scheme(rule=rule)
-    limited, full = make_qconfig(scheme, scheme).activation(), make_qconfig(scheme, scheme, "simulated")
-    assert limited.quant_max == 127 and limited.rule == ("none" if rule == "none" else "ceil")
-    trained = make_qconfig(scheme, scheme, "learned", full_range=True)
-    for observer in (full.activation(), trained.activation().activation_post_process):
-        found = getattr(observer, "activation_post_process", observer)
-        assert (found.quant_min, found.quant_max, found.rule) == (0, 255, rule)
 
 
 @pytest.fixture
 def vnni(monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
+
+
+@pytest.fixture
+def no_vnni(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    monkeypatch.setattr(torch.backends.quantized, "engine", "x86")
+
+
+@pytest.mark.parametrize("config", CustomQConfig)
+def test_each_configuration_observes_in_its_own_way_and_only_that_for_training_fakes(config):
+    observing, training = [part() for part in config.value], [part() for part in config.qat]
+    for module in (*observing, *map(observer_of, training)):
+        assert isinstance(module, PowerOfTwoObserver) == (config is CustomQConfig.POWER2)
+    assert [isinstance(module, FakeQuantize) for module in (*observing, *training)] == [False] * 2 + [
+        True
+    ] * 2
+
+
+def test_the_power_configuration_is_the_references_scheme():
+    activation, weight = (part() for part in CustomQConfig.POWER2.value)
+    assert (activation.dtype, weight.dtype) == (torch.quint8, torch.qint8)
+    for observer in (activation, weight):
+        assert (observer.qscheme, observer.max_shift_amount) == (torch.per_tensor_symmetric, 8)
+
+
+@needs_x86
+@pytest.mark.parametrize(
+    ("has_it", "engine", "highest"), [(True, "x86", 255), (False, "x86", 127), (False, "qnnpack", 255)]
+)
+def test_activations_have_seven_bits_where_sums_of_16_bits_would_saturate(
+    has_it, engine, highest, monkeypatch
+):
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: has_it)
+    monkeypatch.setattr(torch.backends.quantized, "engine", engine)
+    assert has_vnni() == (highest == 255) and activation_range() == (0, highest)
+    assert 2 * 127 * 128 <= 2**15 - 1 < 2 * 255 * 128
+
+
+@needs_x86
+@pytest.mark.parametrize("rule", ["round", "floor", "least_error", "none"])
+def test_seven_bits_round_their_scale_up_and_simulation_keeps_eight_bits_and_its_rule(rule, no_vnni):
+    scheme = Scheme(rule=rule)
+    limited = make_qconfig(scheme, scheme).activation()
+    assert limited.quant_max == 127 and limited.rule == ("none" if rule == "none" else "ceil")
+    assert make_qconfig(scheme, Scheme(bits=4, rule=rule)).activation().rule == rule
+    assert make_qconfig(scheme, scheme).weight().rule == rule
+    for args in (("simulated",), ("learned", True)):
+        observer = observer_of(make_qconfig(scheme, scheme, *args).activation())
+        assert (observer.quant_min, observer.quant_max, observer.rule) == (0, 255, rule)
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -108,8 +97,8 @@ def test_the_bits_give_the_integer_range(bits, vnni):
         ("bits", 9, "2, 3, 4, 5, 6, 7, 8"),
         ("bits", "8", "2, 3, 4, 5, 6, 7, 8"),
         ("range", "min_max", "minmax, percentile, histogram, moving_average"),
-        ("rule", "nearest", "round, ceil, floor, least_error, none"),
-        ("rule", None, "round, ceil, floor, least_error, none"),
+        ("rule", "nearest", "round, ceil, floor, none, least_error"),
+        ("rule", None, "round, ceil, floor, none, least_error"),
         ("zero_point", "signed", "symmetric, unsigned, affine"),
     ],
 )
@@ -119,51 +108,47 @@ def test_an_unknown_word_is_refused_with_the_list_of_known_ones(argument, value,
     assert str(caught.value) == f"{argument} must be one of {listed}, found {value!r}; change it."
 
 
-def test_an_unknown_mode_is_refused_with_the_list_of_known_ones():
-    with pytest.raises(LabError, match="ptq, simulated, qat, learned, lsq, found 'qta'"):
-        make_qconfig(REFERENCE, REFERENCE, "qta")
-
-
-@pytest.mark.parametrize("zero_point", ["unsigned", "affine"])
-def test_weights_are_symmetric(zero_point):
-    with pytest.raises(LabError, match=f"weights are symmetric, found zero_point '{zero_point}'"):
-        make_qconfig(Scheme(zero_point=zero_point), Scheme())
-
-
-def test_activations_have_one_scale_per_tensor():
-    with pytest.raises(LabError, match="activations have one scale per tensor"):
-        make_qconfig(Scheme(), Scheme(per_channel=True))
-
-
-def test_learned_float_scales_are_per_tensor():
-    with pytest.raises(LabError, match="one scale per tensor"):
-        make_qconfig(Scheme(per_channel=True), Scheme(), "lsq")
+@pytest.mark.parametrize(
+    ("weight", "activation", "mode", "message"),
+    [
+        (REFERENCE, REFERENCE, "qta", "ptq, simulated, qat, learned, lsq, found 'qta'"),
+        (
+            Scheme(zero_point="unsigned"),
+            Scheme(),
+            "ptq",
+            "weights are symmetric, found zero_point 'unsigned'",
+        ),
+        (Scheme(zero_point="affine"), Scheme(), "ptq", "weights are symmetric, found zero_point 'affine'"),
+        (Scheme(), Scheme(per_channel=True), "ptq", "activations have one scale per tensor"),
+        (Scheme(per_channel=True), Scheme(), "lsq", "one scale per tensor"),
+    ],
+)
+def test_what_does_not_fit_is_refused(weight, activation, mode, message):
+    with pytest.raises(LabError, match=message):
+        make_qconfig(weight, activation, mode)
 
 
 @pytest.mark.parametrize(
-    ("mode", "kind"), [("simulated", FakeQuantize), ("qat", FakeQuantize), ("learned", LearnedFakeQuantize)]
+    ("mode", "module", "averaging"),
+    [
+        ("ptq", PowerOfTwoObserver, (None, None)),
+        ("simulated", FakeQuantize, (None, None)),
+        ("qat", FakeQuantize, (0.01, 1.0)),
+        ("learned", LearnedFakeQuantize, (None, 1.0)),
+    ],
 )
-def test_every_mode_has_its_own_module_around_the_observer(mode, kind):
-    for part in make_qconfig(REFERENCE, REFERENCE, mode):
-        assert type(part()) is kind and type(part().activation_post_process) is PowerOfTwoObserver
-
-
-def test_the_mode_without_simulation_only_observes():
-    assert [type(part()) for part in make_qconfig(REFERENCE, REFERENCE)] == [PowerOfTwoObserver] * 2
+def test_every_mode_has_its_own_module_and_averaging_of_activations_and_weights(mode, module, averaging):
+    made = [part() for part in make_qconfig(REFERENCE, REFERENCE, mode)]
+    observers = [observer_of(part) for part in made]
+    assert [type(part) for part in made] == [module] * 2
+    assert [type(observer) for observer in observers] == [PowerOfTwoObserver] * 2
+    assert tuple(observer.averaging_constant for observer in observers) == averaging
 
 
 def test_learned_float_scales_are_torchs():
-    assert [type(part()) for part in make_qconfig(FLOAT, FLOAT, "lsq")] == [_LearnableFakeQuantize] * 2
-
-
-@pytest.mark.parametrize(
-    ("mode", "expected"),
-    [("ptq", (None, None)), ("simulated", (None, None)), ("qat", (0.01, 1.0)), ("learned", (None, 1.0))],
-)
-def test_the_averaging_of_activations_and_weights_by_mode(mode, expected):
-    watchers = [part() for part in make_qconfig(REFERENCE, REFERENCE, mode)]
-    found = [getattr(watcher, "activation_post_process", watcher).averaging_constant for watcher in watchers]
-    assert tuple(found) == expected
+    made = [part() for part in make_qconfig(FLOAT, FLOAT, "lsq")]
+    assert [type(part) for part in made] == [_LearnableFakeQuantize] * 2
+    assert [part.qscheme for part in made] == [torch.per_tensor_affine, torch.per_tensor_symmetric]
 
 
 def test_the_moving_average_is_min_max_with_the_constant_of_torchs_default():
@@ -199,18 +184,9 @@ def test_every_combination_makes_modules_with_what_was_asked_for(bits, vnni):
         if mode == "lsq":
             continue
         for part, scheme in zip(parts, (activation, weight), strict=True):
-            watcher = getattr(part, "activation_post_process", part)
-            assert watcher.rule == rule and watcher.quant_max - watcher.quant_min == 2**bits - 1
-            assert watcher.unsigned == (scheme.zero_point == "unsigned")
-            assert (watcher.ch_axis == 0) == scheme.per_channel
-
-
-@pytest.mark.skipif("x86" not in torch.backends.quantized.supported_engines, reason="needs the x86 engine")
-@pytest.mark.parametrize(("rule", "expected"), [("round", "ceil"), ("floor", "ceil"), ("none", "none")])
-def test_seven_bit_activations_round_their_scale_up(rule, expected, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
-    monkeypatch.setattr(torch.backends.quantized, "engine", "x86")
-    args = Scheme(rule=rule).observer_args("activation")
-    assert (args["rule"], args["quant_max"]) == (expected, 127)
-    assert Scheme(bits=4, rule=rule).observer_args("activation")["rule"] == rule
-    assert Scheme(rule=rule).observer_args("weight")["rule"] == rule
+            observer = observer_of(part)
+            expected = LeastErrorObserver if rule == "least_error" else PowerOfTwoObserver
+            assert type(observer) is expected and observer.rule == rule
+            assert observer.quant_max - observer.quant_min == 2**bits - 1
+            assert observer.unsigned == (scheme.zero_point == "unsigned")
+            assert (observer.ch_axis == 0) == scheme.per_channel

@@ -1,0 +1,120 @@
+"""The exponent with the least squared error against a search with torch's own fake quantization."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from observers import every_kind, limits, make, samples, shown
+
+from labcore import LabError
+from labcore.quantizers.least_error import LeastErrorObserver
+
+SYMMETRIC = ("symmetric", "signed", "unsigned", "channel")
+
+
+def squared_errors(kind: str, bits: int, given: list[torch.Tensor], exponents: range) -> list[float]:
+    """Of one channel, for every exponent, with torch's own fake quantization."""
+    low, high = limits(kind, bits).values()
+    smallest = min(0.0, min(batch.min().item() for batch in given))
+    middle = 0 if kind in ("signed", "channel", "unsigned") else 2 ** (bits - 1)
+    errors = []
+    for exponent in exponents:
+        scale, zero_point = 2.0**exponent, middle
+        if kind.endswith("affine"):
+            zero_point = int(np.clip(low - np.rint(smallest / scale), low, high))
+        args = scale, zero_point, low, high
+        rounded = [torch.fake_quantize_per_tensor_affine(batch, *args) for batch in given]
+        pairs = zip(rounded, given, strict=True)
+        errors.append(sum((a.double() - b.double()).square().sum().item() for a, b in pairs))
+    return errors
+
+
+def assert_least(observer, kind: str, bits: int, given: list[torch.Tensor], exponents=range(-33, 12)) -> None:
+    """No exponent has a smaller error than the observer's; the error tells, since two exponents may tie."""
+    scale, _ = observer.calculate_qparams()
+    channels = range(len(scale)) if kind.startswith("channel") else [slice(None)]
+    for own, channel in zip(scale, channels, strict=True):
+        errors = squared_errors(kind, bits, [batch[channel] for batch in given], exponents)
+        chosen = errors[exponents.index(int(torch.log2(own)))]
+        assert chosen <= min(errors) * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("outlier", [0, 60])
+@pytest.mark.parametrize("bits", [8, 4, 2])
+@every_kind
+def test_it_equals_a_search_through_all_exponents(kind, bits, outlier):
+    for seed in range(3):
+        values = samples(kind, seed)
+        values[:, 0] += outlier
+        assert_least(shown(make(kind, bits, rule="least_error"), values), kind, bits, [values])
+
+
+@pytest.mark.parametrize("factors", [(1, 2, 0.1), (0.01, 1, 1), (0.0, 0.001, 50)], ids=str)
+@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("kind", SYMMETRIC)
+def test_errors_are_summed_over_batches_also_of_very_different_size(kind, bits, factors):
+    given = [samples(kind, seed) * factor for seed, factor in enumerate(factors)]
+    assert_least(shown(make(kind, bits, rule="least_error"), *given), kind, bits, given)
+
+
+@pytest.mark.parametrize("outlier", [0, 60])
+@pytest.mark.parametrize("bits", [8, 6, 4, 2])
+@pytest.mark.parametrize("factors", [(1, 100, 0.001), (0.001, 100, 1)], ids=str)
+@pytest.mark.parametrize("kind", SYMMETRIC)
+def test_the_last_batch_alone_may_count(kind, factors, bits, outlier):
+    given = [samples(kind, seed) * factor for seed, factor in enumerate(factors)]
+    for values, factor in zip(given, factors, strict=True):
+        values[:, 0] += outlier * factor
+    observer = shown(make(kind, bits, rule="least_error", averaging_constant=1.0), *given)
+    assert_least(observer, kind, bits, given[-1:])
+
+
+@pytest.mark.parametrize("size", [1, 9, 2304, 20_000])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_candidates_that_are_left_out_are_never_best(size, bits):
+    """Where the last batch counts alone, steps that are far too small are not tried.
+
+    Let m be the largest magnitude of n values and s the least step that clips nothing, at most 4 m / Q.
+    It errs by at most n s^2 / 4, so at most 4 n m^2 / Q^2. With s / 2^j the grid ends at (Q + 1) s / 2^(j+1)
+    or before, which is at most e m with e = 2^(1-j) (1 + 1/Q), so m alone errs by (1 - e)^2 m^2 or more.
+    That is more where 1 - e > 2 sqrt(n) / Q.
+    """
+    torch.manual_seed(size)
+    values = torch.randn(6, size) ** torch.tensor([1, 3, 5, 7, 9, 1])[:, None]  # tails
+    values[5] = 0
+    values[5, 0] = -1.0  # one value alone
+    last = shown(make("channel", bits, rule="least_error", averaging_constant=1.0), values)
+    every = shown(make("channel", bits, rule="least_error"), values)
+    assert torch.equal(last.calculate_qparams()[0], every.calculate_qparams()[0])
+    some_left_out = last.squared_error.isinf().any()
+    assert some_left_out == (2 * math.sqrt(size) < 0.99 * (2**bits - 1))
+
+
+@pytest.mark.parametrize("args", [{"range": "percentile", "percentile": 99}, {"range": "histogram"}], ids=str)
+@pytest.mark.parametrize("tail", [3, 1000])
+def test_it_is_least_whatever_the_range(args, tail):
+    values = torch.cat([samples("signed").flatten(), torch.tensor([float(tail)])])
+    assert_least(shown(make("signed", rule="least_error", **args), values), "signed", 8, [values])
+
+
+@pytest.mark.parametrize("limit", [0, 1, 4, 6])
+@pytest.mark.parametrize("size", [1e-4, 1.0, 1e5])
+@pytest.mark.parametrize("kind", ["symmetric", "unsigned", "affine", "channel"])
+def test_the_best_exponent_that_the_clamp_allows_is_taken(kind, size, limit):
+    values = samples(kind) * size
+    observer = shown(make(kind, rule="least_error", limit=limit), values)
+    assert_least(observer, kind, 8, [values], range(-limit, limit + 1))
+
+
+def test_an_outlier_is_clipped_that_ceil_does_not_clip():
+    values = torch.cat([samples("signed").flatten().clamp(-3, 3), torch.tensor([40.0])])
+    least, ceil = (
+        shown(make("signed", 4, rule=rule), values).calculate_qparams()[0] for rule in ("least_error", "ceil")
+    )
+    assert least < ceil
+
+
+def test_it_has_one_rule():
+    with pytest.raises(LabError, match="rule must be one of least_error .*, found 'round'"):
+        LeastErrorObserver(rule="round")
