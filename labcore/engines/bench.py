@@ -87,10 +87,9 @@ MATRIX = 2048  # their side
 def specs(
     files: dict[str, Path], images: Path, network: list, image_shape: tuple[int, int, int], threads: int
 ) -> dict[str, dict]:
-    """Return what the workers of all roofs and engines are told, by title.
+    """Return what the workers are told, by title: of the engines for which there is a file, and of the roofs.
 
-    `files` come from `write_files`, and engines without a file are left out; `images` from `write_images`;
-    `network` are arguments of labcore.model.build_model.
+    `files` and `images` come from labcore.engines.files, `network` are the arguments of build_model.
     """
     common = {"images": str(images), "network": network, "image_shape": list(image_shape)}
     told = {
@@ -156,9 +155,8 @@ class Bench(contextlib.AbstractContextManager):
 
     def __init__(self, specs: dict[str, dict], batches: list[int]):
         self.skipped: dict[str, str] = {}
-        self._memory: dict[str, dict] = {}
+        self._specs, self._memory = specs, {}
         self._batches = {title: batches if "images" in spec else batches[:1] for title, spec in specs.items()}
-        self._networks = [title for title, spec in specs.items() if "images" in spec]
         self._processes: dict[str, subprocess.Popen] = {}
         try:
             for title, spec in specs.items():
@@ -169,14 +167,10 @@ class Bench(contextlib.AbstractContextManager):
                         self._memory[title] = _answer(self._processes[title])
                     bar.update()
         except BaseException:
-            self.close()
+            self.__exit__()
             raise
 
     def __exit__(self, *_) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """End all processes."""
         for process in self._processes.values():
             _end(process)
 
@@ -187,6 +181,7 @@ class Bench(contextlib.AbstractContextManager):
             yield
         except EngineError as error:
             self.skipped[title] = str(error)
+            self._memory.pop(title, None)
             _end(self._processes[title])
 
     def _ask(self, title: str, **request) -> dict:
@@ -200,7 +195,7 @@ class Bench(contextlib.AbstractContextManager):
         imported) and peak_mb (when all batch sizes have run); and the logits (N, classes) by title.
         """
         rows, logits = {}, {}
-        titles = [title for title in self._networks if title not in self.skipped]
+        titles = [title for title in self._memory if "images" in self._specs[title]]
         with progress(len(titles) * len(labels), "answers", unit="image") as bar:
             for title in titles:
                 with self._or_skipped(title):
@@ -224,8 +219,7 @@ class Bench(contextlib.AbstractContextManager):
         rng, rows = np.random.default_rng(0), []
         with progress(rounds, "times", unit="round") as bar:
             for number in range(rounds):
-                running = [title for title in self._processes if title not in self.skipped]
-                for title in map(str, rng.permutation(running)):
+                for title in map(str, rng.permutation(list(self._memory))):
                     time.sleep(pause)
                     with self._or_skipped(title):
                         for batch in self._batches[title]:

@@ -26,13 +26,11 @@ from labcore.quantize import fuse
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what torch logs about torchao's enums on import, a note for torchao's authors."""
+    """Import without what torch logs about torchao's enums, a note for torchao's authors."""
     log = logging.getLogger("torch.utils._pytree")
-    before, log.disabled = log.disabled, True
-    try:
-        yield
-    finally:
-        log.disabled = before
+    log.disabled = True
+    yield
+    log.disabled = False
 
 
 with _quiet():
@@ -63,9 +61,7 @@ class PowerOfTwoQuantizer(Quantizer):
 
     Observed: the input, the weights of convolutions and linear layers, and the outputs of these and of
     additions, behind the ReLU where one follows. Pooling and flattening take over the scale of their input: a
-    shared observer would see two tensors. Biases stay float.
-
-    Raises LabError where a scheme does not fit the kind of tensor.
+    shared observer would see two tensors. Biases stay float. LabError where a scheme does not fit.
     """
 
     def __init__(self, weight: Scheme, activation: Scheme):
@@ -77,17 +73,15 @@ class PowerOfTwoQuantizer(Quantizer):
         for node in model.graph.nodes:
             if node.op == "placeholder":
                 annotate_output_qspec(node, self._activation)
-            elif node.target in _LAYERS:
-                annotate_input_qspec_map(node, node.args[1], self._weight)
-                annotate_output_qspec(_relu_behind(node) or node, self._activation)
-            elif node.target in _ADD:
+            elif node.target in (*_LAYERS, *_ADD):
+                if node.target in _LAYERS:
+                    annotate_input_qspec_map(node, node.args[1], self._weight)
                 annotate_output_qspec(_relu_behind(node) or node, self._activation)
             elif node.target in _KEEPS_SCALE:
                 spec = self._activation
-                limits = spec.quant_min, spec.quant_max, spec.qscheme
-                annotate_output_qspec(
-                    node, DerivedQuantizationSpec([node.args[0]], _first_qparams, spec.dtype, *limits)
-                )
+                limits = spec.dtype, spec.quant_min, spec.quant_max, spec.qscheme
+                derived = DerivedQuantizationSpec([node.args[0]], _first_qparams, *limits)
+                annotate_output_qspec(node, derived)
         return model
 
     def validate(self, model: GraphModule) -> None:
@@ -135,12 +129,11 @@ def convert_export(prepared: GraphModule) -> GraphModule:
 
     Raises LabError where an observer has seen nothing, or NaN or infinity.
     """
-    for name, module in prepared.named_modules():
-        if not isinstance(module, PowerOfTwoObserver):
-            continue
-        if module.num_skipped > 0:
+    observers = [part for part in prepared.named_modules() if isinstance(part[1], PowerOfTwoObserver)]
+    for name, observer in observers:
+        if observer.num_skipped > 0:
             raise LabError(f"{name} met NaN or infinite values: the weights are damaged; train again.")
-        if (module.min_val > module.max_val).any():
+        if (observer.min_val > observer.max_val).any():
             raise LabError(f"{name} has seen no values: call the network on the calibration images.")
     return convert_pt2e(copy.deepcopy(prepared))
 
@@ -166,7 +159,6 @@ def weights_per_channel(converted: GraphModule) -> GraphModule:
         new.meta = dict(node.meta)
         node.replace_all_uses_with(new)
         graph.erase_node(node)
-    graph.lint()
     converted.recompile()
     return converted
 

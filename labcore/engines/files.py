@@ -1,9 +1,8 @@
 """The files that engines load: one trained network, FP32 and INT8, in every engine's own format.
 
 "power2" holds the integers and scales of notebook 02. "float" has the same ranges, from the same images, and
-float scales. "own" has the scales that torchao chooses, "recommended" the scheme that
-study 1 recommends. The ends say who reads them: .pt torch's eager mode, .ts TorchScript, .pt2 torch.compile,
-.onnx ONNX Runtime and OpenVINO.
+float scales. "own" has the scales that torchao chooses, "recommended" the scheme that study 1 recommends. The
+ends say who reads them: .pt torch's eager mode, .ts TorchScript, .pt2 torch.compile, .onnx the others.
 """
 
 import copy
@@ -17,15 +16,8 @@ from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from labcore.data import calibration_batches
+from labcore.engines import export
 from labcore.engines.eager import load_float, load_int8, save_int8
-from labcore.engines.export import (
-    BATCH,
-    PowerOfTwoQuantizer,
-    convert_export,
-    prepare_export,
-    weights_per_channel,
-    x86_quantizer,
-)
 from labcore.engines.onnx_export import INPUT, OUTPUT, build_onnx, save_onnx
 from labcore.files.artifacts import atomic_path
 from labcore.files.progress import progress
@@ -73,14 +65,14 @@ def write_files(run: Run, folder: Path) -> tuple[dict[str, Path], dict[str, str]
         ("fp32.pt", Path.write_bytes, weights.read_bytes()),
         ("fp32.onnx", save_float_onnx, model, example),
         ("recommended.onnx", _save_int8_onnx, recommended, example),
-        ("own.pt2", _save_exported, model, x86_quantizer(), batches),
+        ("own.pt2", _save_exported, model, export.x86_quantizer(), batches),
     ]
     for name, network, scheme in (("power2", power2, REFERENCE), ("float", float_scales, FLOAT)):
         tasks += [
             (f"{name}.pt", save_int8, network),
             (f"{name}.ts", _save_script, network, example),
             (f"{name}.onnx", _save_int8_onnx, network, example),
-            (f"{name}.pt2", _save_exported, model, PowerOfTwoQuantizer(scheme, scheme), batches),
+            (f"{name}.pt2", _save_exported, model, export.PowerOfTwoQuantizer(scheme, scheme), batches),
         ]
     files, failed = {}, {}
     with progress(len(tasks), "files", unit="file") as bar:
@@ -114,10 +106,10 @@ def _save_script(path: Path, network: nn.Module, example: Tensor) -> None:
 
 @torch.no_grad()
 def _save_exported(path: Path, model: nn.Module, quantizer, batches: list[Tensor]) -> None:
-    prepared = prepare_export(model, quantizer, batches[0])
+    prepared = export.prepare_export(model, quantizer, batches[0])
     for batch in batches:
         prepared(batch)
-    converted = weights_per_channel(convert_export(prepared))
+    converted = export.weights_per_channel(export.convert_export(prepared))
     converted = fx.GraphModule(converted, converted.graph)  # leaves out the float weights, no longer used
     example = torch.zeros(2, *batches[0].shape[1:])
-    torch.export.save(torch.export.export(converted, (example,), dynamic_shapes=BATCH), path)
+    torch.export.save(torch.export.export(converted, (example,), dynamic_shapes=export.BATCH), path)

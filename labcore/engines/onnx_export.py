@@ -137,10 +137,7 @@ class _Graph:
 
 
 def build_onnx(
-    network: nn.Module,
-    image_shape: tuple[int, int, int],
-    facts: dict[str, str] | None = None,
-    integer_bias: bool = True,
+    network: nn.Module, image_shape: tuple[int, ...], facts: dict | None = None, integer_bias: bool = True
 ) -> onnx.ModelProto:
     """Return the ONNX model of an eager int8 network: normalised images (B, 3, H, W) -> logits (B, classes).
 
@@ -161,12 +158,9 @@ def build_onnx(
             values[node] = graph.function(node, sources)
     images = helper.make_tensor_value_info(INPUT, TensorProto.FLOAT, ["batch", *image_shape])
     logits = helper.make_tensor_value_info(OUTPUT, TensorProto.FLOAT, ["batch", network.fc.out_features])
-    model = helper.make_model(
-        helper.make_graph(graph.nodes, "int8", [images], [logits], graph.constants),
-        producer_name="labcore",
-        opset_imports=[helper.make_opsetid("", OPSET)],
-        ir_version=IR_VERSION,
-    )
+    body = helper.make_graph(graph.nodes, "int8", [images], [logits], graph.constants)
+    versions = {"opset_imports": [helper.make_opsetid("", OPSET)], "ir_version": IR_VERSION}
+    model = helper.make_model(body, producer_name="labcore", **versions)
     helper.set_model_props(model, facts or {})
     onnx.checker.check_model(model, full_check=True)
     return model
@@ -190,9 +184,7 @@ def predict_onnx(model: onnx.ModelProto, batches: Iterable[Tensor], optimize: bo
     options.log_severity_level = 3
     if not optimize:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-    return np.concatenate(
-        [session.run([OUTPUT], {INPUT: batch.contiguous().numpy()})[0] for batch in batches]
-    )
+    file = model.SerializeToString()
+    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    logits = [session.run([OUTPUT], {INPUT: batch.contiguous().numpy()})[0] for batch in batches]
+    return np.concatenate(logits)

@@ -35,14 +35,9 @@ def speeds(measured: pd.DataFrame, macs: int) -> list[dict]:
         order = times.median().sort_values(ascending=False).index
         fp32 = [title for title in order if _is_fp32(title)]
         fastest = fp32[-1] if fp32 else None
-        table = pd.concat(
-            [
-                _quartiles("latency_ms", times),
-                _quartiles("speedup", _speedups(times, FIRST)),
-                _quartiles("fp32_speedup", _speedups(times, fastest)),
-            ],
-            axis=1,
-        ).loc[order]
+        table = _quartiles("latency_ms", times).loc[order]
+        table = table.join(_quartiles("speedup", _speedups(times, FIRST)))
+        table = table.join(_quartiles("fp32_speedup", _speedups(times, fastest)))
         table["batch"], table["fastest_fp32"] = batch, fastest
         table["images_per_s"] = 1000 * batch / table["latency_ms"]
         roof = [rates["FP32" if _is_fp32(title) else "INT8"] or {"rate": math.nan} for title in order]
@@ -52,8 +47,7 @@ def speeds(measured: pd.DataFrame, macs: int) -> list[dict]:
 
 
 def best(rows: list[dict]) -> dict[str, dict]:
-    """Return the row of the fastest INT8 engine for every batch size, from `speeds`."""
-    # Within a batch the fastest stands last.
+    """Return the row of the fastest INT8 engine by batch size: the last of these rows, from `speeds`."""
     return {f"{row['batch']}": row for row in rows if not _is_fp32(row["engine"])}
 
 
@@ -63,12 +57,12 @@ def pairs(measured: pd.DataFrame) -> pd.DataFrame:
     Returns one row per engine and batch: engine, batch, speedup (time with float scales over time with powers
     of two) and its quartiles; 1 means no difference.
     """
-    rows = []
-    titles = measured["engine"].unique()
-    for name in [parts(title)[0] for title in titles if parts(title)[1] == FLOAT]:
-        floats, powers = f"{name}{DOT}{FLOAT}", f"{name}{DOT}{POWER2}"
-        for batch, part in measured[measured["engine"].isin([floats, powers])].groupby("batch"):
-            if powers in titles:
+    rows, titles = [], measured["engine"].unique()
+    for floats in titles:
+        name, numbers = parts(floats)
+        powers = f"{name}{DOT}{POWER2}"
+        if numbers == FLOAT and powers in titles:
+            for batch, part in measured[measured["engine"].isin([floats, powers])].groupby("batch"):
                 speedup = _quartiles("speedup", _speedups(_by_round(part), floats)).loc[powers]
                 rows.append({"engine": name, "batch": int(batch)} | speedup.to_dict())
     return pd.DataFrame(rows)

@@ -148,10 +148,8 @@ def matrix(spec: dict) -> Network:
         packed = torch.ops.quantized.linear_prepack(b_int8, None)
         return lambda _: torch.ops.quantized.linear(a_uint8, packed, 4.0, 64)
 
-    def best_ms(kernels: str) -> float:
-        return min(time_ms(product(kernels), None, runs=3))
-
-    return product(min(torch.backends.quantized.supported_engines, key=best_ms))
+    supported = torch.backends.quantized.supported_engines
+    return product(min(supported, key=lambda kernels: min(time_ms(product(kernels), None, runs=3))))
 
 
 def batch(images: np.ndarray, size: int, start: int = 0) -> np.ndarray:
@@ -177,19 +175,17 @@ def main() -> None:
     """Answer requests until the input ends; the first says which engine. A failure is answered too."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print must not stand between the answers
-    network = None
+    network, images = None, np.zeros((1, 1))  # a roof has no images
     for line in sys.stdin:
         request = json.loads(line)
         try:
             if network is None:
                 network = globals()[request["kind"]](request)  # the function above of that name
-                images = (
-                    np.load(request["images"], mmap_mode="r") if "images" in request else np.zeros((1, 1))
-                )
+                if "images" in request:
+                    images = np.load(request["images"], mmap_mode="r")
                 for size in request["batches"]:
                     time_ms(network, batch(images, size), runs=2)
-                MEMORY["peak_mb"] = memory_mb("VmHWM")
-                answer = MEMORY
+                answer = MEMORY | {"peak_mb": memory_mb("VmHWM")}
             elif request["do"] == "time":
                 answer = {"ms": time_ms(network, batch(images, request["batch"]), request["runs"])}
             else:

@@ -1,7 +1,6 @@
 """Engines side by side: workers against the same files in this process, and engines that cannot run."""
 
 import os
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -32,10 +31,8 @@ def spec(folder: Path, file: str = "int8.onnx", kind: str = "onnx_runtime", **op
 
 def test_engines_answer_as_their_files_do_in_this_process(folder, int8, tiny_data):
     save_float_onnx(folder / "fp32.onnx", network(), torch.zeros(2, 3, 16, 16))
-    kinds = ["onnx_runtime"] + (["openvino"] if find_spec("openvino") else [])
-    networks = {
-        f"{kind} {name}": spec(folder, f"{name}.onnx", kind) for kind in kinds for name in ("fp32", "int8")
-    }
+    files = [(kind, name) for kind in ("onnx_runtime", "openvino") for name in ("fp32", "int8")]
+    networks = {f"{kind} {name}": spec(folder, f"{name}.onnx", kind) for kind, name in files}
     roof = {"kind": "matrix", "numbers": "FP32", "size": 64, "threads": 1}
     with Bench(networks | {"roof": roof}, [1, 64]) as bench:
         table, found = bench.answers(tiny_data.test_labels)
@@ -54,10 +51,10 @@ def test_engines_answer_as_their_files_do_in_this_process(folder, int8, tiny_dat
             assert np.abs(values - floats).max() <= 1.1 * rounded, title
     assert list(table.index) == list(networks) and (table["n_seen"] == 32).all() and bench.skipped == {}
     assert (table["peak_mb"] > table["libraries_mb"]).all() and (table["libraries_mb"] > 10).all()
-    expected = {(r, name, b) for r in range(3) for name in networks for b in (1, 64)}
-    expected |= {(r, "roof", 1) for r in range(3)}
-    assert set(zip(times["round"], times["engine"], times["batch"], strict=True)) == expected
-    assert (times["latency_ms"] > 0).all() and len(times) == len(expected)
+    runs = [("roof", 1), *((name, batch) for name in networks for batch in (1, 64))]
+    found = zip(times["round"], times["engine"], times["batch"], strict=True)
+    assert sorted(found) == sorted((number, *run) for number in range(3) for run in runs)
+    assert (times["latency_ms"] > 0).all()
 
 
 def test_an_engine_that_cannot_run_is_skipped_with_its_reason_and_the_others_go_on(folder):
@@ -72,7 +69,7 @@ def test_an_engine_that_cannot_run_is_skipped_with_its_reason_and_the_others_go_
         assert set(bench.times(rounds=3, runs=1, pause=0)["engine"]) == {"good"}
     assert set(bench.skipped) == {"damaged", "missing", "foreign"}
     assert bench.skipped["foreign"].startswith("RuntimeError: abacus")
-    assert all("\n" not in reason and reason for reason in bench.skipped.values())
+    assert all(reason.splitlines() == [reason] for reason in bench.skipped.values())
 
 
 def test_an_engine_whose_process_is_killed_loses_its_times_and_the_others_go_on(folder):
@@ -107,7 +104,6 @@ def test_every_engine_has_a_title_of_its_own_and_a_function_that_loads_it():
 def test_a_package_that_is_missing_is_named():
     missing = ModuleNotFoundError("No module named 'openvino'", name="openvino")
     assert worker.reason(missing) == "openvino is not installed (it stands in requirements.txt)"
-    assert worker.reason(RuntimeError("x\ny")) == "RuntimeError: x"
 
 
 def test_memory_is_unknown_where_the_system_does_not_say(tmp_path):
@@ -126,7 +122,6 @@ def test_images_are_those_of_the_evaluation_transform(tiny_data, tmp_path):
     write_images(tmp_path / "images.npy", tiny_data.test_images, chunk=10)
     expected = normalize(torch.from_numpy(tiny_data.test_images)).contiguous().numpy()
     assert np.array_equal(np.load(tmp_path / "images.npy", mmap_mode="r"), expected)
-    assert not list(tmp_path.glob("*.part"))
 
 
 def test_multiply_adds_are_those_of_convolutions_and_linear_layers():
