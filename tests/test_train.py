@@ -7,13 +7,13 @@ import io
 import math
 import multiprocessing
 import os
-import pickle
 import random
 import signal
 import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pandas as pd
@@ -113,9 +113,8 @@ def train_long(folder, data, split) -> None:
 
 
 def epochs_done(folder: Path) -> int:
-    with contextlib.suppress(FileNotFoundError, pd.errors.EmptyDataError):
-        return len(pd.read_csv(folder / "history.csv"))
-    return 0
+    history = folder / "history.csv"
+    return len(pd.read_csv(history)) if history.exists() else 0
 
 
 def test_kills_at_random_moments_change_no_weight(fit, tmp_path, tiny_data, tiny_split, monkeypatch):
@@ -186,6 +185,12 @@ def change_a_byte(path: Path) -> None:
     assert torch.load(path, weights_only=True), "torch itself loads it"
 
 
+def change_the_identity(path: Path) -> None:
+    state = load_tensors(path)
+    state["identity"]["data"] = "f" * 16
+    save_tensors(path, state)
+
+
 def foreign(content):
     return lambda path: torch.save(content, path)
 
@@ -196,6 +201,7 @@ def foreign(content):
         (truncate, 1, "PytorchStreamReader"),
         (truncate, 2, "PytorchStreamReader"),
         (change_a_byte, 1, "the checksum of"),
+        (change_the_identity, 1, f"its content belongs to another training: data is {'f' * 16} there and 0"),
         *((foreign(value), 2, "it holds no") for value in (torch.ones(3), {"identity": 1}, ["identity"])),
     ],
 )
@@ -215,44 +221,39 @@ def test_a_damaged_or_foreign_checkpoint_is_named_and_an_older_one_is_used(
     assert all(load_tensors(path) for path in files), "both are good again"
 
 
+def killed_move(patch, number: int) -> list[Path]:
+    """Where checkpoints are moved to; the process is killed at the move of this number, counted from 0."""
+    move, targets = os.replace, []
+
+    def dying(source, target):
+        if "checkpoint" in str(target):
+            targets.append(target)
+            if len(targets) > number:
+                raise KeyboardInterrupt
+        move(source, target)
+
+    patch.setattr(os, "replace", dying)
+    return targets
+
+
 def test_a_kill_while_a_changed_checkpoint_is_replaced_keeps_the_good_one(fit, tmp_path, monkeypatch):
     fit()
     newest, previous = checkpoints(tmp_path / "a")
     good = previous.read_bytes()
     change_a_byte(newest)
-    moved, move = [], os.replace
-
-    def dying(source, target):
-        if "checkpoint" in str(target):
-            moved.append(target)
-            raise KeyboardInterrupt
-        move(source, target)
-
-    monkeypatch.setattr(os, "replace", dying)
+    targets = killed_move(monkeypatch, 0)
     with pytest.raises(KeyboardInterrupt):
         fit()
-    assert moved == [newest] and previous.read_bytes() == good
-
-
-def test_a_checkpoint_under_the_name_of_another_training_is_told_apart(fit, tmp_path, tiny_data, capsys):
-    fit("a")
-    other = replace(tiny_data, sha256="f" * 64)
-    whole = fit("b", data=other)
-    newest, previous = checkpoints(tmp_path / "b")
-    checkpoints(tmp_path / "a")[0].replace(newest)
-    previous.unlink()
-    assert_same(whole, fit("b", data=other))
-    assert f"data is {tiny_data.sha256[:16]} there and {'f' * 16} here" in capsys.readouterr().out
+    assert targets == [newest] and previous.read_bytes() == good
 
 
 def test_bfloat16_and_float32_do_not_continue_each_other(fit, monkeypatch, capsys):
-    here, other = ("bfloat16", "float32") if device.multiplies_bfloat16() else ("float32", "bfloat16")
-    fit(recipe=replace(RECIPE, epochs=1))
-    monkeypatch.setattr(device, "multiplies_bfloat16", lambda: other == "bfloat16")
-    calls = counted_updates(monkeypatch)
-    fit(recipe=replace(RECIPE, epochs=1))
+    for choice in (False, True):
+        monkeypatch.setattr(device, "multiplies_bfloat16", lambda choice=choice: choice)
+        calls = counted_updates(monkeypatch)
+        fit(recipe=replace(RECIPE, epochs=1))
     assert len(calls) == 4
-    assert f"autocast dtype is torch.{here} there and torch.{other} here" in capsys.readouterr().out
+    assert "autocast dtype is torch.float32 there and torch.bfloat16 here" in capsys.readouterr().out
 
 
 def test_what_killed_writes_left_is_removed(fit, tmp_path):
@@ -281,36 +282,16 @@ def test_a_kill_between_the_two_renames_loses_nothing(fit, tmp_path, monkeypatch
 
 
 def test_another_run_that_is_killed_at_any_write_harms_no_checkpoint(fit, tmp_path, monkeypatch):
-    first = fit("a")
+    first, other = fit("a"), replace(RECIPE, lr=0.01)
     before = {path: path.read_bytes() for path in (tmp_path / "a").glob("checkpoint*")}
-    other, move = replace(RECIPE, lr=0.01), os.replace
-    whole = fit("whole", other)
-    for survived in (0, 1, 0, 1, 0):  # an epoch's first write is one move, later ones are two
-        moves = []
-
-        def dying(source, target, survived=survived, moves=moves):
-            if "checkpoint" in str(target):
-                if len(moves) == survived:
-                    raise KeyboardInterrupt
-                moves.append(target)
-            move(source, target)
-
+    for number in (0, 1, 0, 1, 0):  # an epoch's first write is one move, later ones are two
         with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
-            patch.setattr(os, "replace", dying)
+            killed_move(patch, number)
             fit("a", other)
         assert {path: path.read_bytes() for path in before} == before
-    assert equal(whole.state, fit("a", other).state)
+    assert_same(fit("a", other), fit("b", other))
     calls = counted_updates(monkeypatch)
     assert equal(first.state, fit("a").state) and calls == []
-
-
-def test_weights_that_the_last_update_spoilt_are_never_saved(fit, tmp_path, monkeypatch):
-    counted_updates(monkeypatch, 2 * 4, spoil_weights)
-    with pytest.raises(LabError, match=r"no longer finite after epoch 2, learning rate 0\.\d+; lower lr"):
-        fit()
-    (only,) = (tmp_path / "a").glob("checkpoint*")
-    state = load_tensors(only)
-    assert len(state["rows"]) == 1 and all(torch.isfinite(value).all() for value in state["model"].values())
 
 
 def test_the_best_epoch_is_chosen_by_validation_alone(fit, monkeypatch):
@@ -320,20 +301,25 @@ def test_the_best_epoch_is_chosen_by_validation_alone(fit, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("number", "expected"),
+    ("number", "spoil", "expected", "saved"),
     [
-        (3, r"finite in epoch 1 at step 3 of 4, learning rate 0\.\d+; .* clip_norm\.$"),
-        (4 + 2, r"in epoch 2 at step 2 of 4, .* The checkpoint of epoch 1 is kept\."),
+        (3, spoil_loss, r"finite in epoch 1 at step 3 of 4, learning rate 0\.\d+; .* clip_norm\.$", 0),
+        (4 + 2, spoil_loss, r"in epoch 2 at step 2 of 4, .* The checkpoint of epoch 1 is kept\.", 1),
+        (2 * 4, spoil_weights, r"finite after epoch 2, learning rate 0\.\d+; .* epoch 1 is kept\.", 1),
     ],
 )
-def test_a_loss_that_is_no_number_stops_and_the_last_good_epoch_is_kept(fit, monkeypatch, number, expected):
+def test_numbers_that_are_not_finite_stop_training_and_are_never_saved(
+    fit, tmp_path, monkeypatch, number, spoil, expected, saved
+):
     with monkeypatch.context() as patch, pytest.raises(train.Diverged, match=expected):
-        counted_updates(patch, number, spoil_loss)
+        counted_updates(patch, number, spoil)
         fit("a")
+    states = [load_tensors(path) for path in (tmp_path / "a").glob("checkpoint*")]
+    assert [len(state["rows"]) for state in states] == [1] * saved
+    assert all(value.isfinite().all() for state in states for value in state["model"].values())
     calls = counted_updates(monkeypatch)
-    again = fit("a")
-    assert len(calls) == 4 * (3 - number // 4)
-    assert_same(again, fit("b"))
+    assert_same(fit("a"), fit("b"))
+    assert len(calls) == 4 * (3 - saved) + 4 * 3
 
 
 def test_a_checkpoint_that_is_slow_to_write_is_written_less_often(fit, tmp_path, monkeypatch):
@@ -416,37 +402,34 @@ def test_saving_to_a_full_disk_says_so_and_keeps_the_old_file(tmp_path, monkeypa
     assert [child.name for child in tmp_path.iterdir()] == ["weights.pt"]
 
 
-class Evil:
-    """Runs a command where it is unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.path}",)
-
-
-@pytest.mark.parametrize(
-    "save", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))], ids=["torch", "pickle"]
-)
-def test_a_pickle_that_would_execute_code_is_refused(tmp_path, save):
-    save({"a": Evil(tmp_path / "executed")}, tmp_path / "weights.pt")
-    with pytest.raises(LabError, match="refused|damaged"):
-        load_tensors(tmp_path / "weights.pt")
-    assert not (tmp_path / "executed").exists()
-
-
 def test_the_epoch_can_be_shortened(fit, monkeypatch):
     calls = counted_updates(monkeypatch)
     fit(recipe=replace(RECIPE, epochs=2, epoch_images=32))
     assert len(calls) == 2 * 2
 
 
+OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB.")
+NO_ENGINE = RuntimeError("GET was unable to find an engine to execute this computation")
+
+
+def watched(model: torch.nn.Module, fails, error: Exception = OUT_OF_MEMORY) -> list[torch.Tensor]:
+    """What the network sees while it trains; `error` is raised where fails(sizes so far) is true."""
+    seen = []
+
+    def hook(module, args):
+        if torch.is_grad_enabled():
+            seen.append(args[0])
+            if fails([len(x) for x in seen]):
+                raise error
+
+    model.register_forward_pre_hook(hook)
+    return seen
+
+
 def test_the_first_epochs_see_smaller_images(fit, tiny_data, monkeypatch):
-    seen, augmented, side = [], [], tiny_data.train_images.shape[-1]
+    augmented, model, side = [], network(), tiny_data.train_images.shape[-1]
     monkeypatch.setattr(train, "augment", lambda *args: augmented.append(augment(*args)) or augmented[-1])
-    model = network()
-    model.register_forward_pre_hook(lambda module, args: module.training and seen.append(args[0]) or None)
+    seen = watched(model, lambda sizes: False)
     fit(recipe=replace(RECIPE, small_share=0.5, small_size=0.5), model=model)
     for step, (x, whole) in enumerate(zip(seen, augmented, strict=True)):
         if step < 2 * 4:  # of three epochs the first two begin before half of the training
@@ -462,26 +445,21 @@ def test_mixing_uses_one_share_for_pixels_and_loss(tiny_data, kind, monkeypatch)
     model = network()
     model.fc.weight.data *= 50  # answers of their own, or every share would give nearly the same loss
     images, labels = (torch.from_numpy(a[:8]) for a in (tiny_data.train_images, tiny_data.train_labels))
-    loop, expected = train.Loop(model, recipe, 64), copy.deepcopy(model)
-    loss, _ = train.update(loop, images, labels, np.random.default_rng(3))
-    rng = np.random.default_rng(3)
+    loop, expected, rng = train.Loop(model, recipe, 64), copy.deepcopy(model), np.random.default_rng(3)
     mixed, partner, share = mix(augment(images, recipe.augment, rng), recipe, rng)
-    logits = expected(mixed).log_softmax(1)
     one_hot = torch.nn.functional.one_hot(labels, 4).float()
     target = share[:, None] * one_hot + (1 - share)[:, None] * one_hot[partner]
-    assert loss.item() == pytest.approx(-(target * logits).sum().item(), rel=1e-4)
+    loss, _ = train.update(loop, images, labels, np.random.default_rng(3))
+    assert loss.item() == pytest.approx(-(target * expected(mixed).log_softmax(1)).sum().item(), rel=1e-4)
 
 
-def gradients(tiny_data, micro: int, hook=None, **values) -> tuple[list[torch.Tensor], float]:
+def gradients(tiny_data, micro: int, model=None, **values) -> tuple[list[torch.Tensor], float]:
     """The gradients of one update of a network without BatchNorm's batch statistics, and its loss."""
     recipe = Recipe(epochs=1, batch_size=12, lr=1e-9, micro_batch=micro, augment=RECIPE.augment, **values)
-    model = network()
-    loop = train.Loop(model, recipe, 64)
-    model.eval()
-    if hook:
-        model.register_forward_pre_hook(hook)
-    images, labels = torch.from_numpy(tiny_data.train_images[:12]), torch.from_numpy(tiny_data.train_labels)
-    loss, _ = train.update(loop, images, labels[:12], np.random.default_rng(0))
+    model = (model or network()).eval()
+    arrays = tiny_data.train_images[:12], tiny_data.train_labels[:12]
+    loop, rng = train.Loop(model, recipe, 64), np.random.default_rng(0)
+    loss, _ = train.update(loop, *map(torch.from_numpy, arrays), rng)
     return [parameter.grad for parameter in model.parameters()], loss.item()
 
 
@@ -496,69 +474,51 @@ def test_gradients_of_small_parts_add_up_to_those_of_the_batch(tiny_data, micro,
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
 
 
-class TightMemory:
-    """A hook before the network: calls of these numbers raise an error; `sizes` are those of all calls."""
-
-    def __init__(self, error: Exception, *numbers: int):
-        self.error, self.numbers, self.sizes = error, numbers, []
-
-    def __call__(self, module, args) -> None:
-        self.sizes.append(len(args[0]))
-        if len(self.sizes) in self.numbers:
-            raise self.error
-
-
-OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB.")
-NO_ENGINE = RuntimeError("GET was unable to find an engine to execute this computation")
-
-
 @pytest.mark.parametrize("error", [OUT_OF_MEMORY, NO_ENGINE], ids=["torch", "cuDNN"])
 def test_too_little_memory_halves_the_part_and_keeps_the_batch(tiny_data, capsys, error):
     expected, _ = gradients(tiny_data, 3)
-    memory = TightMemory(error, 1, 3)
-    found, _ = gradients(tiny_data, 0, memory)
-    assert memory.sizes == [12, 6, 6, 3, 3, 3, 3], "some gradients were there already"
+    model = network()
+    seen = watched(model, lambda sizes: len(sizes) in (1, 3), error)
+    found, _ = gradients(tiny_data, 0, model)
+    assert [len(x) for x in seen] == [12, 6, 6, 3, 3, 3, 3], "some gradients were there already"
     assert all(torch.equal(first, second) for first, second in zip(found, expected, strict=True))
     assert "out of GPU memory; going on with 3 images at a time" in capsys.readouterr().out
 
 
-def test_other_errors_are_not_taken_for_too_little_memory(tiny_data):
-    with pytest.raises(RuntimeError, match="shapes do not fit"):
-        gradients(tiny_data, 0, TightMemory(RuntimeError("shapes do not fit"), 1))
-
-
-def test_too_little_memory_for_one_image_is_an_error_in_one_line(tiny_data):
-    with pytest.raises(LabError, match="out of GPU memory with one image at a time; use"):
-        gradients(tiny_data, 0, TightMemory(OUT_OF_MEMORY, *range(99)))
+@pytest.mark.parametrize(
+    ("error", "kind", "said"),
+    [
+        (RuntimeError("shapes do not fit"), RuntimeError, "shapes do not fit"),
+        (OUT_OF_MEMORY, LabError, "out of GPU memory with one image at a time; use"),
+    ],
+)
+def test_other_errors_and_too_little_memory_for_one_image_are_raised(tiny_data, error, kind, said):
+    model = network()
+    watched(model, lambda sizes: True, error)
+    with pytest.raises(kind, match=said):
+        gradients(tiny_data, 0, model)
 
 
 def test_a_halved_part_is_kept_by_the_checkpoint(fit, monkeypatch, capsys):
-    sizes, model = [], network()
-
-    def tight(module, args):
-        if module.training:
-            sizes.append(len(args[0]))
-            if len(args[0]) > 8:
-                raise OUT_OF_MEMORY
-
-    model.register_forward_pre_hook(tight)
+    model = network()
+    seen = watched(model, lambda sizes: sizes[-1] > 8)
     whole = fit("a", model=model)
-    assert sizes.count(16) == 1 and capsys.readouterr().out.count("out of GPU memory") == 1
+    assert [len(x) for x in seen].count(16) == 1 and capsys.readouterr().out.count("out of GPU memory") == 1
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         counted_updates(patch, 4 + 1, stop)
         fit("b", model=model)
-    sizes.clear()
+    seen.clear()
     assert_same(whole, fit("b", model=model))
-    assert set(sizes) == {8}
+    assert {len(x) for x in seen} == {8}
 
 
 @pytest.mark.parametrize(
     ("amx", "avx512", "processor", "expected"),
     [
-        (True, True, "Intel(R) Xeon(R) Platinum 8481C", True),
-        (False, True, "Intel(R) Xeon(R) Processor", False),
-        (False, True, "AMD EPYC 9B14", True),
-        (False, False, "AMD EPYC 7B12", False),
+        (True, True, "Intel", True),
+        (False, True, "Intel", False),
+        (False, True, "AMD", True),
+        (False, False, "AMD", False),
     ],
 )
 def test_bfloat16_is_chosen_where_it_is_faster(amx, avx512, processor, expected, monkeypatch):
@@ -572,26 +532,18 @@ def test_bfloat16_is_chosen_where_it_is_faster(amx, avx512, processor, expected,
 def test_qat_trains_in_bfloat16_where_that_is_faster_and_is_scored_in_float32(monkeypatch):
     monkeypatch.setattr(device, "multiplies_bfloat16", lambda: True)
     monkeypatch.setattr(device, "device", lambda: torch.device("cpu"))
-    plain, ours, fused = network(), *(prepare_qat(network(), kind.qat) for kind in CustomQConfig)
-    for model, training, expected in [
-        (plain, True, True),
-        (plain, False, True),
-        (ours, True, True),
-        (ours, False, False),
-        (fused, True, False),  # torch's fused fake quantization takes float32 only
-        (fused, False, False),
-    ]:
-        with device.autocast(model.train(training)):
-            assert torch.is_autocast_enabled("cpu") == expected
+    ours, fused = (prepare_qat(network(), kind.qat) for kind in CustomQConfig)
+    # Trained and scored in bfloat16? torch's fused fake quantization takes float32 only.
+    for model, expected in ((network(), (True, True)), (ours, (True, False)), (fused, (False, False))):
+        for training, in_bfloat16 in zip((True, False), expected, strict=True):
+            with device.autocast(model.train(training)):
+                assert torch.is_autocast_enabled("cpu") == in_bfloat16
 
 
 def test_a_network_that_cannot_be_compiled_is_said_once(monkeypatch, capsys):
-    def broken(graph, inputs):
-        raise RuntimeError("no compiler")
-
     monkeypatch.setattr(torch._dynamo.config, "suppress_errors", True)
     device._print_once.cache_clear()
-    for backend, said in ((broken, 1), ("eager", 0)):
+    for backend, said in ((Mock(side_effect=RuntimeError("no compiler")), 1), ("eager", 0)):
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
         compiled = torch.compile(torch.nn.Linear(2, 2), backend=backend)

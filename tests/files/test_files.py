@@ -15,8 +15,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     with pytest.raises(ValueError, match="stop"), artifacts.atomic_path(path) as partial:
         partial.write_text("new")
         raise ValueError("stop")
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
 def test_json_round_trips_and_refuses_nan(tmp_path):
@@ -33,11 +32,8 @@ def test_json_round_trips_and_refuses_nan(tmp_path):
         (artifacts.read_json, None, "is missing: run the stage"),
         (artifacts.read_json, b"{", "is damaged"),
         (code.notebook_sources, None, "is missing: restore it"),
-        (code.notebook_sources, b"{", "is no notebook"),
-        (code.notebook_sources, b"[]", "is no notebook"),
-        (code.notebook_sources, b"{}", "is no notebook"),
+        *((code.notebook_sources, text, "is no notebook") for text in (b"{", b"[]", b"{}", b"\xff")),
         (code.notebook_sources, b'{"cells": [1]}', "is no notebook"),
-        (code.notebook_sources, b"\xff", "is no notebook"),
     ],
 )
 def test_a_missing_damaged_or_foreign_file_says_what_to_do(tmp_path, read, content, message):
@@ -52,25 +48,30 @@ CODE = 'def f(x):\n    """Twice."""\n    return 2 * x\n'
 
 
 @pytest.mark.parametrize(
-    "same",
+    ("other", "same"),
     [
-        CODE.replace("Twice.", "Two times."),
-        "# a comment\n" + CODE,
-        CODE.replace("return", "# why\n    return"),
-        CODE + "\n\n",
+        (CODE.replace("Twice.", "Two times."), True),
+        ("# a comment\n" + CODE, True),
+        (CODE.replace("return", "# why\n    return"), True),
+        (CODE + "\n\n", True),
+        (CODE.replace("2", "3"), False),
+        (CODE.replace("f(", "g("), False),
+        (CODE + "f(1)\n", False),
     ],
 )
-def test_prose_does_not_change_the_hash_of_code(tmp_path, same):
-    (tmp_path / "a.py").write_text(CODE)
-    (tmp_path / "b.py").write_text(same)
-    assert code.code_hash(tmp_path / "a.py") == code.code_hash(tmp_path / "b.py")
+def test_what_code_does_decides_its_hash_and_not_its_prose(tmp_path, other, same):
+    hashes = []
+    for name, text in (("a.py", CODE), ("b.py", other)):
+        (tmp_path / name).write_text(text)
+        hashes.append(code.code_hash(tmp_path / name))
+    assert (hashes[0] == hashes[1]) == same
 
 
-@pytest.mark.parametrize("other", [CODE.replace("2", "3"), CODE.replace("f(", "g("), CODE + "f(1)\n"])
-def test_what_code_does_changes_its_hash(tmp_path, other):
-    (tmp_path / "a.py").write_text(CODE)
-    (tmp_path / "b.py").write_text(other)
-    assert code.code_hash(tmp_path / "a.py") != code.code_hash(tmp_path / "b.py")
+def test_a_module_that_is_not_there_is_named():
+    known = ("train", "images.transforms")
+    assert code.modules_hash(*known) == code.modules_hash(*reversed(known)) != code.modules_hash("train")
+    with pytest.raises(LabError, match=r"^expected module labcore\.images\.transform in .*, found none"):
+        code.modules_hash("train", "images.transform")
 
 
 @pytest.mark.parametrize(
@@ -103,6 +104,4 @@ def test_a_notebook_is_code_and_prose(tmp_path):
 
 def test_provenance_names_the_machine():
     facts = provenance.provenance()
-    assert facts["threads"] >= 1
-    assert facts["cpu"] and facts["instructions"]
-    assert facts["versions"]["torch"]
+    assert facts["threads"] >= 1 and facts["cpu"] and facts["instructions"] and facts["versions"]["torch"]
