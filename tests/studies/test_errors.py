@@ -5,137 +5,52 @@ import pytest
 import torch
 from small import network, snapshot, unchanged
 
-from labcore.data import calibration_batches
-from labcore.observer import PowerOfTwoObserver
 from labcore.qconfig import FLOAT, REFERENCE, CustomQConfig, Scheme, make_qconfig
 from labcore.quantize import calibrate, convert, layers, prepare_ptq, simulate
 from labcore.studies.errors import count_clamped, errors_alone, inspect_qparams, qparams, values_and_grid
 
-POWER2, DEFAULT = CustomQConfig.POWER2, CustomQConfig.DEFAULT
+
+@pytest.fixture
+def calibrated(batches):
+    """Calibrate the small network, or another, by a pair of schemes."""
+
+    def build(weight=REFERENCE, activation=REFERENCE, mode="ptq", model=None):
+        return calibrate(prepare_ptq(model or network(), make_qconfig(weight, activation, mode)), batches)
+
+    return build
 
 
-def observed(prepared, data, split):
-    return inspect_qparams(prepared, calibration_batches(data, split))
+@pytest.fixture
+def row(batches):
+    return lambda prepared, *key: inspect_qparams(prepared, batches).set_index(["layer", "tensor"]).loc[key]
 
 
-def test_every_scale_of_the_power_configuration_is_a_power_of_two_within_the_limits(int8):
-    table = qparams(int8)
-    assert (table["exponent"] == table["exponent"].round()).all() and table["exponent"].between(-8, 8).all()
-    assert (table["scale"] == 2.0 ** table["exponent"]).all()
-
-
-def test_the_table_of_scales_has_a_row_for_every_quantized_tensor(int8):
-    table = qparams(int8)
-    layers = [
-        "conv1",
-        "layer2.0.0",
-        "layer2.2.conv1",
-        "layer2.2.conv2",
-        "layer3.0.0",
-        "layer4.0.0",
-        "layer4.2.conv1",
-        "layer4.2.conv2",
-        "fc",
-    ]
-    others = ["quant", "layer2.2.add_relu", "layer4.2.add_relu"]
-    assert sorted(table[table["tensor"] == "weight"]["layer"]) == sorted(layers)
-    assert sorted(table[table["tensor"] == "activation"]["layer"]) == sorted(layers + others)
-
-
-def test_the_table_of_scales_tells_what_the_layers_hold(int8):
+def test_the_table_of_scales_tells_what_every_quantized_tensor_holds(int8):
     table = qparams(int8).set_index(["layer", "tensor"])
-    assert table.loc[("conv1", "activation"), ["scale", "zero_point"]].tolist() == [
-        int8.conv1.scale,
-        int8.conv1.zero_point,
-    ]
+    weighted = ["conv1", "layer2.0.0", "layer3.0.0", "layer4.0.0", "fc"]
+    weighted += [f"layer{stage}.2.conv{number}" for stage in (2, 4) for number in (1, 2)]
+    others = ["quant", "layer2.2.add_relu", "layer4.2.add_relu"]
+    expected = [(name, "weight") for name in weighted] + [(name, "activation") for name in weighted + others]
+    assert sorted(table.index) == sorted(expected)
+    held = table.loc[("conv1", "activation"), ["scale", "zero_point"]].tolist()
+    assert held == [int8.conv1.scale, int8.conv1.zero_point]
     assert table.loc[("fc", "weight"), "scale"] == int8.fc.weight().q_scale()
+    assert table["exponent"].isin(range(-8, 9)).all() and (table["scale"] == 2.0 ** table["exponent"]).all()
 
 
-@pytest.mark.parametrize(("wanted", "given"), [(-12, -8), (-10, -8), (-8, -8), (-3, -3), (8, 8), (9, 8)])
-def test_a_tensor_counts_as_clamped_where_the_limits_change_its_scale(wanted, given, tiny_data, tiny_split):
-    model = network()
-    weight = model.fc.weight.data
-    weight.mul_(127.5 * 2.0**wanted / weight.abs().max())
-    row = (
-        observed(
-            calibrate(prepare_ptq(model, POWER2.value), calibration_batches(tiny_data, tiny_split)),
-            tiny_data,
-            tiny_split,
-        )
-        .set_index(["layer", "tensor"])
-        .loc[("fc", "weight")]
-    )
-    assert (row["clamped"], row["scale"], row["raw_scale"]) == (
-        wanted != given,
-        2.0**given,
-        pytest.approx(2.0**wanted),
-    )
+def test_the_observed_scales_are_those_that_the_int8_network_gets(calibrated, batches):
+    prepared = calibrated()
+    scales = [
+        table.sort_values(["tensor", "layer"])[["layer", "tensor", "scale", "zero_point"]].values.tolist()
+        for table in (inspect_qparams(prepared, batches), qparams(convert(prepared)))
+    ]
+    assert scales[0] == scales[1]
 
 
-def test_clamped_tensors_are_those_whose_raw_scale_lies_beyond_the_limits(tiny_data, tiny_split):
-    table = observed(
-        calibrate(prepare_ptq(network(), POWER2.value), calibration_batches(tiny_data, tiny_split)),
-        tiny_data,
-        tiny_split,
-    )
-    beyond = ~np.log2(table["raw_scale"]).between(-8.5, 8.5)
-    assert table["clamped"].tolist() == beyond.tolist() and 0 < beyond.sum() < len(table)
-
-
-def test_without_a_limit_nothing_is_clamped(tiny_data, tiny_split):
-    model = network()
-    model.fc.weight.data.mul_(2.0**-12)
-    assert not observed(calibrated_without_limit(model, tiny_data, tiny_split), tiny_data, tiny_split)[
-        "clamped"
-    ].any()
-
-
-def test_the_observed_scales_are_those_that_the_int8_network_gets(tiny_data, tiny_split):
-    prepared = calibrate(prepare_ptq(network(), POWER2.value), calibration_batches(tiny_data, tiny_split))
-    planned, got = observed(prepared, tiny_data, tiny_split), qparams(convert(prepared))
-    assert len(planned) == len(got)
-    for tensor in ("weight", "activation"):
-        columns = [
-            table[table["tensor"] == tensor][["scale", "zero_point"]].to_numpy().tolist()
-            for table in (planned, got)
-        ]
-        assert columns[0] == columns[1]
-
-
-def test_the_observed_range_of_a_weight_is_the_weights(tiny_data, tiny_split):
-    prepared = calibrate(prepare_ptq(network(), POWER2.value), calibration_batches(tiny_data, tiny_split))
-    row = observed(prepared, tiny_data, tiny_split).set_index(["layer", "tensor"]).loc[("fc", "weight")]
-    assert (row["min"], row["max"]) == (prepared.fc.weight.min().item(), prepared.fc.weight.max().item())
-
-
-def test_looking_at_the_observers_leaves_them_as_they_are(tiny_data, tiny_split):
-    prepared = calibrate(prepare_ptq(network(), POWER2.value), calibration_batches(tiny_data, tiny_split))
-    before = snapshot(prepared)
-    observed(prepared, tiny_data, tiny_split)
-    assert unchanged(prepared, before)
-
-
-def test_networks_without_power_of_two_observers_have_nothing_to_report(tiny_data, tiny_split):
-    prepared = calibrate(prepare_ptq(network(), DEFAULT.value), calibration_batches(tiny_data, tiny_split))
-    assert len(observed(prepared, tiny_data, tiny_split)) == 0 and not any(
-        isinstance(module, PowerOfTwoObserver) for module in prepared.modules()
-    )
-
-
-COLUMNS = [
-    *("layer", "tensor", "bits", "channels", "min", "max", "raw_scale", "scale", "exponent", "exponent_max"),
-    *("clamped", "zero_point", "share_clipped", "snr_db", "mse_clipping", "mse_rounding"),
-]
-
-
-def calibrated_without_limit(model, data, split):
-    return calibrate(prepare_ptq(model, make_qconfig(Scheme(), Scheme())), calibration_batches(data, split))
-
-
-def calibrated(data, split, weight=REFERENCE, activation=REFERENCE, mode="ptq"):
-    return calibrate(
-        prepare_ptq(network(), make_qconfig(weight, activation, mode)), calibration_batches(data, split)
-    )
+def test_networks_without_power_of_two_observers_have_nothing_to_report(batches):
+    prepared = calibrate(prepare_ptq(network(), CustomQConfig.DEFAULT.value), batches)
+    assert len(inspect_qparams(prepared, batches)) == 0
+    assert count_clamped(prepared) == {"clamped": 0, "scales": 0}
 
 
 def by_numpy(rows: np.ndarray, scale: np.ndarray, low: int, high: int, zero_point: int = 0) -> dict:
@@ -157,158 +72,109 @@ def by_numpy(rows: np.ndarray, scale: np.ndarray, low: int, high: int, zero_poin
 @pytest.mark.parametrize("per_channel", [False, True])
 @pytest.mark.parametrize("rule", ["round", "ceil", "floor", "least_error", "none"])
 @pytest.mark.parametrize("bits", [8, 4])
-def test_the_errors_of_a_weight_are_numpys(bits, rule, per_channel, tiny_data, tiny_split):
-    scheme = Scheme(bits, rule=rule, per_channel=per_channel)
-    prepared = calibrated(tiny_data, tiny_split, scheme, mode="simulated")
-    row = observed(prepared, tiny_data, tiny_split).set_index(["layer", "tensor"]).loc["layer2.0.0", "weight"]
-    layer = layers(prepared)["layer2.0.0"]
-    watcher = PowerOfTwoObserver(**scheme.observer_args("weight"))
-    watcher(layer.weight)
-    scale = watcher.calculate_qparams()[0].numpy()
-    rows = layer.weight.detach().numpy()
-    half = 2 ** (bits - 1)
-    expected = by_numpy(rows if per_channel else rows.reshape(1, -1), scale, -half, half - 1)
-    for name, value in expected.items():
-        assert row[name] == pytest.approx(value, rel=1e-6), name
-    assert (row["bits"], row["channels"]) == (bits, len(rows) if per_channel else 1)
-    assert (row["exponent"], row["exponent_max"]) == (np.log2(scale.min()), np.log2(scale.max()))
+def test_the_errors_of_a_weight_are_numpys(bits, rule, per_channel, calibrated, row):
+    prepared = calibrated(Scheme(bits, rule=rule, per_channel=per_channel), mode="simulated")
+    weight, simulated = layers(prepared)["layer2.0.0"].weight, layers(simulate(prepared))["layer2.0.0"]
+    weight, scale = weight.detach().numpy(), simulated.weight_scale.numpy()
+    expected = by_numpy(weight.reshape(len(scale), -1), scale, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    found = row(prepared, "layer2.0.0", "weight")
+    assert found[list(expected)].tolist() == pytest.approx(list(expected.values()), rel=1e-6)
+    assert (found["bits"], found["channels"]) == (bits, len(weight) if per_channel else 1)
+    assert (found["exponent"], found["exponent_max"]) == (np.log2(scale.min()), np.log2(scale.max()))
+    error = np.square(simulated.weight.detach().numpy() - weight, dtype=np.float64).mean()
+    assert error == pytest.approx(found["mse_clipping"] + found["mse_rounding"], rel=1e-4)
 
 
 @pytest.mark.parametrize("mode", ["ptq", "simulated"])
 @pytest.mark.parametrize("zero_point", ["symmetric", "unsigned", "affine"])
-def test_the_errors_of_the_input_are_numpys(zero_point, mode, tiny_data, tiny_split):
+def test_the_errors_of_the_input_are_numpys(zero_point, mode, calibrated, row, batches):
     activation = Scheme(4, rule="floor", zero_point=zero_point)
-    prepared = calibrated(tiny_data, tiny_split, activation=activation, mode=mode)
-    row = observed(prepared, tiny_data, tiny_split).set_index(["layer", "tensor"]).loc["quant", "activation"]
-    images = torch.cat(calibration_batches(tiny_data, tiny_split)).numpy().reshape(1, -1)
-    expected = by_numpy(images, np.array([row["scale"]]), 0, 15, row["zero_point"])
+    found = row(calibrated(activation=activation, mode=mode), "quant", "activation")
+    images = torch.cat(batches).numpy().reshape(1, -1)
+    expected = by_numpy(images, np.array([found["scale"]]), 0, 15, found["zero_point"])
     assert expected["share_clipped"] > 0
-    for name, value in expected.items():
-        assert row[name] == pytest.approx(value, rel=1e-6), name
+    assert found[list(expected)].tolist() == pytest.approx(list(expected.values()), rel=1e-6)
 
 
-def test_the_mean_squared_error_of_what_is_really_quantized_is_the_sum_of_both_parts(tiny_data, tiny_split):
-    scheme = Scheme(4, rule="floor")
-    prepared = calibrated(tiny_data, tiny_split, weight=scheme, mode="simulated")
-    row = observed(prepared, tiny_data, tiny_split).set_index(["layer", "tensor"]).loc["fc", "weight"]
-    weight = prepared.fc.weight.detach()
-    error = torch.fake_quantize_per_tensor_affine(weight, row["scale"], 0, -8, 7) - weight
-    # Inside half a step of the last code rounding and clipping share the error, which is at most their sum.
-    assert error.double().square().mean().item() == pytest.approx(
-        row["mse_clipping"] + row["mse_rounding"], rel=1e-4
-    )
-
-
-def test_the_columns_are_those_of_the_documentation(tiny_data, tiny_split):
-    table = observed(calibrated(tiny_data, tiny_split), tiny_data, tiny_split)
-    assert list(table.columns) == COLUMNS and not table.isna().any().any()
-    assert not table.duplicated(["layer", "tensor"]).any()
+def test_the_columns_are_those_of_the_documentation(calibrated, batches):
+    table = inspect_qparams(calibrated(), batches)
+    columns = "layer tensor bits channels min max raw_scale scale exponent exponent_max clamped zero_point"
+    assert " ".join(table.columns) == f"{columns} share_clipped snr_db mse_clipping mse_rounding"
+    assert not table.isna().any().any() and not table.duplicated(["layer", "tensor"]).any()
 
 
 @pytest.mark.parametrize("limit", [0, 4, 8, None])
-def test_the_clamped_channels_are_counted(limit, tiny_data, tiny_split):
-    scheme = Scheme(per_channel=True, max_shift_amount=limit)
-    prepared = prepare_ptq(network(), make_qconfig(scheme, Scheme()))
-    factors = torch.tensor([2.0**-12, 1, 1, 2.0**12])
-    prepared.fc.weight.data *= (factors / prepared.fc.weight.detach().abs().amax(1))[:, None]
-    prepared = calibrate(prepared, calibration_batches(tiny_data, tiny_split))
+def test_the_clamped_channels_are_counted(limit, calibrated, batches):
+    model, factors = network(), torch.tensor([2.0**-12, 1, 1, 2.0**12])
+    model.fc.weight.data *= (factors / model.fc.weight.detach().abs().amax(1))[:, None]
+    prepared = calibrated(Scheme(per_channel=True, max_shift_amount=limit), Scheme(), model=model)
     before = snapshot(prepared)
-    table = observed(prepared, tiny_data, tiny_split)
-    row = table.set_index(["layer", "tensor"]).loc["fc", "weight"]
+    table = inspect_qparams(prepared, batches)
+    fc = table.set_index(["layer", "tensor"]).loc["fc", "weight"]
     exponents = np.round(np.log2(factors.numpy() / 127.5))
     expected = 0 if limit is None else int((np.abs(exponents) > limit).sum())
-    assert (row["clamped"], row["channels"]) == (expected, 4)
+    assert (fc["clamped"], fc["channels"]) == (expected, 4)
+    assert fc["raw_scale"] == pytest.approx(2.0**-12 / 127.5)
+    assert fc["scale"] == 2.0 ** (-19 if limit is None else -limit)
     assert count_clamped(prepared) == {"clamped": table["clamped"].sum(), "scales": table["channels"].sum()}
     assert unchanged(prepared, before)
 
 
-def test_fewer_bits_have_a_worse_ratio_and_float_scales_clip_nothing(tiny_data, tiny_split):
-    ratios = []
-    for bits in (8, 6, 4, 2):
-        scheme = Scheme(bits, rule="ceil")
-        table = observed(
-            calibrated(tiny_data, tiny_split, scheme, scheme, "simulated"), tiny_data, tiny_split
-        )
-        ratios.append(table["snr_db"].to_numpy())
-    assert (np.diff(ratios, axis=0) < 0).all()
-    table = observed(calibrated(tiny_data, tiny_split, FLOAT, FLOAT, "simulated"), tiny_data, tiny_split)
-    assert (table["share_clipped"] < 0.01).all() and (table["clamped"] == 0).all()
+def test_fewer_bits_have_a_worse_ratio_and_float_scales_clip_nothing(calibrated, batches):
+    schemes = [Scheme(bits, rule="ceil") for bits in (8, 6, 4, 2)]
+    tables = [inspect_qparams(calibrated(one, one, "simulated"), batches) for one in (*schemes, FLOAT)]
+    assert (np.diff([table["snr_db"] for table in tables[:4]], axis=0) < 0).all()
+    assert (tables[4]["share_clipped"] < 0.01).all() and (tables[4]["clamped"] == 0).all()
 
 
 @pytest.mark.parametrize("mode", ["ptq", "simulated"])
-def test_other_images_than_those_that_calibrated_change_no_scale_in_the_table(mode, tiny_data, tiny_split):
-    prepared = calibrated(tiny_data, tiny_split, mode=mode)
-    given = calibration_batches(tiny_data, tiny_split)
-    columns = ["raw_scale", "scale", "exponent", "zero_point", "clamped"]
-    own, other = (
-        inspect_qparams(prepared, part)[columns] for part in (given, [100 * batch for batch in given])
-    )
-    assert own.equals(other)
-
-
-def test_other_images_are_clipped_more(tiny_data, tiny_split):
-    prepared = calibrated(tiny_data, tiny_split)
-    given = calibration_batches(tiny_data, tiny_split)
-    own, other = (
-        inspect_qparams(prepared, part).set_index(["layer", "tensor"]).loc["quant", "activation"]
-        for part in (given, [100 * batch for batch in given])
-    )
+def test_images_that_did_not_calibrate_are_clipped_more_and_change_no_scale(mode, calibrated, batches):
+    prepared = calibrated(mode=mode)
+    before = snapshot(prepared)
+    own, other = (inspect_qparams(prepared, [size * batch for batch in batches]) for size in (1, 100))
+    assert unchanged(prepared, before)
+    scales = ["raw_scale", "scale", "exponent", "zero_point", "clamped"]
+    assert own[scales].equals(other[scales])
+    own, other = (table[table["layer"] == "quant"].squeeze() for table in (own, other))
     assert own["share_clipped"] < 0.2 < 0.9 < other["share_clipped"] and own["snr_db"] > other["snr_db"]
 
 
-@pytest.mark.parametrize("mode", ["ptq", "simulated"])
-def test_inspecting_changes_nothing_in_the_network(mode, tiny_data, tiny_split):
-    prepared = calibrated(tiny_data, tiny_split, mode=mode)
+def test_the_grid_of_a_tensor_is_the_one_that_rounds_it(calibrated, batches):
+    schemes = Scheme(bits=4, per_channel=True), Scheme(bits=4, zero_point="unsigned")
+    prepared = calibrated(*schemes, "simulated")
     before = snapshot(prepared)
-    observed(prepared, tiny_data, tiny_split)
-    assert unchanged(prepared, before)
-
-
-def test_the_grid_of_a_tensor_is_the_one_that_rounds_it(tiny_data, tiny_split):
-    model, weight = network(), Scheme(bits=4, per_channel=True)
-    qconfig = make_qconfig(weight, Scheme(bits=4, zero_point="unsigned"), "simulated")
-    calibrated = calibrate(prepare_ptq(model, qconfig), calibration_batches(tiny_data, tiny_split))
-    batch = calibration_batches(tiny_data, tiny_split)[0]
-    before = snapshot(calibrated)
-    name = "conv1"
-    layer = layers(calibrated)[name]
-    values, scale, zero_point, (low, high) = values_and_grid(calibrated, name, "weight", batch)
-    channels = layer.weight.detach().flatten(1)
+    values, scale, zero_point, (low, high) = values_and_grid(prepared, "conv1", "weight", batches[0])
+    channels = layers(prepared)["conv1"].weight.detach().flatten(1)
     smallest = channels[channels.abs().amax(1).argmin()].numpy()
     assert np.array_equal(values, smallest) and (low, high) == (-8, 7) and zero_point == 0
     assert abs(values).max() / scale <= 8 * 2**0.5
-    simulated, seen = simulate(calibrated), []
-    simulated.get_submodule(name).register_forward_hook(lambda *args: seen.append(args[2]))
+    simulated, outputs = simulate(prepared), []
+    simulated.conv1.register_forward_hook(lambda *args: outputs.append(args[2]))
     with torch.no_grad():
-        simulated(batch)
-    _, scale, zero_point, (low, high) = values_and_grid(calibrated, name, "activation", batch)
-    codes = seen[0] / scale + zero_point
+        simulated(batches[0])
+    _, scale, zero_point, (low, high) = values_and_grid(prepared, "conv1", "activation", batches[0])
+    codes = outputs[0] / scale + zero_point
     assert torch.equal(codes, codes.round()) and low <= codes.min() and codes.max() <= high
-    assert unchanged(calibrated, before)
+    assert unchanged(prepared, before)
 
 
 @pytest.mark.parametrize("arch", ["resnet9", "resnet50"])
-def test_a_tensor_that_is_rounded_alone_moves_the_logits_as_a_rounded_input_does(arch, tiny_data, tiny_split):
-    prepared = calibrate(
-        prepare_ptq(network(arch), make_qconfig(REFERENCE, REFERENCE, "simulated")),
-        calibration_batches(tiny_data, tiny_split),
-    )
-    model, images = simulate(prepared), calibration_batches(tiny_data, tiny_split)[0]
+def test_a_tensor_that_is_rounded_alone_moves_the_logits_as_a_rounded_input_does(arch, calibrated, batches):
+    model, images = simulate(calibrated(mode="simulated", model=network(arch))), torch.cat(batches)
     before = snapshot(model)
     table = errors_alone(model, images)
     assert unchanged(model, before)
-    assert (
-        table["logit_mse"].is_monotonic_decreasing and table["layer"].is_unique and (table["width"] > 0).all()
-    )
+    assert table["logit_mse"].is_monotonic_decreasing and table["layer"].is_unique
+    assert (table["width"] > 0).all() and len(table) > len(layers(model))
     quantized = {name for name, module in model.named_modules() if hasattr(module, "activation_post_process")}
-    assert set(table["layer"]) <= quantized and len(table) > len(layers(model))
-    watcher = model.quant.activation_post_process
+    assert set(table["layer"]) <= quantized
+    grid = model.quant.activation_post_process
     rounded = torch.fake_quantize_per_tensor_affine(
-        images, watcher.scale, watcher.zero_point.int(), watcher.quant_min, watcher.quant_max
+        images, grid.scale, grid.zero_point.int(), grid.quant_min, grid.quant_max
     )
     model.apply(torch.ao.quantization.disable_fake_quant)
     with torch.no_grad():
         expected = (model(rounded) - model(images)).square().mean().item()
     row = table.set_index("layer").loc["quant"]
-    assert row["logit_mse"] == pytest.approx(expected, rel=1e-4) and row["scale"] == float(watcher.scale)
+    assert row["logit_mse"] == pytest.approx(expected, rel=1e-4) and row["scale"] == float(grid.scale)
     assert row["width"] == pytest.approx(((images.max() - images.min()) / images.std()).item())

@@ -6,117 +6,102 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from small import network
 
 from labcore import LabError
-from labcore.data import calibration_batches
 from labcore.qconfig import Scheme, make_qconfig
 from labcore.quantize import calibrate, convert_simulated, fuse, layers, prepare_ptq, simulate
-from labcore.studies.mixed import (
-    allocate,
-    codes,
-    load_packed,
-    overrides,
-    pack,
-    save_packed,
-    unpack,
-    weight_bytes,
-)
-from tests.small import network
+from labcore.studies import mixed
 
 WEIGHT = Scheme(rule="least_error", per_channel=True)
 ACTIVATION = Scheme(rule="least_error", zero_point="unsigned")
+BITS = {"conv1": 3, "layer2.0.0": 5}  # of two layers
 
 
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.8, 1.0])
 def test_the_allocation_is_the_best_of_all(seed, share):
-    rng = np.random.default_rng(seed)
-    bits, names = (2, 4, 8), list("abcd")
-    cost = pd.DataFrame(rng.random((4, 3)), index=names, columns=bits)
+    rng, names, widths = np.random.default_rng(seed), list("abcd"), (2, 4, 8)
+    cost = pd.DataFrame(rng.random((4, 3)), index=names, columns=widths)
     sizes = pd.Series(rng.integers(10, 1000, 4), index=names)
+
+    def size(bits) -> float:
+        return sum(sizes[name] * width / 8 for name, width in zip(names, bits, strict=True))
+
+    def loss(bits) -> float:
+        return sum(cost.loc[name, width] for name, width in zip(names, bits, strict=True))
+
     budget = share * sizes.sum()
-    fits = [
-        chosen
-        for chosen in itertools.product(bits, repeat=4)
-        if sum(sizes[n] * b / 8 for n, b in zip(names, chosen, strict=True)) <= budget
-    ]
-    least = min(sum(cost.loc[n, b] for n, b in zip(names, chosen, strict=True)) for chosen in fits)
-    found = allocate(cost, sizes, budget)
-    assert sum(cost.loc[name, own] for name, own in found.items()) == pytest.approx(least)
-    assert sum(sizes[name] * own / 8 for name, own in found.items()) <= budget + 1e-6
+    fits = [bits for bits in itertools.product(widths, repeat=4) if size(bits) <= budget]
+    found = mixed.allocate(cost, sizes, budget)
+    assert list(found) == names and size(found.values()) <= budget + 1e-6
+    assert loss(found.values()) == pytest.approx(min(map(loss, fits)))
 
 
 def test_a_budget_that_nothing_fits_is_refused():
     cost = pd.DataFrame([[1.0, 0.0]], index=["a"], columns=[4, 8])
     with pytest.raises(LabError, match="at least 50 bytes, found 49"):
-        allocate(cost, pd.Series({"a": 100}), 49)
+        mixed.allocate(cost, pd.Series({"a": 100}), 49)
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
-def test_packing_keeps_every_code(bits):
+def test_packed_bits_are_those_of_pythons_integers(bits):
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1)
     values = np.random.default_rng(bits).integers(low, high, (5, 3, 7)).astype(np.int8)
     values.flat[:2] = low, high - 1
-    packed = pack(values, bits)
+    packed = mixed.pack(values, bits)
+    text = "".join(format(int(value) % 2**bits, f"0{bits}b") for value in values.flat)
+    assert "".join(format(byte, "08b") for byte in packed) == text.ljust(8 * len(packed), "0")
     assert len(packed) == -(-values.size * bits // 8)
-    assert np.array_equal(unpack(packed, bits, values.shape), values)
-
-
-def test_packed_bits_are_those_of_pythons_integers():
-    values = np.array([1, -1, -4, 3], dtype=np.int8)
-    text = "".join(format(int(value) % 8, "03b") for value in values)
-    assert "".join(format(byte, "08b") for byte in pack(values, 3))[: len(text)] == text
+    assert np.array_equal(mixed.unpack(packed, bits, values.shape), values)
 
 
 @pytest.fixture
-def mixed(tiny_data, tiny_split):
-    bits = {"conv1": 3, "layer2.0.0": 5}
-    qconfig = make_qconfig(WEIGHT, ACTIVATION, "simulated")
-    own = overrides(bits, WEIGHT, ACTIVATION)
-    return simulate(
-        calibrate(prepare_ptq(network(), qconfig, own), calibration_batches(tiny_data, tiny_split))
-    )
+def simulated(batches):
+    def build(weight=WEIGHT, bits=BITS):
+        own = mixed.overrides(bits, weight, ACTIVATION)
+        prepared = prepare_ptq(network(), make_qconfig(weight, ACTIVATION, "simulated"), own)
+        return simulate(calibrate(prepared, batches))
+
+    return build
 
 
-def test_each_layer_has_its_own_bits(mixed):
-    ranges = {name: codes(layer) for name, layer in layers(mixed).items()}
-    assert ranges["conv1"].min() >= -4 and ranges["conv1"].max() <= 3
-    assert ranges["layer2.0.0"].abs().max() <= 16 and ranges["fc"].abs().max() > 16
-
-
-def test_a_packed_file_gives_the_same_network(mixed, tmp_path):
-    size = save_packed(tmp_path / "mixed.npz", mixed)
-    assert size == (tmp_path / "mixed.npz").stat().st_size
-    other = simulate(mixed)
+def test_a_packed_file_gives_the_same_network(simulated, tmp_path):
+    model, other = simulated(), simulated()
+    mixed.save_packed(tmp_path / "mixed.npz", model)
     for layer in layers(other).values():
         layer.weight.data.zero_()
-    again, images = load_packed(tmp_path / "mixed.npz", other), torch.randn(9, 3, 32, 32)
+    again, images = mixed.load_packed(tmp_path / "mixed.npz", other), torch.randn(9, 3, 32, 32)
     with torch.no_grad():
-        assert torch.equal(mixed(images), again(images))
-        assert torch.equal(convert_simulated(mixed)(images), convert_simulated(again)(images))
+        assert torch.equal(model(images), again(images))
+        assert torch.equal(convert_simulated(model)(images), convert_simulated(again)(images))
 
 
-def test_fewer_bits_make_a_smaller_file(tiny_data, tiny_split, tmp_path, mixed):
-    qconfig = make_qconfig(WEIGHT, ACTIVATION, "simulated")
-    full = simulate(calibrate(prepare_ptq(network(), qconfig), calibration_batches(tiny_data, tiny_split)))
-    saved = save_packed(tmp_path / "8.npz", full) - save_packed(tmp_path / "m.npz", mixed)
-    sizes = weight_bytes(fuse(network()))
+def test_each_layer_has_its_own_bits_and_fewer_make_a_smaller_file(simulated, tmp_path):
+    model, full = simulated(), simulated(bits={})
+    codes = {name: mixed.codes(layer) for name, layer in layers(model).items()}
+    assert codes["conv1"].min() >= -4 and codes["conv1"].max() <= 3
+    assert codes["layer2.0.0"].abs().max() <= 16 < codes["fc"].abs().max()
+    small = mixed.save_packed(tmp_path / "m.npz", model)
+    assert small == (tmp_path / "m.npz").stat().st_size
+    sizes = mixed.weight_bytes(fuse(network()))
     expected = sizes["conv1"] * 5 / 8 + sizes["layer2.0.0"] * 3 / 8
-    assert saved == pytest.approx(expected, abs=16)
+    assert mixed.save_packed(tmp_path / "8.npz", full) - small == pytest.approx(expected, abs=16)
 
 
-def test_float_scales_are_not_packed(tiny_data, tiny_split, tmp_path):
-    qconfig = make_qconfig(Scheme(rule="none"), ACTIVATION, "simulated")
-    model = simulate(calibrate(prepare_ptq(network(), qconfig), calibration_batches(tiny_data, tiny_split)))
+def test_float_scales_are_not_packed(simulated, tmp_path):
     with pytest.raises(LabError, match="no power of two"):
-        save_packed(tmp_path / "float.npz", model)
+        mixed.save_packed(tmp_path / "float.npz", simulated(Scheme(rule="none")))
 
 
-@pytest.mark.parametrize("damage", [b"", b"not a file", None])
-def test_a_damaged_or_missing_file_is_one_line(mixed, tmp_path, damage):
-    path = tmp_path / "mixed.npz"
-    if damage is not None:
+@pytest.mark.parametrize("damage", [b"", b"not a file", None, "another network"])
+def test_a_damaged_or_missing_file_is_one_line(damage, simulated, tmp_path):
+    path, model = tmp_path / "mixed.npz", simulated()
+    if damage == "another network":
+        mixed.save_packed(path, model)
+        model.fc = torch.nn.Linear(8, 8)
+    elif damage is not None:
         path.write_bytes(damage)
-    with pytest.raises(LabError, match="cannot be read as packed weights") as error:
-        load_packed(path, mixed)
+    with pytest.raises(LabError, match="has no packed weights of this network") as error:
+        mixed.load_packed(path, model)
     assert "\n" not in str(error.value)

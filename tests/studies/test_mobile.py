@@ -2,32 +2,34 @@
 
 import pytest
 import torch
+from small import used
 from torch import nn
 
 from labcore import LabError
 from labcore.qconfig import CustomQConfig
 from labcore.quantize import convert, fuse, layers, prepare_ptq, prepare_qat
 from labcore.studies.mobile import MOBILE, build_mobile
-from tests.small import used
 
-pytestmark = pytest.mark.parametrize("arch", MOBILE)
+IMAGES = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(3))
 
 
-def lived_in(arch: str) -> nn.Module:
-    """A network whose BatchNorm has no statistic and no parameter at its first value, and whose logits are not all small."""
+@pytest.fixture(params=MOBILE)
+def arch(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def model(arch) -> nn.Module:
+    """A network whose BatchNorm is as after training, and whose logits are not all small."""
     torch.manual_seed(0)
     model = used(build_mobile(arch, 10))
     nn.init.kaiming_uniform_(model.classifier.weight)
     return model
 
 
-def images(count: int = 4) -> torch.Tensor:
-    return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(3))
-
-
 @torch.no_grad()
 def logits(model: nn.Module) -> torch.Tensor:
-    return model(images())
+    return model(IMAGES[:4])
 
 
 def count(model: nn.Module, kind) -> int:
@@ -37,61 +39,44 @@ def count(model: nn.Module, kind) -> int:
 @pytest.mark.parametrize("width_mult", [0.1, 0.5, 1.5])
 def test_outputs_and_final_map(arch, width_mult):
     model = build_mobile(arch, 7, width_mult).eval()
-    assert logits(model).shape == (4, 7)
-    assert model.features(images(1)).shape[2:] == (4, 4)
-
-
-def test_stays_small(arch):
+    assert logits(model).shape == (4, 7) and model.features(IMAGES[:1]).shape[2:] == (4, 4)
     parameters = sum(value.numel() for value in build_mobile(arch, 10).parameters())
-    assert 100_000 < parameters < 500_000
+    assert 100_000 < parameters < 500_000, "small at the usual width"
 
 
-def test_efficientnet_squeezes_in_every_block_and_has_both_kernels(arch):
-    model = build_mobile(arch, 10)
+def test_efficientnet_squeezes_in_every_block_and_has_both_kernels(arch, model):
     depthwise = [layer for layer in layers(model).values() if getattr(layer, "groups", 1) > 1]
     assert all(layer.groups == layer.in_channels == layer.out_channels for layer in depthwise)
     assert {layer.kernel_size[0] for layer in depthwise} == ({3, 5} if arch == "efficientnet" else {3})
     assert count(model, nn.Hardsigmoid) == (len(depthwise) if arch == "efficientnet" else 0)
 
 
-def test_ptq_fusion_keeps_the_logits_and_folds_every_batchnorm(arch):
-    model = lived_in(arch)
-    expected = logits(model)
-    assert expected.std() > 0.1
-    fused = fuse(model.train())  # fuse does not ask for a mode: fuse_model sets it
-    assert not fused.training and count(fused, nn.BatchNorm2d) == 0
-    torch.testing.assert_close(logits(fused), expected, rtol=0, atol=1e-4)
-
-
-def test_qat_fusion_keeps_every_batchnorm_and_the_logits(arch):
-    model = lived_in(arch)
+@pytest.mark.parametrize("is_qat", [False, True])
+def test_fusion_keeps_the_logits_and_folds_every_batchnorm_away_or_none(is_qat, model):
     expected, norms = logits(model), count(model, nn.BatchNorm2d)
-    fused = fuse(model, is_qat=True)
-    assert fused.training and norms > 0 and count(fused, nn.BatchNorm2d) == norms
+    assert expected.std() > 0.1 and norms > 0
+    fused = fuse(model.train(not is_qat), is_qat)  # fuse does not ask for a mode
+    assert fused.training == is_qat and count(fused, nn.BatchNorm2d) == (norms if is_qat else 0)
     torch.testing.assert_close(logits(fused.eval()), expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("mode", ["ptq", "ptq_default", "qat"])
-def test_converts_to_int8_and_runs(arch, mode):
-    model = lived_in(arch)
+def test_converts_to_int8_and_runs(mode, model):
     expected = logits(model)
     if mode == "qat":
         prepared = prepare_qat(model, CustomQConfig.POWER2.qat)
-        nn.functional.cross_entropy(prepared(images()), torch.arange(4)).backward()
+        nn.functional.cross_entropy(prepared(IMAGES), torch.arange(16) % 10).backward()
         assert all(value.grad is not None for value in prepared.parameters())
     else:
         qconfig = CustomQConfig.DEFAULT if mode == "ptq_default" else CustomQConfig.POWER2
         prepared = prepare_ptq(model, qconfig.value)
-    prepared.eval()
-    logits(prepared)
+    logits(prepared.eval())
     int8 = convert(prepared)
     # Quantized convolutions are no nn.Conv2d, quantized hard swish is a class of torch.ao.
     assert count(int8, nn.Conv2d | nn.Linear | nn.BatchNorm2d) == 0
     assert not any(type(module) is nn.Hardswish for module in int8.modules())
-    kernels = [
-        m for m in int8.modules() if type(m).__module__.startswith("torch.ao.nn") and hasattr(m, "weight")
-    ]
-    assert len(kernels) == len(layers(model))
+    quantized = [module for module in int8.modules() if type(module).__module__.startswith("torch.ao.nn")]
+    assert sum(hasattr(module, "weight") for module in quantized) == len(layers(model))
     found = logits(int8)
     assert found.shape == expected.shape and found.isfinite().all() and found.std() > 0
     if mode == "ptq_default":
@@ -102,26 +87,15 @@ def test_gradient_reaches_every_parameter_also_under_autocast(arch):
     torch.manual_seed(0)
     model = build_mobile(arch, 10).train()
     with torch.autocast("cpu", torch.bfloat16):
-        out = model(images(16))
+        out = model(IMAGES)
     assert out.dtype == torch.float32
     nn.functional.cross_entropy(out, torch.arange(16) % 10).backward()
-    without = [name for name, value in model.named_parameters() if value.grad is None or not value.grad.any()]
-    assert not without
+    assert all(value.grad is not None and value.grad.any() for value in model.parameters())
 
 
-def test_the_seed_decides_the_weights(arch):
-    def weights(seed: int) -> dict[str, torch.Tensor]:
-        torch.manual_seed(seed)
-        return build_mobile(arch, 10).state_dict()
-
-    first, again, other = weights(1), weights(1), weights(2)
-    assert all(torch.equal(first[name], again[name]) for name in first)
-    assert not torch.equal(first["features.0.0.weight"], other["features.0.0.weight"])
-
-
-def test_errors_name_what_is_known(arch):
+@pytest.mark.parametrize("width_mult", [0, -1, 4.1, float("nan")])
+def test_errors_name_what_is_known(width_mult):
     with pytest.raises(LabError, match="mobilenet_v2, efficientnet, found 'vgg'"):
         build_mobile("vgg", 10)
-    for width_mult in (0, -1, 4.1, float("nan")):
-        with pytest.raises(LabError, match="width_mult must be above 0 and at most 4"):
-            build_mobile(arch, 10, width_mult)
+    with pytest.raises(LabError, match="width_mult must be above 0 and at most 4"):
+        build_mobile("mobilenet_v2", 10, width_mult)
