@@ -167,9 +167,16 @@ class State:
         if stage.name == "engines":
             found = {p.name: p.version for name in ("openvino", "torchao") for p in distributions(name=name)}
             parts["versions of the engines"] = sha256_json(found)
+        if stage.name == "claims":
+            parts |= self.templates("template_*")  # the ledger's words, the reference's numbers
         for needed in stage.needs:
             parts |= self.results_of(needed)
         return parts
+
+    def templates(self, pattern: str) -> dict[str, str]:
+        """Return the hashes of the report's templates of such names, by path."""
+        paths = sorted((self.root / "report").glob(pattern))
+        return {f"report/{path.name}": sha256_file(path) for path in paths}
 
     def results_of(self, name: str) -> dict[str, str]:
         """Return the hash of what a stage found; where and when it was made is no part of it."""
@@ -179,8 +186,7 @@ class State:
 
     def report_inputs(self) -> dict[str, str]:
         """Return what the report depends on: name -> hash."""
-        templates = sorted((self.root / "report").glob("template*"))
-        parts = {f"report/{path.name}": sha256_file(path) for path in templates}
+        parts = self.templates("template*")
         parts |= _code_hashes("import labcore.report.build", name="the report", root=self.root)
         for name in ("model", "observer"):  # printed with their comments
             path = self.root / "labcore" / f"{name}.py"

@@ -6,17 +6,15 @@ The report can be written again from there, and checked (labcore.report.verify).
 
 import ast
 import itertools
-import math
 import shutil
+from functools import partial
 from pathlib import Path
-
-import jinja2
 
 from labcore import LabError
 from labcore.config import NOTEBOOKS
 from labcore.files.artifacts import ROOT, atomic_path, read_json, sha256_file, write_json, write_text
 from labcore.report.context import context
-from labcore.report.tables import escaped, leave_out_zero, pick, pipe_table, titled
+from labcore.report.tables import fill_template
 
 # Pipe tables, figures and math as the template writes them; "@" and "[1]" are no citations.
 MARKDOWN = "markdown-citations+lists_without_preceding_blankline"
@@ -98,22 +96,8 @@ def render(values: dict, with_captions: bool = False, root: Path = ROOT) -> str:
         picture = f"![{caption}](../../{path.as_posix()})"
         return picture if with_captions else f"{picture}\n\n*Figure {next(numbers)}: {caption}*"
 
-    environment = jinja2.Environment(
-        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
-    )
-    digits = {"pct": ".2%", "signed": "+.2f", "n": ",", "f1": ".1f", "f2": ".2f", "f4": ".4f", "g2": ".2g"}
-    for name, spec in digits.items():
-        environment.filters[name] = lambda value, spec=spec: format(value, spec)
-    environment.filters |= {"md": escaped, "titled": titled, "leave_out_zero": leave_out_zero}
-    environment.globals |= {"figure": figure, "table": pipe_table, "pick": pick, "sqrt": math.sqrt}
-    environment.globals["source_of"] = lambda module, name: source_of(module, name, root)
-    template = (root / "report" / "template.md").read_text(encoding="utf-8")
-    try:
-        return environment.from_string(template).render(values)
-    except jinja2.TemplateError as error:
-        raise LabError(
-            f"the report's template cannot be filled: {error}; the value must come from an artifact."
-        ) from error
+    functions = {"figure": figure, "source_of": partial(source_of, root=root)}
+    return fill_template("template.md", values | functions, root)
 
 
 def write_pdf(markdown: str, pdf: Path, root: Path = ROOT) -> None:

@@ -9,7 +9,7 @@ import pandas as pd
 
 from labcore.config import NOTEBOOKS, PROFILES, STUDIES, get_profile, parse_overrides
 from labcore.files.artifacts import ROOT, read_json
-from labcore.report.claims_studies import MUCH_PP, scheme_extremes
+from labcore.report.claims import MUCH_PP, scheme_extremes
 from labcore.report.tables import filled
 
 PAIRS = {"ptq": "FP32 → PTQ", "qat": "FP32 → QAT", "ptq_qat": "PTQ → QAT"}

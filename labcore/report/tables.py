@@ -1,11 +1,16 @@
 """Numbers and names to text: the one place that says how many digits each gets, and tables in Markdown."""
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from functools import reduce
 from operator import getitem
+from pathlib import Path
 
+import jinja2
 import pandas as pd
+
+from labcore import LabError
 
 _DIGITS = {
     ".2%": "acc acc_low acc_high acc_std acc_unrounded fp32_acc train_acc train_clean_acc val_acc"
@@ -26,6 +31,28 @@ _DIGITS = {
     ".0%": "roof_share",
 }
 FORMATS = {name: digits for digits, names in _DIGITS.items() for name in names.split()}
+FILTERS = {"pct": ".2%", "signed": "+.2f", "n": ",", "f1": ".1f", "f2": ".2f", "f4": ".4f", "g2": ".2g"}
+
+
+def fill_template(name: str, values: Mapping, root: Path) -> str:
+    """Return a template of report/ with values filled in, by the filters and functions of this module.
+
+    Raises LabError with the name of a value that it wants and nobody gives.
+    """
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    for short, digits in FILTERS.items():
+        environment.filters[short] = lambda value, digits=digits: format(value, digits)
+    environment.filters |= {"md": escaped, "titled": titled, "leave_out_zero": leave_out_zero}
+    environment.globals |= {"table": pipe_table, "filled": filled, "pick": pick, "sqrt": math.sqrt}
+    text = (root / "report" / name).read_text(encoding="utf-8")
+    try:
+        return environment.from_string(text).render(values)
+    except jinja2.TemplateError as error:
+        raise LabError(
+            f"report/{name} cannot be filled: {error}; the value must come from an artifact."
+        ) from error
 
 
 def filled(template: str, row: Mapping, titles: Mapping[str, str] | None = None) -> str:

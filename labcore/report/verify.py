@@ -51,7 +51,8 @@ def _ledger(results: Results) -> dict:
     schemes = measured["observers"]["verdict"] if measured["observers"] else []
     rounding = statistics.rounding_costs(results.folder, schemes)
     checks = results.stages["claims"]["checks"] | {"rounding": rounding}
-    rows = ledger(measured, checks, read_json(results.root / "report" / "template_reference.json"))
+    reference = read_json(results.root / "report" / "template_reference.json")
+    rows = ledger(measured, checks, reference, results.root)
     return {"rows": rows, "checks": checks, "counts": dict(Counter(row["verdict"] for row in rows))}
 
 

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from labcore.report.claims import ledger
-from labcore.report.verdicts import CONDITION, CONFIRMED, OPEN, REFUTED, UNDECIDED
+from labcore.report.claims import CONDITION, CONFIRMED, OPEN, REFUTED, UNDECIDED, ledger
 
 REFERENCE = json.loads((Path(__file__).parents[2] / "report/template_reference.json").read_text())
 
