@@ -21,15 +21,13 @@ _ROOFS = {"FP32": (COLORS["fp32"], "--"), "INT8": (COLORS["ptq"], ":")}
 def engine_bars(tables: dict[str, pd.DataFrame], bounds: dict[str, dict[str, float]]) -> Figure:
     """Return images per second of every engine, and the most that the measured matrix rates allow.
 
-    Args:
-        tables: panel's title -> columns engine, images_per_s, latency_ms, latency_ms_low, latency_ms_high;
-            all panels have the same engines.
-        bounds: panel's title -> {"FP32": images per second, "INT8": …}, as far as they were measured.
+    Tables, one per panel, have the same engines and columns engine, images_per_s, latency_ms,
+    latency_ms_low, latency_ms_high. Bounds hold FP32 and INT8 as far as they were measured.
     """
     order = list(next(iter(tables.values())).sort_values("images_per_s")["engine"])
     names, numbers = zip(*map(parts, order), strict=True)
     figure, axes = new_figure(len(tables), height=0.27 * len(order) + 1.5, width=8.6, sharey=True)
-    places = np.arange(len(order))
+    places = range(len(order))
     look = {"fmt": "none", "ecolor": "0.55", "capsize": 2, "zorder": 4, "linewidth": 1}
     for axis, (title, table) in zip(axes.flat, tables.items(), strict=True):
         rows = table.set_index("engine").loc[order]
@@ -58,8 +56,8 @@ def engine_front(table: pd.DataFrame) -> Figure:
 
     Columns engine, latency_ms, acc, size_mb.
     """
-    figure, axes = new_figure(height=4.4, width=8.6)
-    axis, lowest, highest = axes[0, 0], table["acc"].min(), table["acc"].max()
+    figure, ((axis,),) = new_figure(height=4.4, width=8.6)
+    lowest, highest = table["acc"].min(), table["acc"].max()
     spread = (highest - lowest) or 0.001
     kinds = table["engine"].map(lambda engine: parts(engine)[1])
     areas = 40 + 260 * table["size_mb"] / table["size_mb"].max()

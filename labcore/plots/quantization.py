@@ -32,8 +32,7 @@ def scale_staircase(scales: np.ndarray, approximated: np.ndarray) -> Figure:
 def exponents(table: pd.DataFrame, max_shift_amount: int) -> Figure:
     """Return the exponent of every tensor of a network, in order; columns layer, tensor, exponent."""
     layers = list(dict.fromkeys(table["layer"]))
-    figure, axes = new_figure(height=0.19 * len(layers) + 1.4)
-    axis = axes[0, 0]
+    figure, ((axis,),) = new_figure(height=0.19 * len(layers) + 1.4)
     for tensor, color, marker in (("weight", COLORS["fp32"], "s"), ("activation", COLORS["ptq"], "o")):
         part = table[table["tensor"] == tensor]
         rows = [layers.index(name) for name in part["layer"]]
@@ -65,8 +64,7 @@ def weights_on_grid(weights: dict[str, np.ndarray], scales: dict[str, float], bi
 def values_on_grids(panels: dict[str, dict[str, tuple[np.ndarray, float, int, tuple[int, int]]]]) -> Figure:
     """Return histograms of tensors over the values of a grid: a row per tensor, a column per scheme.
 
-    Args:
-        panels: tensor -> scheme -> (values, scale, zero point, (quant_min, quant_max)).
+    A panel holds values, scale, zero point and (quant_min, quant_max).
     """
     columns = len(next(iter(panels.values())))
     figure, axes = new_figure(columns, len(panels), height=1.75 * len(panels) + 0.4, sharex="row")

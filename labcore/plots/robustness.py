@@ -10,22 +10,17 @@ from labcore.plots.style import BARE, COLORS, NAMES, interval_lengths, new_figur
 
 
 def corruption_examples(examples: dict[str, np.ndarray]) -> Figure:
-    """Return one image under every corruption, in two blocks side by side.
-
-    Args:
-        examples: corruption -> uint8 (6, 3, H, W), the clean image and the severities 1 … 5.
-    """
+    """Return one image under every corruption, uint8 (6, 3, H, W): clean, then severities 1 … 5."""
     rows = -(-len(examples) // 2)
     figure, axes = new_figure(12, rows, height=0.62 * rows + 0.45, width=8.6, subplot_kw=BARE)
-    for number, (name, images) in enumerate(examples.items()):
-        block, row = divmod(number, rows)
-        panels = axes[row, 6 * block : 6 * block + 6]
-        for severity, (axis, image) in enumerate(zip(panels, images, strict=True)):
-            axis.imshow(image.transpose(1, 2, 0), interpolation="nearest")
-            if row == 0:
-                axis.set_title(str(severity or "clean"), fontsize=8, fontweight="normal", pad=3)
-        look = {"rotation": 0, "ha": "right", "va": "center", "fontsize": 8, "labelpad": 4}
+    look = {"rotation": 0, "ha": "right", "va": "center", "fontsize": 8, "labelpad": 4}
+    blocks = np.concatenate(np.split(axes, 2, axis=1))  # the right half follows the left one
+    for panels, (name, images) in zip(blocks[: len(examples)], examples.items(), strict=True):
         panels[0].set_ylabel(name.replace(" ", "\n"), **look)
+        for axis, image in zip(panels, images, strict=True):
+            axis.imshow(image.transpose(1, 2, 0), interpolation="nearest")
+    for column, axis in enumerate(axes[0]):
+        axis.set_title(str(column % 6 or "clean"), fontsize=8, fontweight="normal", pad=3)
     return figure
 
 
@@ -58,20 +53,19 @@ def severity_curves(table: pd.DataFrame) -> Figure:
 
 
 def lost_image_grid(lost: pd.DataFrame, images: np.ndarray, classes: Sequence[str]) -> Figure:
-    """Return images that FP32 gets right and PTQ wrong, with the true class, both answers and their margins.
+    """Return images, uint8 (N, 3, H, W), that PTQ gets wrong, with their class, both answers and margins.
 
-    Args:
-        lost: from `labcore.studies.robustness.lost_images`; may be empty.
-        images: uint8 (N, 3, H, W); classes: their names.
+    The rows of `lost` are those of `labcore.studies.robustness.lost_images`; there may be none.
     """
     rows = max(1, -(-len(lost) // 6))
     figure, axes = new_figure(6, rows, height=1.5 * rows + 0.3, width=8.6, subplot_kw=BARE)
-    names = plain(name if len(name) <= 12 else name[:11] + "…" for name in map(str, classes))
+    names = [plain(name if len(name) <= 12 else name[:11] + "…") for name in map(str, classes)]
     for axis, row in zip(axes.flat[: len(lost)], lost.itertuples(), strict=True):
         axis.imshow(images[row.image].transpose(1, 2, 0), interpolation="nearest")
-        answers = f"FP32: {names[row.before]} ({row.margin_before:.2f})\n"
-        answers += f"PTQ: {names[row.after]} ({row.margin_after:.2f})"
-        axis.set_title(f"true: {names[row.true]}\n{answers}", fontsize=7, fontweight="normal", pad=3)
+        before = f"FP32: {names[row.before]} ({row.margin_before:.2f})"
+        after = f"PTQ: {names[row.after]} ({row.margin_after:.2f})"
+        title = f"true: {names[row.true]}\n{before}\n{after}"
+        axis.set_title(title, fontsize=7, fontweight="normal", pad=3)
     if lost.empty:
         figure.text(0.5, 0.5, "PTQ loses no image that FP32 gets right", ha="center", va="center")
     return figure

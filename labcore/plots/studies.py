@@ -1,6 +1,5 @@
 """Figures of studies 1 to 3: quantizers, mixed precision, training recipes."""
 
-import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
@@ -49,41 +48,37 @@ def error_split(table: pd.DataFrame) -> Figure:
     """
     figure, axes = new_figure(2, height=0.17 * len(table) / 2 + 1.9)
     for axis, tensor in zip(axes.flat, ("weight", "activation"), strict=True):
-        part = table[table["tensor"] == tensor]
-        total = part["mse_clipping"] + part["mse_rounding"]
-        noise = 10 ** (-part["snr_db"] / 10)
-        left = np.zeros(len(part))
-        for name, color in (("rounding", COLORS["fp32"]), ("clipping", COLORS["ptq"])):
-            share = (part[f"mse_{name}"] / total.where(total > 0, 1) * noise).to_numpy()
-            axis.barh(part["layer"], share, left=left, color=color, label=name)
-            left = left + share
-        axis.set(title=tensor + "s", xlabel="error power / signal power")
+        part = table[table["tensor"] == tensor].set_index("layer")
+        errors, noise = part[["mse_rounding", "mse_clipping"]], 10 ** (-part["snr_db"] / 10)
+        shares = errors.div(errors.sum(axis=1).replace(0, 1), axis=0).mul(noise, axis=0)
+        shares.plot.barh(ax=axis, width=0.8, stacked=True, color=SERIES, legend=False)
+        axis.autoscale(axis="y")
+        axis.set(title=tensor + "s", xlabel="error power / signal power", ylabel="")
         axis.xaxis.set_major_locator(MaxNLocator(4))
         axis.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
         axis.invert_yaxis()
         axis.tick_params(labelsize=7)
-    axes[0, 1].legend(fontsize=8)
+    axes[0, 1].legend(["rounding", "clipping"], fontsize=8)
     return figure
 
 
 def sensitivity(table: pd.DataFrame, title: str) -> Figure:
     """Return increases of the loss (nats) as bars; index layer, up to four columns, one per experiment."""
-    figure, axes = new_figure(height=0.3 * len(table) + 1.3)
-    axis, height, rows = axes[0, 0], 0.8 / len(table.columns), np.arange(len(table))
-    for number, (name, values) in enumerate(table.astype(float).items()):
-        axis.barh(rows + number * height, values, height, color=SERIES[number], label=name)
-    axis.set_yticks(rows + 0.4 - height / 2, table.index, fontsize=7)
+    figure, ((axis,),) = new_figure(height=0.3 * len(table) + 1.3)
+    table.astype(float).plot.barh(ax=axis, width=0.8, color=list(SERIES[: table.shape[1]]))
+    axis.autoscale(axis="y")
+    axis.set_yticks(range(len(table)), table.index, fontsize=7)
     axis.axvline(0, color="0.3", linewidth=0.8)
     axis.invert_yaxis()
-    axis.set(xlabel="increase of the validation loss (nats)", title=title)
+    axis.set(xlabel="increase of the validation loss (nats)", ylabel="", title=title)
     axis.legend(fontsize=8)
     return figure
 
 
 def pareto(points: pd.DataFrame, reference: float) -> Figure:
     """Return accuracy against size, FP32 dotted; columns family (≤ 3), size_mb, acc, acc_low, acc_high."""
-    figure, axes = new_figure(height=3.4, width=7)
-    axis, families = axes[0, 0], points.groupby("family", sort=False)
+    figure, ((axis,),) = new_figure(height=3.4, width=7)
+    families = points.groupby("family", sort=False)
     looks = ((COLORS["fp32"], "o"), (COLORS["ptq"], "s"), (BLUE, "D"))
     for (family, part), (color, marker) in zip(families, looks[: len(families)], strict=True):
         part = part[["size_mb", "acc", "acc_low", "acc_high"]].astype(float)
@@ -107,8 +102,8 @@ def differences(tables: dict[str, pd.DataFrame]) -> Figure:
     figure, axes = new_figure(rows=len(tables), height=total, sharex=True, height_ratios=heights)
     look = {"fmt": "o", "color": COLORS["fp32"], "markersize": 5, "capsize": 2, "linewidth": 1}
     for axis, (title, table) in zip(axes.flat, tables.items(), strict=True):
-        rows, halves = np.arange(len(table)), table["sure_pp"].astype(float)
-        axis.errorbar(table["diff_pp"].astype(float), rows, xerr=halves, **look)
+        rows, numbers = range(len(table)), table[["diff_pp", "sure_pp"]].astype(float)
+        axis.errorbar(numbers["diff_pp"], rows, xerr=numbers["sure_pp"], **look)
         axis.axvline(0, color="0.3", linewidth=0.8)
         axis.set_yticks(rows, table.index, fontsize=8)
         axis.set_ylim(len(table) - 0.4, -0.6)

@@ -1,7 +1,5 @@
 """What all figures share: colours, names, sizes. No plot trains, saves or shows."""
 
-from collections.abc import Iterable
-
 import numpy as np
 import pandas as pd
 import seaborn as sns
@@ -19,9 +17,9 @@ BARE = {"xticks": [], "yticks": [], "frame_on": False}  # axes that hold a pictu
 sns.set_theme(style="whitegrid", font_scale=0.85, rc={"axes.titlesize": 11, "axes.titleweight": "bold"})
 
 
-def plain(names: Iterable[str]) -> list[str]:
-    """Return names of classes as text in which a dollar sign begins no formula."""
-    return [str(name).replace("$", r"\$") for name in names]
+def plain(name: str) -> str:
+    """Return the name of a class as text in which a dollar sign begins no formula."""
+    return str(name).replace("$", r"\$")
 
 
 def new_figure(

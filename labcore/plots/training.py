@@ -16,7 +16,7 @@ def image_grid(images: np.ndarray, titles: Sequence[str] = (), columns: int = 10
     figure, axes = new_figure(columns, rows, 0.86 * rows + 0.3, subplot_kw=BARE)
     for axis, image in zip(axes.flat[: len(images)], images, strict=True):
         axis.imshow(image, interpolation="nearest")
-    for axis, title in zip(axes.flat[: len(titles)], plain(titles), strict=True):
+    for axis, title in zip(axes.flat[: len(titles)], map(plain, titles), strict=True):
         axis.set_title(title, fontsize=8, fontweight="normal", pad=2)
     return figure
 
@@ -45,10 +45,10 @@ def curves(history: pd.DataFrame, best_epoch: int) -> Figure:
 
 def lr_curve(positions: np.ndarray, rates: dict[str, np.ndarray], xlabel: str = "epoch") -> Figure:
     """Return learning rates of up to four schedules against the epoch, or against what `xlabel` says."""
-    figure, axes = new_figure(height=2.8)
+    figure, ((axis,),) = new_figure(height=2.8)
     looks = ((COLORS["fp32"], "-"), (COLORS["ptq"], "--"), ("0.5", ":"), (COLORS["qat"], "-."))
     for (name, rate), (color, line) in zip(rates.items(), looks[: len(rates)], strict=True):
-        axes[0, 0].plot(positions, rate, line, color=color, label=name)
-    axes[0, 0].set(xlabel=xlabel, ylabel="learning rate", title="Learning rate")
-    axes[0, 0].legend(fontsize=8)
+        axis.plot(positions, rate, line, color=color, label=name)
+    axis.set(xlabel=xlabel, ylabel="learning rate", title="Learning rate")
+    axis.legend(fontsize=8)
     return figure
