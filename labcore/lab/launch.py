@@ -12,9 +12,24 @@ import argparse
 import os
 import sys
 
+from torch import nn
+
 from labcore import LabError
-from labcore.lab.parallel import BUILD, train_worker
-from labcore.run import open_run
+from labcore.engines.eager import load_float
+from labcore.lab.parallel import train_worker
+from labcore.qconfig import CustomQConfig
+from labcore.quantize import prepare_qat
+from labcore.run import Run, open_run
+from labcore.training.distributed import from_first
+
+
+def qat_model(run: Run) -> nn.Module:
+    """Return the network that QAT starts from: the fp32 stage's, which process 0 reads, prepared."""
+    model = from_first(lambda: load_float(run.path("fp32", "weights.pt"), run.model()))
+    return prepare_qat(model, CustomQConfig.POWER2.qat)
+
+
+BUILD = {"fp32": Run.fresh_model, "qat": qat_model}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -30,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
         if "LOCAL_RANK" not in os.environ:
             raise LabError("expected to be started by torchrun; use it, or make report.")
         run = open_run(options.profile, options.data, options.seed, options.overrides)
-        train_worker(run, options.stage)
+        train_worker(run, options.stage, BUILD[options.stage])
     except LabError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

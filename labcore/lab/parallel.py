@@ -1,6 +1,10 @@
 """Train a stage of a run: in this process, or in one process per GPU where there are several."""
 
+import copy
 import dataclasses
+import pickle
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -9,28 +13,15 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from labcore import LabError
 from labcore.config import Profile, Recipe
-from labcore.engines.eager import load_float
-from labcore.qconfig import CustomQConfig
-from labcore.quantize import prepare_qat
 from labcore.run import Run
 from labcore.train import Result, finished, fit
-from labcore.training.distributed import World, first_on_machine, from_first, launch, process_group
-
-
-def qat_model(run: Run) -> nn.Module:
-    """Return the network that QAT starts from: the fp32 stage's, which process 0 reads, prepared."""
-    model = from_first(lambda: load_float(run.path("fp32", "weights.pt"), run.model()))
-    return prepare_qat(model, CustomQConfig.POWER2.qat)
-
-
-BUILD = {"fp32": Run.fresh_model, "qat": qat_model}
+from labcore.training.distributed import World, first_on_machine, launch, process_group
 
 
 def train_stage(run: Run, stage: str, model: nn.Module) -> Result:
     """Train a stage from `model`, in as many processes as the profile says; load it where it is finished.
 
-    `stage` names recipe and folder. Several processes make the same network, by BUILD. Raises LabError as
-    `fit` and `launch` do.
+    `stage` names the recipe and the folder. Raises LabError as `fit` and `launch` do.
     """
     arguments = _arguments(run, stage)
     if not finished(model, *arguments):
@@ -38,21 +29,35 @@ def train_stage(run: Run, stage: str, model: nn.Module) -> Result:
             print(note)
         processes = run.profile.processes or _one_per_gpu(arguments[0])
         if processes > 1:
-            launch(processes, train_worker, dataclasses.replace(run), stage)  # without the images
+            images_left_out = dataclasses.replace(run)
+            launch(processes, train_worker, images_left_out, stage, partial(unpack, pack(model)))
             if not finished(model, *arguments):  # or one process would quietly train it all again
                 raise LabError(
                     f"{processes} processes left no finished checkpoint of this training in {arguments[-1]}; "
-                    "give them and this process the same network, images, code and versions."
+                    "give them and this process the same images, code and versions."
                 )
     return fit(model, *arguments, run.profile.eval_batch_size, stage.upper())
 
 
+def pack(model: nn.Module) -> bytes:
+    """Return a network for other processes; without qconfigs, which are no data and serve no training."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        module.qconfig = None
+    return pickle.dumps(model)
+
+
+def unpack(packed: bytes, run: Run) -> nn.Module:
+    """Return the network that `pack` was given, whatever the run."""
+    return pickle.loads(packed)
+
+
 @record
-def train_worker(run: Run, stage: str) -> None:
+def train_worker(run: Run, stage: str, build: Callable[[Run], nn.Module]) -> None:
     """Train in each process; an error is written down for the process that started it."""
     with process_group():
         first_on_machine(lambda: run.split)  # images are downloaded, read and cached, the split is written
-        fit(BUILD[stage](run), *_arguments(run, stage), run.profile.eval_batch_size, stage.upper())
+        fit(build(run), *_arguments(run, stage), run.profile.eval_batch_size, stage.upper())
 
 
 def _arguments(run: Run, stage: str) -> tuple:

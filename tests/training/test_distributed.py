@@ -22,8 +22,8 @@ from labcore.config import PROFILES, Augment, Recipe, get_profile, override
 from labcore.files.artifacts import ROOT
 from labcore.files.tensors import load_tensors, save_tensors, state_hash
 from labcore.images.transforms import augment, mix
-from labcore.lab.launch import main
-from labcore.lab.parallel import BUILD, _one_per_gpu, cpu_notes, qat_model, train_stage
+from labcore.lab.launch import BUILD, main
+from labcore.lab.parallel import _one_per_gpu, cpu_notes, pack, train_stage, unpack
 from labcore.qconfig import CustomQConfig
 from labcore.quantize import prepare_qat
 from labcore.run import Run
@@ -304,13 +304,14 @@ def test_a_stage_is_trained_in_as_many_processes_as_the_profile_says(run, monkey
     assert state_hash(again.state) == state_hash(result.state)
 
 
-def test_processes_start_from_the_networks_that_notebooks_show(run):
+def test_processes_start_from_the_network_of_the_notebook_and_torchrun_from_the_same(run):
     save_tensors(run.path("fp32", "weights.pt"), run.fresh_model().state_dict())
     shown = {"fp32": run.fresh_model(), "qat": prepare_qat(run.fresh_model(), CustomQConfig.POWER2.qat)}
-    assert BUILD["fp32"] is Run.fresh_model and BUILD["qat"] is qat_model
     for stage, model in shown.items():
-        built, args = BUILD[stage](run), (run.profile.fp32, run.data, run.split, 0)
-        assert training_identity(*args, built) == training_identity(*args, model)
+        for started in (BUILD[stage](run), unpack(pack(model), run)):
+            expected = training_identity(run.profile.fp32, run.data, run.split, 0, model)
+            assert training_identity(run.profile.fp32, run.data, run.split, 0, started) == expected
+    assert shown["qat"].conv1.qconfig, "the notebook's network keeps what converts it"
     first, second = run.fresh_model().conv1.weight.chunk(2)
     assert torch.equal(first, -second), "the recipe asks for whitened filters"
 
