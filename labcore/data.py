@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from labcore import LabError
-from labcore.files.artifacts import ROOT, UNREADABLE, read_npz, write_npz
+from labcore.files.artifacts import ROOT
 from labcore.images.sources import Unreachable, read_source
 from labcore.images.transforms import normalize
 
@@ -55,9 +55,8 @@ class Split:
 def load_data(source: str | None, image_size: int = 32, root: Path = ROOT) -> ImageData:
     """Return images by name ("cifar10", "cifar100", "digits"), or from class folders or an archive of them.
 
-    None means CIFAR-10, from root/data or downloaded. Without a network it means the embedded digits, and
-    `notice` says so. Raises LabError for anything that cannot be read as two splits with the same two or more
-    classes. Raises Unreachable where CIFAR is asked for by name and cannot be downloaded.
+    None means CIFAR-10, or without a network the embedded digits, and `notice` says so. Raises LabError for
+    what is not two splits with the same two or more classes, Unreachable for CIFAR that cannot be downloaded.
     """
     if source is None:
         try:
@@ -109,30 +108,11 @@ def make_split(labels: np.ndarray, validation_fraction: float, calibration_image
     return Split(*(np.sort(part) for part in (train, validation, calibration)))
 
 
-def save_split(path: Path, split: Split) -> None:
-    """Write the indices with their hash."""
-    write_npz(path, **vars(split), sha256=np.array(split.sha256))
-
-
-def load_split(path: Path) -> Split:
-    """Return a saved split. Raises LabError where it is damaged or its hash does not fit."""
-    try:
-        stored = read_npz(path)
-        expected = str(stored.pop("sha256"))
-        split = Split(**stored)
-        if split.sha256 != expected:
-            raise ValueError(f"expected hash {expected[:12]}, found {split.sha256[:12]}")
-    except UNREADABLE as error:
-        raise LabError(f"{path} cannot be read as a split ({error}): delete it and run again.") from None
-    return split
-
-
 def calibration_batches(data: ImageData, split: Split, batch_size: int = 128) -> list[Tensor]:
     """Return the calibration images (B, 3, H, W), normalised float32, in a fixed order that mixes classes.
 
-    Some data sets come sorted by class, and what moves with the batches (a moving average, a learned scale)
-    would end on the last class. Raises LabError for an empty set, and where it holds validation or test
-    images: ranges must not be chosen by what judges.
+    Sorted by class, what moves with the batches (a moving average, a learned scale) would end on the last
+    one. Raises LabError for an empty set, and for validation or test images in it: they judge.
     """
     if len(split.calibration) == 0:
         raise LabError("the calibration set is empty: set calibration_images to at least 1.")

@@ -4,14 +4,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 from IPython.display import Image
 from matplotlib.figure import Figure
 
 from labcore import LabError
 from labcore.config import NOTEBOOKS, Profile, check_seed, get_profile, parse_overrides
-from labcore.data import ImageData, Split, load_data, load_split, make_split, save_split
-from labcore.files.artifacts import ROOT, atomic_path, read_json, write_json
+from labcore.data import ImageData, Split, load_data, make_split
+from labcore.files.artifacts import ROOT, atomic_path, read_json, write_json, write_npz
 from labcore.files.provenance import provenance
 from labcore.model import QuantizableResNet, build_model
 from labcore.training.device import multiplies_bfloat16
@@ -34,12 +35,11 @@ class Run:
 
     @cached_property
     def split(self) -> Split:
-        """Return the split that follows from images and seed; its file is written where it is another."""
-        path, profile, labels = self.folder / "split.npz", self.profile, self.data.train_labels
-        fresh = make_split(labels, profile.validation_fraction, profile.calibration_images, self.seed)
-        if not path.exists() or load_split(path).sha256 != fresh.sha256:
-            save_split(path, fresh)
-        return fresh
+        """Return the split that follows from images and seed, and write it into its file."""
+        sizes = self.profile.validation_fraction, self.profile.calibration_images
+        split = make_split(self.data.train_labels, *sizes, self.seed)
+        write_npz(self.folder / "split.npz", **vars(split), sha256=np.array(split.sha256))
+        return split
 
     @property
     def folder(self) -> Path:
@@ -69,7 +69,7 @@ class Run:
         return model
 
     def initialize(self, model: QuantizableResNet, init: str) -> None:
-        """Replace first weights by first_weights.initialize, with 500 to 999 evenly spaced images, or all."""
+        """Replace first weights as the recipe's `init` says, by 500 to 999 evenly spaced images, or all."""
         spaced = self.split.train[:: max(1, len(self.split.train) // 500)]
         initialize(model, init, torch.from_numpy(self.data.train_images[spaced]))
 

@@ -7,11 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from trees import flip, pixels, raising, small_tree, truncate, write
+from trees import pixels, raising, small_tree, write
 
 from labcore import LabError
-from labcore.data import Split, calibration_batches, load_data, load_split, make_split, save_split
+from labcore.data import Split, calibration_batches, load_data, make_split
 from labcore.images.transforms import normalize
+from labcore.run import open_run
 
 
 def test_a_data_set_is_parted_into_training_and_test(tmp_path):
@@ -112,61 +113,16 @@ def test_too_few_images_for_a_split_are_refused(labels):
     assert "\n" not in str(caught.value)
 
 
-def test_a_saved_split_comes_back(tmp_path):
-    split = make_split(LABELS, 0.1, 128, 0)
-    save_split(tmp_path / "split.npz", split)
-    back = load_split(tmp_path / "split.npz")
-    for part in ("train", "validation", "calibration"):
-        np.testing.assert_array_equal(getattr(back, part), getattr(split, part))
-
-
-def edit(path, **parts):
+@pytest.mark.parametrize("found", [None, b"", b"another split"])
+def test_the_file_of_a_run_always_holds_its_split(tmp_path, found):
+    run = open_run("smoke", root=tmp_path)
+    path = run.folder / "split.npz"
+    if found is not None:
+        write(run.folder, {"split.npz": found})
+    split = run.split
     with np.load(path) as stored:
-        arrays = dict(stored) | parts
-    np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
-
-
-def single(path):
-    with path.open("wb") as stream:
-        np.save(stream, np.arange(4))
-
-
-DAMAGES = {
-    **{f"cut to {keep}": lambda path, keep=keep: truncate(path, keep) for keep in (0.0, 0.1, 0.5, 0.99)},
-    "edited": lambda path: edit(path, train=np.arange(4)),
-    "without a part": lambda path: edit(path, calibration=None),
-    "without a hash": lambda path: edit(path, sha256=None),
-    "another array": lambda path: edit(path, more=np.arange(4)),
-    "a single array": single,
-    "missing": lambda path: path.unlink(),
-    "text": lambda path: path.write_bytes(b"text\n" * 99),
-    "a folder": lambda path: (path.unlink(), path.mkdir()),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_what_is_no_whole_split_is_refused(tmp_path, damage):
-    path = tmp_path / "split.npz"
-    save_split(path, make_split(LABELS, 0.1, 128, 0))
-    DAMAGES[damage](path)
-    with pytest.raises(LabError) as caught:
-        load_split(path)
-    assert str(path) in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_flipped_bit_never_gives_another_split(tmp_path):
-    path, split = tmp_path / "split.npz", Split(np.arange(20), np.arange(20, 25), np.arange(5))
-    save_split(path, split)
-    accepted = set()
-    for position in range(0, path.stat().st_size, 5):
-        flip(path, position)
-        try:
-            accepted.add(load_split(path).sha256)
-        except LabError:
-            accepted.add("refused")
-        flip(path, position)
-    assert accepted == {split.sha256, "refused"}
+        assert set(stored) == {"train", "validation", "calibration", "sha256"}
+        assert stored["sha256"] == Split(*(stored[name] for name in vars(split))).sha256 == split.sha256
 
 
 @pytest.mark.parametrize("batch_size", [5, 16, 100])
