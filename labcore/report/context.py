@@ -12,8 +12,6 @@ from labcore.files.artifacts import ROOT, read_json
 from labcore.report.claims import MUCH_PP, scheme_extremes
 from labcore.report.tables import filled
 
-PAIRS = {"ptq": "FP32 → PTQ", "qat": "FP32 → QAT", "ptq_qat": "PTQ → QAT"}
-
 
 def context(name: str, root: Path = ROOT) -> dict:
     """Return everything that the template may name, from the results folder of a profile.
@@ -26,47 +24,27 @@ def context(name: str, root: Path = ROOT) -> dict:
     reported = [stage for stage in NOTEBOOKS if stage in run["wall_seconds"] or stage not in STUDIES]
     metrics = {stage: read_json(folder / stage / "metrics.json") for stage in reported}
     provenance = {stage: read_json(folder / stage / "provenance.json") for stage in reported}
-    compare = metrics["compare"]
     recipes = {"FP32": profile.fp32, "QAT": profile.qat, "reference, FP32": reference}
     augments = {"this profile": profile.fp32.augment, "reference": reference.augment}
-    epochs = pd.read_csv(folder / "qat" / "history.csv").to_dict("records")
     return {
         **dict.fromkeys(STUDIES),
         **metrics,
         **(_mixed(metrics["mixed"], profile.arch) if "mixed" in metrics else {}),
-        **(_engines(metrics["engines"]) if "engines" in metrics else {}),
         **_scales(folder, root),
         "profile": profile,
         "reference": read_json(root / "report" / "template_reference.json"),
         "reference_profile": reference,
-        "data": provenance["fp32"]["data"],
-        "training_numbers": provenance["fp32"]["training_numbers"],
-        "threads": provenance["compare"]["threads"],
-        "cpu": provenance["compare"]["cpu"],
+        "provenance": provenance,
+        "fact": partial(_fact, provenance),
+        "counted": counted,
         "notebooks": NOTEBOOKS,
-        "duration": duration,
-        "latency": compare["latency"],
-        "qat_epochs": {"best": epochs[metrics["qat"]["best_epoch"] - 1], "last": epochs[-1]},
+        "wall_seconds": run["wall_seconds"],
         "history_rows": _shown(pd.read_csv(folder / "fp32" / "history.csv")).to_dict("records"),
+        "qat_history": pd.read_csv(folder / "qat" / "history.csv").to_dict("records"),
         "recipe_rows": _side_by_side(recipes, "hyperparameter"),
         "augment_rows": _side_by_side(augments, "transform"),
-        "pair_rows": [
-            {"pair": title, "low": compare["bootstrap"][pair][0], "high": compare["bootstrap"][pair][1]}
-            | compare["paired"][pair]
-            for pair, title in PAIRS.items()
-        ],
-        "ledger_rows": _linked(metrics["claims"]["rows"], name),
-        "fact": partial(_fact, provenance),
-        "packages": list(provenance["fp32"]["versions"]),
-        "wall_seconds": {
-            NOTEBOOKS[stage]: run["wall_seconds"][stage] for stage in reported if stage in run["wall_seconds"]
-        },
+        "engine_pairs": _pair_rows(metrics["engines"]["pairs"]) if "engines" in metrics else [],
     }
-
-
-def duration(seconds: float) -> str:
-    """Return a time as text, in seconds or minutes."""
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
 
 
 def _shown(history: pd.DataFrame) -> pd.DataFrame:
@@ -113,34 +91,15 @@ def _normalization(root: Path) -> dict[str, tuple[float, ...]]:
     return {name.lower(): ast.literal_eval(values[name]) for name in ("MEAN", "STD")}
 
 
-def _linked(rows: list[dict], profile: str) -> list[dict]:
-    """Return the claims with links to the notebook, the entry of its metrics and the figure."""
-    linked = []
-    for row in rows:
-        links, notebook = [], NOTEBOOKS[row["stage"]]
-        if row["data"]:
-            links += [
-                f"[{notebook[:2]}](notebooks/{notebook}.ipynb)",
-                f"[`{row['data']}`](results/{row['stage']}/metrics.json)",
-            ]
-        if row["figure"]:
-            links.append(f"[figure](../../figures/{profile}/{row['figure']}.png)")
-        linked.append(row | {"evidence": ", ".join(links) or "–"})
-    return linked
-
-
 def _mixed(study: dict, arch: str) -> dict:
     """Return what is read off several rows of study 2; `arch` is the profile's own network."""
     extremes = scheme_extremes(study["architectures"], arch)
     least = {network: best for network, (_, best) in extremes.items()}
     collapsed = [network for network, row in least.items() if row["acc_drop_pp_low"] > 10 * MUCH_PP]
     drops = {(row["network"], row["scheme"]): row["acc_drop_pp"] for row in study["architectures"]}
-    allocations = study["allocations"]
+    bits = pd.DataFrame(study["allocations"]).rename_axis("layer")
     return {
-        "allocation_rows": [
-            {"layer": layer} | {name: bits[layer] for name, bits in allocations.items()}
-            for layer in next(iter(allocations.values()))
-        ],
+        "allocation_rows": bits.reset_index().to_dict("records"),
         "least_drops": least,
         "collapsed": collapsed,
         "recommended_is_worse": any(
@@ -149,26 +108,19 @@ def _mixed(study: dict, arch: str) -> dict:
     }
 
 
-def _engines(study: dict) -> dict:
-    """Return rows of speeds for each number of threads and images, by title; a row of pairs per engine."""
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun, such as "2 threads"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
-    def measured_at(threads: int, images: int) -> str:
-        plurals = ["" if number == 1 else "s" for number in (threads, images)]
-        return f"{threads} thread{plurals[0]}, {images} image{plurals[1]}"
 
-    columns = [measured_at(row["threads"], row["batch"]) for row in study["pairs"]]
-    pairs: dict[str, dict] = {}
-    for column, row in zip(columns, study["pairs"], strict=True):
-        by_column = pairs.setdefault(row["engine"], {"engine": row["engine"]} | dict.fromkeys(columns, "–"))
+def _pair_rows(pairs: list[dict]) -> list[dict]:
+    """Return a row per engine with the speed-up of each measurement; a dash where there was none."""
+    columns = [f"{counted(row['threads'], 'thread')}, {counted(row['batch'], 'image')}" for row in pairs]
+    rows: dict[str, dict] = {}
+    for column, row in zip(columns, pairs, strict=True):
+        by_column = rows.setdefault(row["engine"], {"engine": row["engine"]} | dict.fromkeys(columns, "–"))
         by_column[column] = filled("{speedup:.3f} ({speedup_low:.3f} … {speedup_high:.3f})", row)
-    return {
-        "engine_pairs": list(pairs.values()),
-        "engine_speeds": {
-            measured_at(int(threads), batch): [row for row in rows if row["batch"] == batch]
-            for threads, rows in study["speeds"].items()
-            for batch in study["batches"]
-        },
-    }
+    return list(rows.values())
 
 
 def _fact(provenance: dict[str, dict], key: str) -> str:

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import reduce
 from operator import getitem
 from pathlib import Path
@@ -83,13 +83,13 @@ def pick(rows: Iterable[dict], values: dict) -> dict | None:
 
 
 def titled(rows: Mapping[str, dict], titles: Mapping[str, str] | Iterable[str] = ()) -> list[dict]:
-    """Return rows that are saved by name as a list, each with its name or another title as "title".
+    """Return rows that are saved by name as a list, each with its "name", and that or another as "title".
 
     Args:
         titles: of rows in the order in which they shall stand; what is not among the rows is left out.
     """
     by_name = titles if isinstance(titles, Mapping) else {name: name for name in titles or rows}
-    return [{"title": title} | rows[name] for name, title in by_name.items() if name in rows]
+    return [{"name": name, "title": title} | rows[name] for name, title in by_name.items() if name in rows]
 
 
 def formatted(table: pd.DataFrame) -> pd.DataFrame:
@@ -103,7 +103,7 @@ def formatted(table: pd.DataFrame) -> pd.DataFrame:
 
 def pipe_table(
     rows: Iterable[Mapping],
-    columns: Mapping[str, str] | None = None,
+    columns: Mapping[str, str | Callable[[Mapping], str]] | None = None,
     widths: tuple[int, ...] = (),
     titles: Mapping[str, str] | None = None,
 ) -> str:
@@ -112,7 +112,8 @@ def pipe_table(
     Columns of numbers are set right, all others left, as is the first.
 
     Args:
-        columns: titles, and the templates that each row fills (`filled`); by default its values, by name.
+        columns: titles, and the templates that each row fills (`filled`), or functions of a row; by default
+            its values, by name.
         widths: the columns' shares of the page in percent, for tables of long texts. Pandoc heeds the lengths
             of the dashes in lines beyond its --columns.
         titles: of values that are names.
@@ -121,7 +122,10 @@ def pipe_table(
     if not rows:
         return ""
     columns = columns or {name: f"{{{name}}}" for name in rows[0]}
-    lines = [[filled(template, row, titles) for template in columns.values()] for row in rows]
+    lines = [
+        [cell(row) if callable(cell) else filled(cell, row, titles) for cell in columns.values()]
+        for row in rows
+    ]
     texts = list(zip(*lines, strict=True))
     is_number = [False, *(all(cell[:1] in "+-–0123456789" for cell in column) for column in texts[1:])]
     dashes = ["-" * 12 * width for width in widths] or ["---"] * len(columns)

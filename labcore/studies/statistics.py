@@ -13,26 +13,8 @@ import numpy as np
 import pandas as pd
 from scipy.stats import spearmanr
 
+from labcore import stats
 from labcore.files.artifacts import load_logits, read_json
-from labcore.stats import (
-    accuracy_gap,
-    beyond_chance,
-    bootstrap_drop,
-    calibration,
-    class_accuracy,
-    compare_paired,
-    images_needed,
-    latency_table,
-    median_interval,
-    over_seeds,
-    paired_by_class,
-    paired_loss,
-    seed_spread,
-    summarize,
-    summarize_paired,
-    sure_pp,
-    with_seed_intervals,
-)
 
 STAGES = ("fp32", "ptq", "qat")
 PAIRS = {"ptq": ("fp32", "ptq"), "qat": ("fp32", "qat"), "ptq_qat": ("ptq", "qat")}
@@ -75,8 +57,8 @@ def fp32(folder: Path, metrics: dict) -> dict:
     logits, labels = load_logits(folder / "fp32" / "logits.npz")
     images = metrics["gap"]["n_train"], metrics["gap"]["n_validation"]
     return {
-        "test": summarize(logits, labels),
-        "gap": accuracy_gap(metrics["train_clean_acc"], metrics["val_acc"], *images),
+        "test": stats.summarize(logits, labels),
+        "gap": stats.accuracy_gap(metrics["train_clean_acc"], metrics["val_acc"], *images),
     }
 
 
@@ -84,8 +66,8 @@ def quantized(folder: Path, metrics: dict, stage: str) -> dict:
     """Return the test accuracy of PTQ or QAT, and how it compares with FP32."""
     stages, labels = load_stages(folder)
     return {
-        "test": summarize(stages[stage], labels),
-        "paired": compare_paired(stages["fp32"], stages[stage], labels),
+        "test": stats.summarize(stages[stage], labels),
+        "paired": stats.compare_paired(stages["fp32"], stages[stage], labels),
     }
 
 
@@ -93,7 +75,7 @@ def _beside_fp32(folder: Path, stage: str, names: Iterable[str]) -> dict[str, di
     """Return how networks that a stage saved by name do on the test images, compared with FP32."""
     fp32_logits, labels = load_logits(folder / "fp32" / "logits.npz")
     return {
-        name: summarize_paired(fp32_logits, logits, labels)
+        name: stats.summarize_paired(fp32_logits, logits, labels)
         for name, logits in load_networks(folder, stage, names).items()
     }
 
@@ -108,23 +90,23 @@ def compare(folder: Path, metrics: dict) -> dict:
     size_mb = {stage: read_json(folder / stage / "metrics.json")["size_bytes"] / 1e6 for stage in STAGES}
     (stages, labels), classes = load_stages(folder), load_classes(folder)
     pairs = {name: (stages[before], stages[after], labels) for name, (before, after) in PAIRS.items()}
-    calibrated = {stage: calibration(logits, labels) for stage, logits in stages.items()}
+    calibrated = {stage: stats.calibration(logits, labels) for stage, logits in stages.items()}
     by_class = pd.DataFrame(
-        {stage: class_accuracy(logits, labels, classes) for stage, logits in stages.items()}
+        {stage: stats.class_accuracy(logits, labels, classes) for stage, logits in stages.items()}
     )
     change_pp = 100 * by_class[["ptq", "qat"]].sub(by_class["fp32"], axis=0)
     changes = [
         {"network": stage, "class": label}
         | {key: row[key] for key in ("only_before", "only_after", "p_value")}
         for stage in ("ptq", "qat")
-        for label, row in paired_by_class(*pairs[stage], classes).items()
+        for label, row in stats.paired_by_class(*pairs[stage], classes).items()
     ]
     return {
         "paired": {
-            name: compare_paired(*pair) | {"images_needed": images_needed(*pair)}
+            name: stats.compare_paired(*pair) | {"images_needed": stats.images_needed(*pair)}
             for name, pair in pairs.items()
         },
-        "bootstrap": {name: bootstrap_drop(*pair) for name, pair in pairs.items()},
+        "bootstrap": {name: stats.bootstrap_drop(*pair) for name, pair in pairs.items()},
         "ece": {stage: error for stage, (error, _) in calibrated.items()},
         "confidence": {
             stage: float(np.average(bins["confidence"], weights=bins["count"]))
@@ -133,7 +115,7 @@ def compare(folder: Path, metrics: dict) -> dict:
         "per_class": by_class.T.to_dict(),
         "worst_class": change_pp.idxmin().to_dict(),
         "worst_class_change_pp": change_pp.min().to_dict(),
-        "classes_changed": beyond_chance(changes),
+        "classes_changed": stats.beyond_chance(changes),
         "size_mb": size_mb,
         "size_ratio": size_mb["fp32"] / size_mb["ptq"],
         **_beside_fp32(folder, "compare", {"recommended"} & metrics.keys()),
@@ -153,12 +135,12 @@ def times(folder: Path, metrics: dict) -> dict:
     speeds = []
     for network in ("ptq", "qat", "float_scales"):
         ratios = (wide["affine"] / wide[network]).to_numpy()
-        low, high = median_interval(ratios)
+        low, high = stats.median_interval(ratios)
         if math.isfinite(high - low):
             speeds.append({"network": network, "speed": float(np.median(ratios)), "low": low, "high": high})
-    tables = {f"ptq_to_{name}": latency_table(rounds, model) for name, model in baselines.items()}
+    tables = {f"ptq_to_{name}": stats.latency_table(rounds, model) for name, model in baselines.items()}
     return {
-        "latency": latency_table(rounds, "fp32").T.to_dict(),
+        "latency": stats.latency_table(rounds, "fp32").T.to_dict(),
         **{name: table.loc["ptq"].to_dict() for name, table in tables.items()},
         "middle_zero_point": {"rows": speeds, "slower": sum(row["high"] < 1 for row in speeds)},
     }
@@ -175,8 +157,8 @@ def observers(folder: Path, metrics: dict) -> dict:
         "verdict": _beside_fp32(folder, "observers", metrics["verdict"]),
         "finalists": [
             {"before": before, "after": after}
-            | compare_paired(logits[before], logits[after], labels)
-            | paired_loss(logits[before], logits[after], labels)
+            | stats.compare_paired(logits[before], logits[after], labels)
+            | stats.paired_loss(logits[before], logits[after], labels)
             for before, after in FINALISTS
             if {before, after} <= logits.keys()
         ],
@@ -191,7 +173,7 @@ def rounding_costs(folder: Path, names: Iterable[str]) -> dict[str, dict]:
     """
     logits, labels = load_networks(folder, "observers", names), load_logits(folder / "fp32" / "logits.npz")[1]
     pairs = [(peer, name) for peer, name in PEERS if name in logits]
-    return {name: compare_paired(logits[peer], logits[name], labels) for peer, name in pairs}
+    return {name: stats.compare_paired(logits[peer], logits[name], labels) for peer, name in pairs}
 
 
 def mixed(folder: Path, metrics: dict) -> dict:
@@ -248,14 +230,14 @@ def training(folder: Path, metrics: dict) -> dict:
         freedom), sure (pp by number of seeds), comparisons.
     """
     tables = {question: _over_seeds(rows) for question, rows in metrics["tables"].items()}
-    spread = seed_spread(tables.values())
+    spread = stats.seed_spread(tables.values())
     counts = sorted({int(row["seeds"]) for rows in tables.values() for row in rows})
     found = {
-        "tables": {question: with_seed_intervals(rows, spread) for question, rows in tables.items()},
+        "tables": {question: stats.with_seed_intervals(rows, spread) for question, rows in tables.items()},
         "seed_spread": {
             "pp": spread[0],
             "df": spread[1],
-            "sure": [{"seeds": count, "pp": sure_pp(count, spread)} for count in counts],
+            "sure": [{"seeds": count, "pp": stats.sure_pp(count, spread)} for count in counts],
             "comparisons": sum(len(rows) - 1 for rows in tables.values()),
         },
     }
@@ -264,7 +246,7 @@ def training(folder: Path, metrics: dict) -> dict:
             rows = _over_seeds(list(metrics[name].values()))
             for difference in ("diff_pp", "diff_unrounded_pp"):
                 if difference in rows[0]:
-                    rows = with_seed_intervals(rows, seed_spread([rows], difference), difference)
+                    rows = stats.with_seed_intervals(rows, stats.seed_spread([rows], difference), difference)
             found[name] = dict(zip(metrics[name], rows, strict=True))
     return found
 
@@ -273,5 +255,5 @@ def _over_seeds(rows: list[dict]) -> list[dict]:
     """Return the rows, computed again from the accuracy of each seed where all have it (accs)."""
     if any("accs" not in row for row in rows):
         return rows
-    again = over_seeds(pd.DataFrame([row["accs"] for row in rows])).to_dict("records")
+    again = stats.over_seeds(pd.DataFrame([row["accs"] for row in rows])).to_dict("records")
     return [row | values for row, values in zip(rows, again, strict=True)]

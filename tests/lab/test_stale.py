@@ -137,9 +137,18 @@ def test_explanations_and_other_profiles_make_nothing_stale(project, name, chang
     assert project.stale() == {}
 
 
-def test_a_comment_in_printed_source_makes_only_the_report_stale(project):
-    project.edit("labcore/model.py", lambda text: text.replace("# int8 from", "# in int8 from"))
-    assert project.stale() == {"report": "changed: the source of labcore/model.py"}
+@pytest.mark.parametrize(
+    ("name", "stage", "part"),
+    [
+        ("labcore/model.py", "report", "the source of labcore/model.py"),
+        ("report/template.md", "report", "report/template.md"),
+        ("report/template_ledger.md", "claims", "report/template_ledger.md"),
+    ],
+)
+def test_comments_in_printed_source_and_words_concern_only_what_shows_them(project, name, stage, part):
+    project.edit(name, lambda text: text.replace("# int8 from", "# in int8 from").replace("R1", "R1 "))
+    assert project.stale()[stage] == f"changed: {part}"
+    assert set(project.stale()) == {stage, "report"}
 
 
 def test_new_prose_in_a_notebook_runs_nothing(project):

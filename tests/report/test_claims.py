@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from labcore import LabError
 from labcore.report.claims import CONDITION, CONFIRMED, OPEN, REFUTED, UNDECIDED, ledger
 
 REFERENCE = json.loads((Path(__file__).parents[2] / "report/template_reference.json").read_text())
@@ -233,6 +234,12 @@ def test_what_was_found_is_told_where_it_was_measured(claim, changes, checks, to
 def test_a_speed_up_that_the_references_table_bears_out_holds_on_its_machine(monkeypatch):
     monkeypatch.setitem(REFERENCE["qat"], "speedup", 1.84)
     assert rows()["R4"]["verdict"] == CONDITION
+
+
+def test_words_that_want_what_nobody_measured_are_refused():
+    without = {name: value for name, value in RESNET50.items() if name != "calibration_seconds"}
+    with pytest.raises(LabError, match=r"template_ledger\.md cannot be filled: .*'calibration_seconds'"):
+        rows(checks={"resnet50": without})
 
 
 @pytest.mark.parametrize("module", ["claims", "build", "verify"])
