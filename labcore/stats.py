@@ -47,12 +47,10 @@ def compare_paired(before: np.ndarray, after: np.ndarray, labels: np.ndarray) ->
     """Return what one of two networks gets right and the other wrong, on the same images.
 
     Returns:
-        both, neither: images that both get right, or none;
-        only_before, only_after: those that only one of them gets right;
+        both, neither, only_before, only_after: numbers of images that they get right;
         agree: share of equal predictions;
-        acc_drop_pp with its 95 % interval (t interval of the per-image difference), positive is worse;
-        p_value of McNemar's exact test (McNemar, 1947): how often chance alone splits the discordant images
-        so unevenly.
+        acc_drop_pp with its 95 % t interval over images, positive is worse;
+        p_value of McNemar's exact test (1947): how often chance splits the discordant images so unevenly.
     """
     right_before, right_after = before.argmax(1) == labels, after.argmax(1) == labels
     only_before = int((right_before & ~right_after).sum())
@@ -94,10 +92,9 @@ def mean_over_images(values: np.ndarray) -> dict[str, float]:
 
 
 def paired_loss(before: np.ndarray, after: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Return how much larger the mean cross-entropy of `after` is, in nats, with its t interval over images.
+    """Return loss_rise, _low, _high: how much larger the mean cross-entropy of `after` is, in nats.
 
-    A loss counts how sure an answer is, so that it tells two networks apart on fewer images. The names are
-    loss_rise, loss_rise_low, loss_rise_high.
+    With its t interval over images. As it counts how sure they are, fewer images tell two networks apart.
     """
     rows = np.arange(len(labels))
     surer = log_softmax(before.astype(np.float64), 1) - log_softmax(after.astype(np.float64), 1)
@@ -105,10 +102,9 @@ def paired_loss(before: np.ndarray, after: np.ndarray, labels: np.ndarray) -> di
 
 
 def paired_error(target: np.ndarray, before: np.ndarray, after: np.ndarray) -> dict[str, float]:
-    """Return how much larger the squared error of `after` is than that of `before`, against logits `target`.
+    """Return error_rise, _low, _high: how much larger the squared error of `after` is, against `target`.
 
-    It is the mean over images and classes, with its t interval over images: error_rise, error_rise_low,
-    error_rise_high. All three have shape (N, classes).
+    The mean over images and classes, with its t interval over images. All are logits, (N, classes).
     """
     rise = (np.square(after - target) - np.square(before - target)).mean(axis=1, dtype=np.float64)
     return _named("error_rise", mean_over_images(rise))
@@ -185,13 +181,10 @@ def accuracy_gap(train_acc: float, val_acc: float, n_train: int, n_validation: i
 
 
 def calibration(logits: np.ndarray, labels: np.ndarray, bins: int = 15) -> tuple[float, pd.DataFrame]:
-    """Return the expected calibration error, and what it is made of (Guo et al., 2017, equation 3).
+    """Return the expected calibration error as a fraction (Guo et al., 2017, equation 3), and its bins.
 
-    The softmax probability of the predicted class is compared with how often that class is right, in bins of
-    equal width.
-
-    Returns:
-        The error as a fraction; one row per bin that holds images: low, high, count, confidence, accuracy.
+    The softmax probability of the predicted class (confidence) is compared with how often it is right. Bins
+    have equal width; each that holds images has a row: low, high, confidence, accuracy, count.
     """
     confidence = softmax(logits.astype(np.float64), axis=1).max(axis=1)
     right = (logits.argmax(1) == labels).astype(float)
@@ -219,10 +212,9 @@ def class_accuracy(logits: np.ndarray, labels: np.ndarray, classes: Sequence[str
 
 
 def latency_table(measured: pd.DataFrame, baseline: str) -> pd.DataFrame:
-    """Return median and middle half of the latency per model, and of the speed-up over `baseline`.
+    """Return a row per model: medians and quartiles (_low, _high) of latency_ms, and of speedup.
 
-    Index: model. Columns: latency_ms, latency_ms_low, latency_ms_high (quartiles), speedup, speedup_low,
-    speedup_high (median and quartiles of the ratios within a round).
+    A speedup is the ratio of the time of `baseline` to the model's, within a round.
     """
     wide = measured.pivot(index="round", columns="model", values="latency_ms")
     columns = {}
@@ -244,12 +236,10 @@ def median_interval(values: np.ndarray) -> tuple[float, float]:
 
 
 def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
-    """Return what seeds give together, from accuracies: a row per recipe, a column per seed.
+    """Return what seeds give together, from accuracies: a row per recipe, a column per seed (or NaN).
 
-    Returns:
-        One row per recipe: seeds (how many were trained; NaN stands for others), accs (of each), acc (their
-        mean), acc_std, and the difference to the first recipe in points, paired by seed: diff_pp (its mean)
-        and diff_pp_std.
+    A row has seeds (how many), accs, acc (their mean), acc_std, and the difference to the first recipe in
+    points, paired by seed: diff_pp (its mean) and diff_pp_std.
     """
     difference = 100 * (table - table.iloc[0])
     return pd.DataFrame(

@@ -31,26 +31,26 @@ def collect(profile: str, overrides: str, wall_seconds: dict[str, float], root: 
     Raises LabError where a stage has left no metrics.
     """
     folder, runs = root / "report" / profile / "results", root / "runs" / profile
-    partial = folder.with_name(".results.part")
-    shutil.rmtree(partial, ignore_errors=True)
+    unfinished = folder.with_name(".results.part")
+    shutil.rmtree(unfinished, ignore_errors=True)
     for stage in wall_seconds:
         for name in ("metrics.json", "provenance.json"):
             read_json(runs / stage / name)
-        (partial / stage).mkdir(parents=True)
+        (unfinished / stage).mkdir(parents=True)
         for path in (path for pattern in KEPT for path in (runs / stage).glob(pattern)):
-            shutil.copyfile(path, partial / stage / path.name)
+            shutil.copyfile(path, unfinished / stage / path.name)
     prefixes = tuple(NOTEBOOKS[stage][:2] for stage in wall_seconds)
-    copies = sorted(path for path in partial.rglob("*") if path.is_file())
+    copies = sorted(path for path in unfinished.rglob("*") if path.is_file())
     figures = sorted((root / "figures" / profile).glob("*.png"))
     facts = {
         "overrides": overrides,
         "wall_seconds": wall_seconds,
-        "files": {path.relative_to(partial).as_posix(): sha256_file(path) for path in copies},
+        "files": {path.relative_to(unfinished).as_posix(): sha256_file(path) for path in copies},
         "figures": {path.name: sha256_file(path) for path in figures if path.name.startswith(prefixes)},
     }
-    write_json(partial / "run.json", facts)
+    write_json(unfinished / "run.json", facts)
     shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    unfinished.rename(folder)
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 

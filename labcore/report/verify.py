@@ -88,9 +88,7 @@ def differences(name: str, saved, computed, tolerance: float = 1e-9) -> Iterator
                 yield from differences(f"{name}.{key}", saved[key], value, tolerance)
             else:
                 yield f"{name}.{key} is missing"
-    elif (
-        isinstance(computed, list | tuple) and isinstance(saved, list | tuple) and len(computed) == len(saved)
-    ):
+    elif isinstance(computed, list | tuple) and isinstance(saved, list) and len(computed) == len(saved):
         for number, pair in enumerate(zip(saved, computed, strict=True)):
             yield from differences(f"{name}[{number}]", *pair, tolerance)
     elif isinstance(computed, int | float) and isinstance(saved, int | float):
