@@ -57,10 +57,7 @@ def _check_types(config, prefix: str = "") -> None:
 
 @dataclass(frozen=True)
 class Augment:
-    """Training transforms, in the order in which they are applied. Zero switches one off.
-
-    Names and meanings are torchvision's, except for `cutout` (DeVries and Taylor, 2017).
-    """
+    """Training transforms in their order, with torchvision's names. Zero switches one off."""
 
     crop_padding: Annotated[int, "[0, 32]"] = 4  # pixels
     padding_mode: Literal["constant", "reflect"] = "constant"  # constant: black
@@ -74,7 +71,7 @@ class Augment:
     translate: Probability = 0.0  # a share of the image
     scale_min: Annotated[float, "(0, 10]"] = 1.0
     scale_max: Annotated[float, "(0, 10]"] = 1.0
-    cutout: Annotated[int, "[0, 512]"] = 0  # side of a square in the mean colour, in pixels
+    cutout: Annotated[int, "[0, 512]"] = 0  # pixels: a square in the mean colour (DeVries and Taylor, 2017)
     erasing_prob: Probability = 0.0  # RandomErasing (Zhong et al., 2017)
     erasing_scale: tuple[float, float] = (0.02, 0.4)
     erasing_ratio: tuple[float, float] = (0.3, 3.3)
@@ -90,11 +87,7 @@ class Augment:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Hyperparameters of one training run; the same loop reads them for FP32 and for QAT.
-
-    "cosine" is a linear warm-up, then half a cosine from `lr` to `lr_min`; "warm_restarts" are cycles of
-    `restart_epochs`, each `restart_mult` times as long as the one before (Loshchilov and Hutter, 2017).
-    """
+    """Hyperparameters of one training run; the same loop reads them for FP32 and for QAT."""
 
     epochs: Annotated[int, "[1, 100000]"]
     batch_size: Annotated[int, "[1, 65536]"]
@@ -104,6 +97,8 @@ class Recipe:
     bias_lr: Annotated[float, "(0, 1000]"] = 1.0
     epoch_images: CountOrZero = 0  # images of an epoch, drawn anew every time; 0 takes all
     lr_min: float = 0.0
+    # A linear warm-up, then half a cosine from `lr` to `lr_min`; or cycles of `restart_epochs`, each
+    # `restart_mult` times as long as the one before (Loshchilov and Hutter, 2017).
     schedule: Literal["cosine", "warm_restarts"] = "cosine"
     warmup: Share = 0.2  # of the steps
     restart_epochs: Count = 50
@@ -210,15 +205,9 @@ def override(config, values: dict):
 
 # QAT takes the crops of FP32 training: BatchNorm would learn the statistics of others within a hundred steps.
 _crops = Augment(crop_padding=2, padding_mode="reflect")
-_cpu = Profile(
-    name="cpu",
-    fp32=Recipe(
-        epochs=17, batch_size=128, lr=0.15, init="whitened", bias_lr=16.0, small_share=0.7, augment=_crops
-    ),
-    qat=Recipe(
-        epochs=2, epoch_images=10_240, batch_size=128, lr=0.001, warmup=0.1, freeze_at=0.67, augment=_crops
-    ),
-)
+_short = Recipe(epochs=17, batch_size=128, lr=0.15, init="whitened", bias_lr=16.0, small_share=0.7)
+_short_qat = Recipe(epochs=2, epoch_images=10_240, batch_size=128, lr=0.001, warmup=0.1, freeze_at=0.67)
+_cpu = Profile(name="cpu", fp32=replace(_short, augment=_crops), qat=replace(_short_qat, augment=_crops))
 _upright = replace(_crops, flip_prob=0.0)
 _smoke = replace(
     _cpu,
@@ -234,7 +223,7 @@ _smoke = replace(
     study_seeds=2,
     verdict_seeds=2,
 )
-# A wider network and more epochs, up to two hours on two cores that multiply bfloat16 (benchmarks/README.md).
+# A wider network and more epochs, up to two hours on two cores with bfloat16 (docs/benchmarks/README.md).
 _cutout = replace(_crops, cutout=8)
 _cpu_long = replace(
     _cpu,
@@ -243,58 +232,25 @@ _cpu_long = replace(
     fp32=replace(_cpu.fp32, epochs=28, weight_decay=6e-4, augment=_cutout),
     qat=replace(_cpu.qat, augment=_cutout),
 )
+_batches = Recipe(epochs=60, batch_size=512, lr=0.4, weight_decay=5e-4, warmup=0.05, ema_decay=0.999)
+_mixed = replace(_batches, cutmix_alpha=1.0, cutmix_prob=0.5, augment=Augment(policy="trivial", cutout=8))
 _full = replace(
     _cpu,
     name="full",
     arch="resnet50",
     width=64,
-    fp32=Recipe(
-        epochs=60,
-        batch_size=512,
-        lr=0.4,
-        weight_decay=5e-4,
-        warmup=0.05,
-        cutmix_alpha=1.0,
-        cutmix_prob=0.5,
-        ema_decay=0.999,
-        augment=Augment(policy="trivial", cutout=8),
-    ),
+    fp32=_mixed,
     qat=Recipe(epochs=6, batch_size=512, lr=0.002, weight_decay=5e-4, warmup=0.1, freeze_at=0.67),
     eval_batch_size=500,
 )
 # The reference's own hyperparameters, to the letter (its 300 epochs end in the middle of the third cycle).
-_reference_fp32 = Recipe(
-    epochs=300,
-    batch_size=256,
-    lr=0.3,
-    lr_min=1e-4,
-    schedule="warm_restarts",
-    restart_epochs=50,
-    restart_mult=2,
-    warmup=0.0,
-    weight_decay=1e-4,
-    label_smoothing=0.05,
-    mixup_alpha=0.2,
-    mixup_prob=0.5,
-    clip_norm=1.0,
-    augment=Augment(
-        brightness=0.3,
-        contrast=0.3,
-        saturation=0.3,
-        hue=0.1,
-        rotation_degrees=20.0,
-        translate=0.1,
-        scale_min=0.9,
-        scale_max=1.1,
-        erasing_prob=0.6,
-    ),
-)
-_reference = replace(
-    _full,
-    name="reference",
-    fp32=_reference_fp32,
-    qat=replace(_reference_fp32, epochs=20, lr=1e-3, lr_min=1e-5, schedule="cosine", freeze_at=0.75),
-)
+_colours = Augment(brightness=0.3, contrast=0.3, saturation=0.3, hue=0.1, erasing_prob=0.6)
+_augment = replace(_colours, rotation_degrees=20.0, translate=0.1, scale_min=0.9, scale_max=1.1)
+_restarts = Recipe(epochs=300, batch_size=256, lr=0.3, lr_min=1e-4, schedule="warm_restarts", warmup=0.0)
+_mixup = replace(_restarts, label_smoothing=0.05, mixup_alpha=0.2, mixup_prob=0.5, augment=_augment)
+_reference_fp32 = replace(_mixup, weight_decay=1e-4, clip_norm=1.0)
+_reference_qat = replace(_reference_fp32, epochs=20, lr=1e-3, lr_min=1e-5, schedule="cosine", freeze_at=0.75)
+_reference = replace(_full, name="reference", fp32=_reference_fp32, qat=_reference_qat)
 PROFILES = {profile.name: profile for profile in (_smoke, _cpu, _cpu_long, _full, _reference)}
 
 
@@ -318,9 +274,7 @@ def parse_overrides(text: str | None) -> dict[str, str]:
 
 def check_seed(seed) -> int:
     """Return the seed as an integer in 0 … 2^32 - 1; LabError otherwise."""
-    try:
-        value = int(str(seed))
-    except ValueError:
-        value = -1
-    _check("SEED", seed, 0 <= value < 2**32, "a whole number in 0 … 4294967295")
-    return value
+    text = str(seed)
+    ok = text.isdecimal() and len(text) <= 10 and int(text) < 2**32
+    _check("SEED", seed, ok, "a whole number in 0 … 4294967295")
+    return int(text)

@@ -36,16 +36,10 @@ class ConvBNReLU(nn.Sequential):
 
 
 class QuantizableBasicBlock(nn.Module):
-    """Two 3×3 convolutions and a shortcut.
+    """Two 3×3 convolutions, the first with the stride, and a shortcut that `downsample` brings to its shape.
 
     The sum of two int8 tensors needs a scale of its own. FloatFunctional gives it one: it carries an observer
     while calibrating, and becomes one int8 add_relu kernel at conversion.
-
-    Args:
-        inplanes: channels of the input.
-        planes: channels of the convolutions.
-        stride: of the first convolution.
-        downsample: brings the shortcut to the output's shape, where the two differ.
     """
 
     expansion = 1  # channels of the output per plane
@@ -108,12 +102,8 @@ class QuantizableBottleneck(nn.Module):
 class QuantizableResNet(nn.Module):
     """A ResNet between a QuantStub and a DeQuantStub.
 
-    Args:
-        block: QuantizableBasicBlock or QuantizableBottleneck.
-        layers: blocks in each of the four stages.
-        num_classes: outputs of the last layer.
-        width: channels of the stem and of the first stage; the others have 2, 4 and 8 times as many.
-        stem: "cifar" (3×3, stride 1, no pooling) or "imagenet" (7×7, stride 2, max pooling).
+    `layers` counts the blocks of each of the four stages, which have 1, 2, 4 and 8 times `width` channels.
+    The stem is "cifar" (3×3, stride 1, no pooling) or "imagenet" (7×7, stride 2, max pooling).
     """
 
     def __init__(self, block, layers: list[int], num_classes: int, width: int, stem: str):
@@ -145,19 +135,16 @@ class QuantizableResNet(nn.Module):
         downsample, outplanes = None, planes * block.expansion
         if stride != 1 or self.inplanes != outplanes:
             downsample = nn.Sequential(_conv(self.inplanes, outplanes, 1, stride), nn.BatchNorm2d(outplanes))
-        stack = [block(self.inplanes, planes, stride, downsample)]
+        first = block(self.inplanes, planes, stride, downsample)
         self.inplanes = outplanes
-        stack += [block(self.inplanes, planes) for _ in range(1, blocks)]
-        return nn.Sequential(*stack)
+        return nn.Sequential(first, *(block(outplanes, planes) for _ in range(1, blocks)))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map normalised images (B, 3, H, W) to logits (B, num_classes)."""
         x = self.quant(x)  # int8 from here on, once converted
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))  # (B, width, H, W), CIFAR stem
-        x = self.layer1(x)
-        x = self.layer2(x)  # (B, 2 width e, H/2, W/2); e = block.expansion
-        x = self.layer3(x)
-        x = self.layer4(x)  # (B, 8 width e, H/8, W/8)
+        x = self.layer2(self.layer1(x))  # (B, 2 width e, H/2, W/2); e = block.expansion
+        x = self.layer4(self.layer3(x))  # (B, 8 width e, H/8, W/8)
         x = torch.flatten(self.avgpool(x), 1)  # (B, 8 width e)
         return self.dequant(self.fc(x))  # (B, num_classes), float32
 
@@ -195,9 +182,9 @@ class QuantizableResNet9(QuantizableResNet):
     def _make_layer(self, block, planes: int, blocks: int, stride: int) -> nn.Sequential:
         if stride == 1:
             return nn.Sequential()
-        stack = [ConvBNReLU(self.inplanes, planes), nn.MaxPool2d(stride)]
+        first = ConvBNReLU(self.inplanes, planes)
         self.inplanes = planes
-        return nn.Sequential(*stack, *(block(planes, planes) for _ in range(blocks)))
+        return nn.Sequential(first, nn.MaxPool2d(stride), *(block(planes, planes) for _ in range(blocks)))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, 3, H, W) to logits (B, num_classes), scaled down: a maximum is larger than a mean."""
@@ -214,5 +201,5 @@ _LAYERS = {
 
 def build_model(arch: str, num_classes: int, width: int = 64, stem: str = "cifar") -> QuantizableResNet:
     """Return the network of that name with He's first weights, from torch's global random generator."""
-    network, block, layers = _LAYERS[arch]
-    return network(block, layers, num_classes, width, stem)
+    network, *structure = _LAYERS[arch]
+    return network(*structure, num_classes, width, stem)

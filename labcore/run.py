@@ -63,7 +63,7 @@ class Run:
         return build_model(self.profile.arch, len(self.data.classes), self.profile.width, self.profile.stem)
 
     def fresh_model(self) -> QuantizableResNet:
-        """Return the profile's network as its FP32 training starts, with the first weights of the recipe."""
+        """Return the network as its FP32 training starts, with the first weights of the recipe."""
         model = self.model()
         self.initialize(model, self.profile.fp32.init)
         return model
@@ -86,13 +86,8 @@ class Run:
         """Write what the stage measured, and beside it what the numbers depend on; return the former."""
         facts = {
             "data": {
-                "label": self.data.label,
-                "sha256": self.data.sha256,
-                "notice": self.data.notice,
-                "classes": list(self.data.classes),
-                "n_train": len(self.split.train),
-                "n_validation": len(self.split.validation),
-                "n_calibration": len(self.split.calibration),
+                **{name: getattr(self.data, name) for name in ("label", "sha256", "notice", "classes")},
+                **{f"n_{name}": len(indices) for name, indices in vars(self.split).items()},
                 "n_test": len(self.data.test_labels),
                 "split_sha256": self.split.sha256,
             },
