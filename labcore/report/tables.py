@@ -13,14 +13,11 @@ import pandas as pd
 from labcore import LabError
 
 _DIGITS = {
-    ".2%": "acc acc_low acc_high acc_std acc_unrounded fp32_acc train_acc train_clean_acc val_acc"
-    " agree identical",
-    "+.2f": "acc_drop_pp acc_drop_pp_low acc_drop_pp_high diff_pp diff_pp_low diff_pp_high diff_unrounded_pp"
-    " diff_unrounded_pp_low diff_unrounded_pp_high",
-    ".2f": "latency_ms latency_ms_low latency_ms_high speedup speedup_low speedup_high fp32_speedup"
-    " fp32_speedup_low fp32_speedup_high size_mb diff_pp_std diff_unrounded_pp_std gap_unrounded_pp",
+    ".2%": "acc acc_std acc_unrounded fp32_acc train_acc train_clean_acc val_acc agree identical",
+    "+.2f": "acc_drop_pp diff_pp diff_unrounded_pp",
+    ".2f": "latency_ms speedup fp32_speedup size_mb diff_pp_std diff_unrounded_pp_std gap_unrounded_pp",
     ".4f": "loss train_loss val_loss train_clean_loss ece logit_mse",
-    "+.4f": "loss_rise loss_rise_low loss_rise_high",
+    "+.4f": "loss_rise",
     ",.0f": "n_seen n_correct both neither images_needed libraries_mb peak_mb images_per_s",
     ".0f": "only_before only_after epoch width seeds",
     ".1f": "train_seconds seconds snr_db",
@@ -30,7 +27,13 @@ _DIGITS = {
     ".6g": "scale",
     ".0%": "roof_share",
 }
-FORMATS = {name: digits for digits, names in _DIGITS.items() for name in names.split()}
+# The ends of an interval have the digits of what it is about.
+FORMATS = {
+    name + end: digits
+    for digits, names in _DIGITS.items()
+    for name in names.split()
+    for end in ("", "_low", "_high")
+}
 FILTERS = {"pct": ".2%", "signed": "+.2f", "n": ",", "f1": ".1f", "f2": ".2f", "f4": ".4f", "g2": ".2g"}
 
 
