@@ -1,5 +1,7 @@
 """What transforms and the policy share: draws on the images' device, grey values, one warp per batch."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,13 @@ def to_device(x: Tensor, values: np.ndarray, dtype: torch.dtype = torch.float32)
 def per_image(x: Tensor, values: np.ndarray, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return one number for every image of `x` on its device, (B, 1, 1, 1)."""
     return to_device(x, values, dtype).view(-1, 1, 1, 1)
+
+
+def change(x: Tensor, chosen: np.ndarray, operation: Callable, *draws: np.ndarray) -> None:
+    """Replace, in place, the chosen images by what the operation makes of them and of their draws."""
+    if chosen.any():
+        index = to_device(x, np.flatnonzero(chosen), torch.int64)
+        x.index_copy_(0, index, operation(x[index], *(values[chosen] for values in draws)).to(x.dtype))
 
 
 def grey(x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
 from labcore import LabError
-from labcore.images.pixels import affine, grey, per_image, to_device
+from labcore.images.pixels import affine, change, grey, per_image
 
 BINS = 31
 
@@ -23,7 +23,7 @@ def trivial_augment(images: Tensor, rng: np.random.Generator) -> Tensor:
     """
     if images.dtype != torch.uint8:
         raise LabError(f"a policy takes uint8 images, found {images.dtype}; apply it before normalize.")
-    names = np.array(list(OPERATIONS))
+    names = np.array(OPERATIONS)
     number = rng.integers(0, len(names), len(images))
     magnitude = magnitudes()[number, rng.integers(0, BINS, len(images))]
     negative = np.isin(names[number], SIGNED) & (rng.random(len(images)) < 0.5)
@@ -33,33 +33,38 @@ def trivial_augment(images: Tensor, rng: np.random.Generator) -> Tensor:
 def magnitudes() -> np.ndarray:
     """Return the magnitude of every operation in every bin, (operations, bins); zero where it has none.
 
-    Units: shear as a tangent, translation in pixels, rotation in degrees, Brightness to Sharpness as a
-    distance from the neutral factor 1, Posterize in bits kept, Solarize as a share of 255.
+    Shears are tangents, translations pixels, rotations degrees, Brightness to Sharpness distances from the
+    neutral factor 1, Posterize bits kept, Solarize a share of 255.
     """
     largest = (0, 0.99, 0.99, 32, 32, 135, 0.99, 0.99, 0.99, 0.99)  # Identity to Sharpness
     rows = [torch.linspace(0, top, BINS) for top in largest]
-    rows.append((8 - torch.arange(BINS) / ((BINS - 1) / 6)).round())
-    rows.append(torch.linspace(1, 0, BINS))
-    rows += [torch.zeros(BINS)] * 2
+    bits = (8 - torch.arange(BINS) / ((BINS - 1) / 6)).round()
+    rows += [bits, torch.linspace(1, 0, BINS), torch.zeros(BINS), torch.zeros(BINS)]
     return torch.stack(rows).double().numpy()  # rounded to float32 as in torchvision: that decides pixels
 
 
 def operate(images: Tensor, names: np.ndarray, magnitude: np.ndarray) -> Tensor:
     """Apply the operation names[i] with magnitude[i] to image i: uint8 (B, 3, H, W) -> uint8, a copy."""
     x = images.clone(memory_format=torch.contiguous_format)
-    for name in np.unique(names):
-        chosen = np.flatnonzero(names == name)
-        index = to_device(x, chosen, torch.int64)
-        changed = OPERATIONS[name](x[index], magnitude[chosen])
-        x.index_copy_(0, index, changed.clamp(0, 255).to(torch.uint8))
+    change(x, np.isin(names, GEOMETRIC), _warp, names, magnitude)
+    for name, operation in COLOUR.items():
+        change(x, names == name, operation, magnitude)
     return x
 
 
+def _warp(x: Tensor, names: np.ndarray, magnitude: np.ndarray) -> Tensor:
+    """Return sheared, shifted and turned images, all by one warp; a shear keeps the top left corner."""
+    shear_x, shear_y, right, down, angle = (np.where(names == name, magnitude, 0) for name in GEOMETRIC)
+    right = np.trunc(right) - shear_x * x.shape[2] / 2
+    down = np.trunc(down) - shear_y * x.shape[3] / 2
+    return affine(x, angle, right, down, shear=(shear_x, shear_y))
+
+
 def _blend(x: Tensor, other: Tensor, magnitude: np.ndarray) -> Tensor:
-    """Return x + magnitude (x - other)."""
+    """Return x + magnitude (x - other), cut off to 0 … 255."""
     factor = 1 + magnitude
     # addcmul rounds once, as torchvision does; two roundings would put some pixels one level lower.
-    return torch.addcmul(x * per_image(x, factor), other, per_image(x, 1 - factor))
+    return torch.addcmul(x * per_image(x, factor), other, per_image(x, 1 - factor)).clamp(0, 255)
 
 
 def _sharpness(x: Tensor, magnitude: np.ndarray) -> Tensor:
@@ -71,18 +76,13 @@ def _sharpness(x: Tensor, magnitude: np.ndarray) -> Tensor:
     sharp = x.float()
     blurred = sharp.clone()
     blurred[:, :, 1:-1, 1:-1] = (F.conv2d(sharp, kernel, groups=3) / 13).round()
-    return torch.addcmul(sharp, blurred - sharp, per_image(x, 1 - (1 + magnitude)))
+    return torch.addcmul(sharp, blurred - sharp, per_image(x, 1 - (1 + magnitude))).clamp(0, 255)
 
 
-# What each does to images x with a magnitude m for each. Shears keep the top left corner, as in torchvision.
-OPERATIONS = {
-    "Identity": lambda x, m: x,
-    "ShearX": lambda x, m: affine(x, shear=(m, 0), right=-m * x.shape[2] / 2),
-    "ShearY": lambda x, m: affine(x, shear=(0, m), down=-m * x.shape[3] / 2),
-    "TranslateX": lambda x, m: affine(x, right=np.trunc(m)),
-    "TranslateY": lambda x, m: affine(x, down=np.trunc(m)),
-    "Rotate": lambda x, m: affine(x, angle=m),
-    "Brightness": lambda x, m: x * per_image(x, 1 + m),
+GEOMETRIC = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")
+# What each of the others does to images x with a magnitude m for each.
+COLOUR = {
+    "Brightness": lambda x, m: (x * per_image(x, 1 + m)).clamp(0, 255),
     "Color": lambda x, m: _blend(x, grey(x).floor(), m),
     "Contrast": lambda x, m: _blend(x, grey(x).floor().mean((1, 2, 3), keepdim=True), m),
     "Sharpness": _sharpness,
@@ -91,4 +91,5 @@ OPERATIONS = {
     "AutoContrast": lambda x, _: TF.autocontrast(x),
     "Equalize": lambda x, _: TF.equalize(x),
 }
-SIGNED = tuple(OPERATIONS)[1:10]  # those with a direction: ShearX to Sharpness
+OPERATIONS = ("Identity", *GEOMETRIC, *COLOUR)
+SIGNED = OPERATIONS[1:10]  # those with a direction: ShearX to Sharpness

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from labcore import LabError
 from labcore.config import Augment, Recipe
-from labcore.images.pixels import affine, grey, per_image, to_device
+from labcore.images.pixels import affine, change, grey, per_image, to_device
 
 # The reference's constants. Its std is the mean of per-image values; per pixel it would be about 0.247.
 MEAN = (0.4914, 0.4822, 0.4465)
@@ -30,16 +30,11 @@ def normalize(images: Tensor) -> Tensor:
 @cache
 def _constants(device: torch.device) -> tuple[Tensor, Tensor]:
     """Return mean and std of bytes, (1, 3, 1, 1); made once per device, since making them waits for it."""
-    mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) * 255 for values in (MEAN, STD))
-    return mean, std
+    return tuple(torch.tensor(values, device=device).view(1, 3, 1, 1) * 255 for values in (MEAN, STD))
 
 
 def augment(images: Tensor, config: Augment, rng: np.random.Generator) -> Tensor:
-    """Return training images: uint8 (B, 3, H, W) -> normalised float32 (B, 3, H, W), channels_last.
-
-    Order: crop and flip, a policy, colour jitter, rotation, translation and scale, normalisation, cutout,
-    random erasing.
-    """
+    """Return training images: uint8 (B, 3, H, W) -> normalised float32 (B, 3, H, W), channels_last."""
     count, _, height, width = images.shape
     x = crop_flip(images, config, rng)
     if config.policy == "trivial":
@@ -87,19 +82,20 @@ def crop_flip(images: Tensor, config: Augment, rng: np.random.Generator) -> Tens
     return padded.flatten(2).gather(2, pixels[:, None].expand(-1, channels, -1)).view(images.shape)
 
 
-def _blend(x: Tensor, other: Tensor | float, factor: Tensor) -> Tensor:
+def _blend(x: Tensor, other: Tensor | float, factors: np.ndarray) -> Tensor:
+    factor = per_image(x, factors)
     return (factor * x + (1 - factor) * other).clamp(0, 1)
 
 
-def adjust_hue(x: Tensor, shift: Tensor) -> Tensor:
-    """Turn the hue of RGB images in [0, 1], (B, 3, H, W), by `shift` in turns, (B, 1, 1, 1)."""
+def adjust_hue(x: Tensor, shifts: np.ndarray) -> Tensor:
+    """Turn the hue of RGB images in [0, 1], (B, 3, H, W), by `shifts`, (B,), in turns."""
     red, green, blue = x.unbind(1)  # (B, H, W) each
     high, low = x.amax(1), x.amin(1)
     spread = high - low
     safe = torch.where(spread == 0, 1.0, spread)
     blue_or_green = torch.where(high == green, 2 + (blue - red) / safe, 4 + (red - green) / safe)
     sector = torch.where(high == red, (green - blue) / safe, blue_or_green)
-    hue = (sector / 6 + shift.view(-1, 1, 1)) % 1.0
+    hue = (sector / 6 + to_device(x, shifts).view(-1, 1, 1)) % 1.0
     # A channel is high - spread * max(0, min(k, 4 - k, 1)) with k = (n + 6 hue) mod 6 and n = 5, 3, 1.
     ks = ((n + 6 * hue) % 6 for n in (5, 3, 1))
     return torch.stack([high - spread * torch.minimum(k, 4 - k).clamp(0, 1) for k in ks], 1)
@@ -108,22 +104,19 @@ def adjust_hue(x: Tensor, shift: Tensor) -> Tensor:
 def color_jitter(x: Tensor, config: Augment, rng: np.random.Generator) -> Tensor:
     """Adjust RGB in [0, 1], (B, 3, H, W), as ColorJitter: strengths and order are drawn for every image."""
     adjustments = (
-        lambda part, factor: _blend(part, 0.0, factor),  # brightness
-        lambda part, factor: _blend(part, grey(part).mean((1, 2, 3), keepdim=True), factor),  # contrast
-        lambda part, factor: _blend(part, grey(part), factor),  # saturation
+        lambda part, factors: _blend(part, 0.0, factors),  # brightness
+        lambda part, factors: _blend(part, grey(part).mean((1, 2, 3), keepdim=True), factors),  # contrast
+        lambda part, factors: _blend(part, grey(part), factors),  # saturation
         adjust_hue,
     )
-    x = x.clone(memory_format=torch.contiguous_format)
-    count = len(x)
+    x, count = x.clone(memory_format=torch.contiguous_format), len(x)
     order = rng.random((count, 4)).argsort(axis=1)  # (B, 4)
     amounts = (config.brightness, config.contrast, config.saturation)
     strengths = [rng.uniform(1 - amount, 1 + amount, count) for amount in amounts]
     strengths.append(rng.uniform(-config.hue, config.hue, count))
     for turn in range(4):
         for number, adjust in enumerate(adjustments):
-            chosen = np.flatnonzero(order[:, turn] == number)
-            index = to_device(x, chosen, torch.int64)
-            x.index_copy_(0, index, adjust(x[index], per_image(x, strengths[number][chosen])))
+            change(x, order[:, turn] == number, adjust, strengths[number])
     return x
 
 
@@ -160,12 +153,11 @@ def mix(x: Tensor, recipe: Recipe, rng: np.random.Generator) -> tuple[Tensor, Te
     """Mix every image with its neighbour, by mixup, by CutMix or not at all, as drawn for it.
 
     mixup (Zhang et al., 2018, equation 2): x_i <- share_i x_i + (1 - share_i) x_partner(i).
-    CutMix (Yun et al., 2019, algorithm A1): a box of the partner's pixels, of about (1 - share) of the area,
-    around a pixel drawn anywhere. The share is then that of the image's own pixels.
+    CutMix (Yun et al., 2019, algorithm A1): a box of the partner's pixels, of about (1 - share) of the area.
+    The share is then that of the image's own pixels. Shares are drawn from Beta(alpha, alpha).
 
-    Shares are drawn from Beta(alpha, alpha); an alpha of 0 switches that kind off. Neighbours stay together
-    in any even part of the batch; the last image of an odd batch is its own partner. Returns the mixed images
-    (B, 3, H, W), the partners' positions (B,) and the shares (B,), 1 where not mixed.
+    Neighbours stay together in any even part of the batch; the last image of an odd batch is its own partner.
+    Returns the mixed images, the partners' positions (B,) and the shares (B,), 1 where not mixed.
     """
     count, _, height, width = x.shape
     chance = rng.random(count)
