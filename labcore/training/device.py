@@ -72,7 +72,9 @@ def forward_of(model: nn.Module) -> nn.Module:
 
 def say_if_not_compiled(network: nn.Module) -> None:
     """Print a note where torch only warned that it cannot compile: a notebook's warnings are not kept."""
-    if hasattr(network, "_orig_mod") and not torch._dynamo.utils.counters["frames"]["ok"]:
+    if current_world().rank > 0 or not hasattr(network, "_orig_mod"):  # that of torch.compile
+        return
+    if not torch._dynamo.utils.counters["frames"]["ok"]:
         _print_once("note: torch could not compile the network (is there a C compiler?); it trains slower.")
 
 
