@@ -1,4 +1,4 @@
-"""The command line behind make: report, studies, status, clean."""
+"""The command line behind make: report, studies, status, clean; and train, for torchrun."""
 
 import argparse
 import sys
@@ -25,12 +25,13 @@ def chosen_studies(text: str) -> list[str]:
 def main(arguments: list[str] | None = None) -> int:
     """Run one command. Return the exit status; an error is one line on stderr."""
     parser = argparse.ArgumentParser(prog="python -m labcore.lab", description=__doc__)
-    parser.add_argument("command", choices=("report", "studies", "status", "clean"))
+    parser.add_argument("command", choices=("report", "studies", "status", "clean", "train"))
     parser.add_argument("--profile", default="cpu", help=f"one of {', '.join(PROFILES)}")
     parser.add_argument("--data", default=None, help="cifar10, cifar100, digits, or a path to images")
     parser.add_argument("--seed", default="0")
     parser.add_argument("--set", default="", dest="overrides", help="name=value pairs for the profile")
     parser.add_argument("--studies", default="", help="which studies, by number: '05 09'; all without it")
+    parser.add_argument("--stage", choices=("fp32", "qat"), default="fp32", help="what train trains")
     options = parser.parse_args(arguments)
     try:
         state = State(options.profile, options.data, options.seed, options.overrides)
@@ -41,6 +42,11 @@ def main(arguments: list[str] | None = None) -> int:
         elif options.command == "clean":
             for folder in pipeline.clean(state):
                 print(f"removed {folder.relative_to(state.root)}/")
+        elif options.command == "train":
+            from labcore.lab.launch import train  # imports torch
+            from labcore.run import Run
+
+            train(Run(state.profile, state.source, state.seed), options.stage)
         else:
             pipeline.run(state, studies if options.command == "studies" else ())
     except (LabError, OSError) as error:

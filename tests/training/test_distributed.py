@@ -22,7 +22,8 @@ from labcore.config import PROFILES, Augment, Recipe, get_profile, override
 from labcore.files.artifacts import ROOT
 from labcore.files.tensors import load_tensors, save_tensors, state_hash
 from labcore.images.transforms import augment, mix
-from labcore.lab.launch import BUILD, main
+from labcore.lab.__main__ import main
+from labcore.lab.launch import BUILD
 from labcore.lab.parallel import _one_per_gpu, cpu_notes, pack, train_stage, unpack
 from labcore.qconfig import CustomQConfig
 from labcore.quantize import prepare_qat
@@ -276,7 +277,7 @@ def test_torchrun_on_two_machines_trains_what_make_report_finds_finished_on_the_
         shutil.copytree(ROOT / "labcore", root / "labcore", ignore=unwanted)
         command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node-rank={rank}"]
         command += ["--master-addr=localhost", f"--master-port={port}", "--nproc-per-node=1"]
-        command += ["-m", "labcore.lab.launch", "--profile", "smoke", "--stage", "fp32"]
+        command += ["-m", "labcore.lab", "train", "--profile", "smoke", "--stage", "fp32"]
         command += ["--set", "fp32.epochs=1 fp32.epoch_images=128 width=4"]
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         environment = {**os.environ, "PYTHONPATH": str(root)}
@@ -335,9 +336,10 @@ def test_as_many_gpus_are_used_as_can_share_a_batch(gpus, batch, mixup, expected
 
 def test_a_wrong_command_is_refused_before_anything_starts(capsys, monkeypatch):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    assert main([]) == 1 and "expected to be started by torchrun" in capsys.readouterr().err
+    assert main(["train", "--profile", "smoke"]) == 1
+    assert "expected to be started by torchrun" in capsys.readouterr().err
     monkeypatch.setenv("LOCAL_RANK", "0")
-    assert main(["--profile", "smok"]) == 1 and "did you mean 'smoke'?" in capsys.readouterr().err
+    assert main(["train", "--profile", "smok"]) == 1 and "did you mean 'smoke'?" in capsys.readouterr().err
 
 
 def test_a_training_that_wants_a_gpu_says_so_on_a_cpu(tmp_path):
