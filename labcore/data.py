@@ -46,10 +46,8 @@ class Split:
     @property
     def sha256(self) -> str:
         """Return a hash of the three parts, in hex."""
-        digest = hashlib.sha256()
-        for part in (self.train, self.validation, self.calibration):
-            digest.update(np.int64(len(part)).tobytes() + part.astype(np.int64).tobytes())
-        return digest.hexdigest()
+        parts = (np.array([len(part), *part], dtype=np.int64) for part in vars(self).values())
+        return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 def load_data(source: str | None, image_size: int = 32, root: Path = ROOT) -> ImageData:
@@ -126,5 +124,4 @@ def calibration_batches(data: ImageData, split: Split, batch_size: int = 128) ->
             f"{shared} of {len(images)} calibration images are test images: "
             "calibrate on training images only."
         )
-    starts = range(0, len(images), batch_size)
-    return [normalize(torch.from_numpy(images[start : start + batch_size])) for start in starts]
+    return [normalize(batch) for batch in torch.from_numpy(images).split(batch_size)]

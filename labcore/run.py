@@ -46,11 +46,6 @@ class Run:
         """Return where all stages keep their files."""
         return self.root / "runs" / self.profile.name
 
-    @property
-    def figures(self) -> Path:
-        """Return where all stages put their figures."""
-        return self.root / "figures" / self.profile.name
-
     def path(self, stage: str, name: str = "") -> Path:
         """Return where a stage keeps a file, or all of them; LabError for an unknown stage."""
         if stage not in NOTEBOOKS:
@@ -77,7 +72,7 @@ class Run:
         """Write figures/P/NAME.png with the data set named at its foot; return that picture for display."""
         foot = f"{self.data.label} · profile {self.profile.name}"
         figure.text(0.995, 0.005, foot, ha="right", va="bottom", fontsize=7, color="0.4", parse_math=False)
-        path = self.figures / f"{name}.png"
+        path = self.root / "figures" / self.profile.name / f"{name}.png"
         with atomic_path(path) as partial:
             figure.savefig(partial, format="png", dpi=150, metadata={"Software": None})
         return Image(data=path.read_bytes(), width=round(100 * figure.get_figwidth()))

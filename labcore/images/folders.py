@@ -18,8 +18,6 @@ from labcore.files.artifacts import UNREADABLE
 from labcore.files.progress import progress
 from labcore.images.decode import SUFFIXES, decode
 
-Members = Iterator[tuple[str, Callable[[], bytes]]]  # the name of a file, and what reads it
-
 
 def read_images(source: Path, size: int) -> tuple[str, dict[str, np.ndarray]]:
     """Return (content key, arrays) of class folders, or of an archive of them; every image is read once.
@@ -90,7 +88,8 @@ def _split_and_class(name: str) -> tuple[str, str] | None:
     return next((pair for pair in pairwise(parts[:-1]) if pair[0] in ("train", "test")), None)
 
 
-def _members(source: Path) -> Members:
+def _members(source: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
+    """Yield the name of every file, and what reads it."""
     if source.is_dir():
         for path in sorted(source.rglob("*")):
             if path.is_file():

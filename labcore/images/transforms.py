@@ -52,7 +52,9 @@ def augment(images: Tensor, config: Augment, rng: np.random.Generator) -> Tensor
         x = affine(x, right=right, down=down, scale=scale)
     x = normalize(x)
     if config.cutout:
-        x.masked_fill_(_inside(x, *_cutout_box(x, config.cutout, rng)), 0)  # 0 is the mean colour
+        # Around a pixel anywhere, so that part of it may fall outside; 0 is the mean colour.
+        top, left = (rng.integers(0, side, count) - config.cutout // 2 for side in (height, width))
+        x.masked_fill_(_inside(x, top, top + config.cutout, left, left + config.cutout), 0)
     if config.erasing_prob:
         x.masked_fill_(_inside(x, *_erasing_box(x, config, rng)), 0)
     return x
@@ -126,12 +128,6 @@ def _inside(x: Tensor, top: np.ndarray, bottom: np.ndarray, left: np.ndarray, ri
     in_rows = to_device(x, (rows >= top[:, None]) & (rows < bottom[:, None]), torch.bool)
     in_columns = to_device(x, (columns >= left[:, None]) & (columns < right[:, None]), torch.bool)
     return in_rows[:, None, :, None] & in_columns[:, None, None, :]
-
-
-def _cutout_box(x: Tensor, side: int, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
-    """Draw a square around a pixel anywhere, so that part of it may fall outside the image."""
-    top, left = (rng.integers(0, length, len(x)) - side // 2 for length in x.shape[2:])
-    return top, top + side, left, left + side
 
 
 def _erasing_box(x: Tensor, config: Augment, rng: np.random.Generator) -> tuple[np.ndarray, ...]:

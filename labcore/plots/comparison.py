@@ -82,19 +82,15 @@ def confusion_difference(differences: dict[str, pd.DataFrame]) -> Figure:
     numbers = {"annot": annotated, "annot_kws": {"fontsize": 6}, "fmt": "+d"}
     look = {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit, "cbar": False, "linewidths": 0.3}
     for axis, (stage, table) in zip(axes.flat, differences.items(), strict=True):
-        named = table.rename(index=plain, columns=plain)
-        sns.heatmap(named, ax=axis, yticklabels=axis is axes[0, 0], **numbers, **look)
-        axis.set(xlabel="predicted", ylabel="", title=f"{NAMES[stage]} minus FP32 (images)")
+        sns.heatmap(table.rename(index=plain, columns=plain), ax=axis, **numbers, **look)
+        axis.set(xlabel="predicted", ylabel="true", title=f"{NAMES[stage]} minus FP32 (images)")
         axis.tick_params(labelsize=7)
-    axes[0, 0].set_ylabel("true")
+        axis.label_outer()
     return figure
 
 
 def class_change(change_pp: pd.DataFrame) -> Figure:
-    """Return the change of accuracy per class against FP32 in percentage points; index class, columns stages.
-
-    Of more than 20 classes, the 20 that change most.
-    """
+    """Return changes of accuracy (points) of the 20 classes that change most; index class, columns stages."""
     if len(change_pp) > 20:
         change_pp = change_pp.loc[change_pp.abs().max(axis=1).nlargest(20).index]
     figure, ((axis,),) = new_figure(height=2.8)

@@ -35,7 +35,7 @@ def exponents(table: pd.DataFrame, max_shift_amount: int) -> Figure:
     figure, ((axis,),) = new_figure(height=0.19 * len(layers) + 1.4)
     for tensor, color, marker in (("weight", COLORS["fp32"], "s"), ("activation", COLORS["ptq"], "o")):
         part = table[table["tensor"] == tensor]
-        rows = [layers.index(name) for name in part["layer"]]
+        rows = part["layer"].map(layers.index)
         axis.scatter(part["exponent"], rows, color=color, marker=marker, s=26, label=tensor)
     clamp = f"clamp at 2^-{max_shift_amount}"
     axis.axvline(-max_shift_amount, color="0.4", linewidth=1, linestyle="--", label=clamp)

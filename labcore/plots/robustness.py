@@ -64,8 +64,7 @@ def lost_image_grid(lost: pd.DataFrame, images: np.ndarray, classes: Sequence[st
         axis.imshow(images[row.image].transpose(1, 2, 0), interpolation="nearest")
         before = f"FP32: {names[row.before]} ({row.margin_before:.2f})"
         after = f"PTQ: {names[row.after]} ({row.margin_after:.2f})"
-        title = f"true: {names[row.true]}\n{before}\n{after}"
-        axis.set_title(title, fontsize=7, fontweight="normal", pad=3)
+        axis.set_title(f"true: {names[row.true]}\n{before}\n{after}", fontsize=7, fontweight="normal", pad=3)
     if lost.empty:
         figure.text(0.5, 0.5, "PTQ loses no image that FP32 gets right", ha="center", va="center")
     return figure

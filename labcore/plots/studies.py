@@ -15,12 +15,12 @@ def drop_heatmap(panels: dict[str, pd.DataFrame]) -> Figure:
     look = {"cmap": "Oranges", "vmin": 0, "vmax": top, "cbar": False, "linewidths": 0.5}
     numbers = {"annot": True, "annot_kws": {"fontsize": 7}, "fmt": "+.2f"}
     for axis, (title, table) in zip(axes.flat, panels.items(), strict=True):
-        sns.heatmap(table.astype(float), ax=axis, yticklabels=axis is axes[0, 0], **numbers, **look)
-        axis.set(title=title, xlabel=table.columns.name or "", ylabel="")
+        sns.heatmap(table.astype(float), ax=axis, **numbers, **look)
+        axis.set_title(title)
+        axis.label_outer()
         axis.grid(False)  # it would show where a cell is empty
         axis.tick_params(labelsize=7)
         axis.tick_params(axis="x", rotation=30)
-    axes[0, 0].set_ylabel(next(iter(panels.values())).index.name or "")
     return figure
 
 
