@@ -19,9 +19,7 @@ from labcore.config import Recipe
 from labcore.studies.study import Study
 
 
-class _Mobile:
-    """What both networks change in torchvision's."""
-
+class _Mobile:  # what both networks change in torchvision's
     def forward(self, x: Tensor) -> Tensor:
         # In float32: a CPU's bfloat16 gradients of depthwise convolutions take up to 100 times as long.
         with torch.autocast("cpu", enabled=False):

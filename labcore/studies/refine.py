@@ -5,6 +5,7 @@ Power-of-two scales stay powers of two, and each function works on a copy. Refer
 down? Adaptive rounding for post-training quantization" (AdaRound).
 """
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterator
 
@@ -62,8 +63,8 @@ def equalize(model: nn.Module, tolerance: float = 1e-3, max_rounds: int = 100) -
 
     Channel i between layers 1 and 2 is scaled by s_i = sqrt(r1_i r2_i) / r2_i: W1_i, b1_i are divided by it,
     W2's inputs multiplied, r being the channel's largest absolute weight (CLE, equations 9 to 11); for all
-    `pairs`, until every |s_i - 1| < tolerance. A channel without weights on one side is left alone, where
-    torch.ao.quantization._equalize never returns. Give the result to prepare_ptq with fused=False.
+    `pairs`, until every |s_i - 1| < tolerance. A channel without weights on one side is left alone (there
+    torch's own _equalize never returns). Give the result to prepare_ptq with fused=False.
     Raises LabError where BatchNorm is not folded away, and where no layers form a pair.
     """
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
@@ -92,6 +93,10 @@ def _equalize_pair(first: nn.Conv2d, second: nn.Conv2d) -> float:
     return (scale - 1).abs().max().item()
 
 
+class _Reached(Exception):
+    """The layer of interest has run: the rest of the network need not."""
+
+
 @torch.no_grad()
 def _values(model: nn.Module, layer: nn.Module, batches: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield (input, output before ReLU and quantization) of a layer, batch by batch."""
@@ -99,19 +104,20 @@ def _values(model: nn.Module, layer: nn.Module, batches: list[Tensor]) -> Iterat
         raise LabError("expected calibration images, found none; set calibration_images to at least 1.")
     values = []
 
-    def keep(_, inputs, output):
-        values.append((inputs[0], output.clone()))  # a ReLU may overwrite it
+    def stop(_, inputs, output):
+        values.append((inputs[0], output))
+        raise _Reached
 
-    with layer.register_forward_hook(keep, prepend=True):  # before the output is quantized
+    with layer.register_forward_hook(stop, prepend=True):  # before the output is quantized
         for batch in batches:
-            model(batch.to(layer.weight.device))
+            with contextlib.suppress(_Reached):
+                model(batch.to(layer.weight.device))
             yield values.pop()
 
 
 def _mean_output(model: nn.Module, layer: nn.Module, batches: list[Tensor]) -> Tensor:
     """Return the mean (C,) of a layer's output over images and positions, in float64."""
-    outputs = (output for _, output in _values(model, layer, batches))
-    sums = [output.transpose(0, 1).flatten(1).mean(1).double() * len(output) for output in outputs]
+    sums = [y.transpose(0, 1).flatten(1).mean(1).double() * len(y) for _, y in _values(model, layer, batches)]
     return sum(sums) / sum(map(len, batches))
 
 
@@ -128,10 +134,7 @@ def correct_bias(simulated: nn.Module, float_model: nn.Module, batches: list[Ten
     for name, layer in layers(corrected).items():
         wanted = _mean_output(reference, originals[name], batches)
         shift = (_mean_output(corrected, layer, batches) - wanted).float()
-        if layer.bias is None:
-            layer.bias = nn.Parameter(-shift)
-        else:
-            layer.bias -= shift
+        layer.bias = nn.Parameter(-shift if layer.bias is None else layer.bias - shift)
     return corrected
 
 
@@ -188,8 +191,7 @@ def _round_layer(
         return activation(plain(x, values, layer.bias))
 
     @torch.no_grad()
-    def errors(values: Tensor) -> Tensor:
-        """Return the squared error (C,) per output channel, over all images."""
+    def errors(values: Tensor) -> Tensor:  # squared, over all images, per output channel (C,)
         parts = zip(inputs.split(batch_size), targets.split(batch_size), strict=True)
         squares = ((output(values, x) - y).square() for x, y in parts)
         return sum(square.transpose(0, 1).flatten(1).double().sum(1) for square in squares)
