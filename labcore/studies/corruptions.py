@@ -25,7 +25,6 @@ from labcore import LabError, nearest
 from labcore.files.progress import progress
 
 SEVERITIES = (1, 2, 3, 4, 5)
-AUTHORS = "Hendrycks and Dietterich's for CIFAR-10"
 
 
 @dataclass(frozen=True)
@@ -35,8 +34,10 @@ class Corruption:
     group: str
     apply: Callable[[Tensor, float | tuple], Tensor]  # of an image (1, 3, H, W) in 0 … 1; clipped afterwards
     parameters: tuple  # of the severities 1 … 5; those in pixels are meant for 32×32 images
-    meaning: str  # of the parameter
-    source: str = AUTHORS
+
+
+def _salt_and_pepper(x: Tensor, amount: float) -> Tensor:
+    return K.RandomSaltAndPepperNoise(amount=amount, salt_vs_pepper=0.5, p=1)(x)
 
 
 def _gaussian_blur(x: Tensor, sigma: float) -> Tensor:
@@ -83,60 +84,43 @@ def _jpeg(x: Tensor, quality: int) -> Tensor:
 
 CORRUPTIONS = {
     "gaussian noise": Corruption(
-        "noise",
-        lambda x, sigma: F.gaussian_noise(x, sigma=sigma),
-        (0.04, 0.06, 0.08, 0.09, 0.10),
-        "standard deviation, white is 1",
+        "noise", lambda x, sigma: F.gaussian_noise(x, sigma=sigma), (0.04, 0.06, 0.08, 0.09, 0.10)
     ),
     "shot noise": Corruption(
-        "noise",
-        lambda x, photons: torch.poisson(x * photons) / photons,
-        (500, 250, 100, 75, 50),
-        "photons that make white",
+        "noise", lambda x, photons: torch.poisson(x * photons) / photons, (500, 250, 100, 75, 50)
     ),
-    "impulse noise": Corruption(
-        "noise",
-        lambda x, amount: K.RandomSaltAndPepperNoise(amount=amount, salt_vs_pepper=0.5, p=1)(x),
-        (0.01, 0.02, 0.03, 0.05, 0.07),
-        "share of pixels made black or white",
-        f"{AUTHORS}; theirs strikes each channel by itself",
-    ),
-    "gaussian blur": Corruption(
-        "blur", _gaussian_blur, (0.4, 0.6, 0.7, 0.8, 1.0), "standard deviation in pixels"
-    ),
-    "motion blur": Corruption(
-        "blur",
-        _motion_blur,
-        (3, 5, 7, 9, 11),
-        "length in pixels, fading out; the angle is drawn from -45° … 45°",
-        "ours",
-    ),
-    "zoom blur": Corruption(
-        "blur",
-        _zoom_blur,
-        (1.05, 1.10, 1.15, 1.20, 1.25),
-        "largest of the zooms that are averaged, in steps of 0.01",
-    ),
-    "rain": Corruption("weather", _rain, (2, 4, 7, 11, 16), "drops, 5 to 7 pixels high", "ours"),
-    "fog": Corruption(
-        "weather",
-        _fog,
-        ((0.2, 3), (0.5, 3), (0.75, 2.5), (1, 2), (1.5, 1.75)),
-        "thickness, and how fast its fractal gets smooth",
-        f"{AUTHORS}; the fractal is kornia's",
-    ),
-    "brightness": Corruption("weather", _brighten, (0.05, 0.1, 0.15, 0.2, 0.3), "added to the value of HSV"),
-    "contrast": Corruption(
-        "digital",
-        F.adjust_contrast,
-        (0.75, 0.5, 0.4, 0.3, 0.15),
-        "share of the contrast that is left",
-        f"{AUTHORS}; torchvision's mean is that of grey values",
-    ),
-    "pixelate": Corruption(
-        "digital", _pixelate, (0.95, 0.9, 0.85, 0.75, 0.65), "share of the side that is kept"
-    ),
-    "jpeg": Corruption("digital", _jpeg, (80, 65, 58, 50, 40), "quality"),
+    "impulse noise": Corruption("noise", _salt_and_pepper, (0.01, 0.02, 0.03, 0.05, 0.07)),
+    "gaussian blur": Corruption("blur", _gaussian_blur, (0.4, 0.6, 0.7, 0.8, 1.0)),
+    "motion blur": Corruption("blur", _motion_blur, (3, 5, 7, 9, 11)),
+    "zoom blur": Corruption("blur", _zoom_blur, (1.05, 1.10, 1.15, 1.20, 1.25)),
+    "rain": Corruption("weather", _rain, (2, 4, 7, 11, 16)),
+    "fog": Corruption("weather", _fog, ((0.2, 3), (0.5, 3), (0.75, 2.5), (1, 2), (1.5, 1.75))),
+    "brightness": Corruption("weather", _brighten, (0.05, 0.1, 0.15, 0.2, 0.3)),
+    "contrast": Corruption("digital", F.adjust_contrast, (0.75, 0.5, 0.4, 0.3, 0.15)),
+    "pixelate": Corruption("digital", _pixelate, (0.95, 0.9, 0.85, 0.75, 0.65)),
+    "jpeg": Corruption("digital", _jpeg, (80, 65, 58, 50, 40)),
+}
+MEANINGS = {  # of the parameters
+    "gaussian noise": "standard deviation, white is 1",
+    "shot noise": "photons that make white",
+    "impulse noise": "share of pixels made black or white",
+    "gaussian blur": "standard deviation in pixels",
+    "motion blur": "length in pixels, fading out; the angle is drawn from -45° … 45°",
+    "zoom blur": "largest of the zooms that are averaged, in steps of 0.01",
+    "rain": "drops, 5 to 7 pixels high",
+    "fog": "thickness, and how fast its fractal gets smooth",
+    "brightness": "added to the value of HSV",
+    "contrast": "share of the contrast that is left",
+    "pixelate": "share of the side that is kept",
+    "jpeg": "quality",
+}
+AUTHORS = "Hendrycks and Dietterich's for CIFAR-10"
+SOURCES = dict.fromkeys(CORRUPTIONS, AUTHORS) | {
+    "impulse noise": f"{AUTHORS}; theirs strikes each channel by itself",
+    "motion blur": "ours",
+    "rain": "ours",
+    "fog": f"{AUTHORS}; the fractal is kornia's",
+    "contrast": f"{AUTHORS}; torchvision's mean is that of grey values",
 }
 GROUPS = tuple(dict.fromkeys(corruption.group for corruption in CORRUPTIONS.values()))
 
@@ -148,9 +132,11 @@ def group_of(name: str) -> str:
 
 def parameters_table() -> pd.DataFrame:
     """Return the corruptions: index name; columns group, parameter, severities "1" … "5", source."""
-    rows = [(one.group, one.meaning, *one.parameters, one.source) for one in CORRUPTIONS.values()]
-    columns = ["group", "parameter", *map(str, SEVERITIES), "source"]
-    return pd.DataFrame(rows, index=list(CORRUPTIONS), columns=columns)
+    parameters = {name: one.parameters for name, one in CORRUPTIONS.items()}
+    table = pd.DataFrame.from_dict(parameters, orient="index", columns=[str(level) for level in SEVERITIES])
+    table.insert(0, "group", table.index.map(group_of))
+    table.insert(1, "parameter", MEANINGS)
+    return table.assign(source=SOURCES)
 
 
 @torch.no_grad()

@@ -24,6 +24,7 @@ from labcore.studies.corruptions import CORRUPTIONS, GROUPS, SEVERITIES, corrupt
 from labcore.studies.study import Study
 
 IMAGES = 1_000  # test images that are corrupted, evenly spaced
+QUANTIZED = ("ptq", "qat")
 
 
 def evenly_spaced(count: int, wanted: int = IMAGES) -> np.ndarray:
@@ -34,14 +35,10 @@ def evenly_spaced(count: int, wanted: int = IMAGES) -> np.ndarray:
 def answers(
     study: Study, networks: dict[str, nn.Module], images: np.ndarray, corruptions: Iterable[str] = CORRUPTIONS
 ) -> pd.DataFrame:
-    """Return what networks answer on clean and on corrupted images; cells that are known are read.
+    """Return what networks of the run, by stage, answer on clean and on corrupted images.
 
-    Args:
-        study: of the stage "robustness"; its run's seed decides the corruptions' draws.
-        networks: by stage, as loaded from the run; images: uint8 (N, 3, H, W); corruptions: names.
-
-    Returns:
-        Columns corruption ("clean" or a name), severity (0 where clean), per network its classes, int64 (N,).
+    Images are uint8 (N, 3, H, W), the run's seed decides the draws, and cells that are known are read.
+    Columns: corruption ("clean" or a name), severity (0 where clean), per network its classes, int64 (N,).
     """
     run = study.run
     files = {name: run.path(name, "weights.pt" if name == "fp32" else "int8.pt") for name in networks}
@@ -63,21 +60,16 @@ def answers(
 
     kinds = [("clean", 0), *itertools.product(corruptions, SEVERITIES)]
     cells = {kind: Cell(common | {"robustness": kind}, partial(answer, *kind)) for kind in kinds}
-    found = study.cells(cells, "corruptions")
-    table = pd.DataFrame(kinds, columns=["corruption", "severity"])
-    return table.assign(**{name: [np.array(classes) for classes in found[name]] for name in networks})
+    classes = study.cells(cells, "corruptions")[list(networks)].map(np.array)
+    return classes.rename_axis(["corruption", "severity"]).reset_index()
 
 
 def save_answers(path: Path, found: pd.DataFrame, labels: np.ndarray) -> None:
     """Write what `answers` found, with the labels: from there every number of the study follows."""
     networks = found.columns.drop(["corruption", "severity"])
-    write_npz(
-        path,
-        labels=labels,
-        corruption=found["corruption"].to_numpy().astype(str),
-        severity=found["severity"].to_numpy(),
-        **{name: np.stack(list(found[name])).astype(np.int16) for name in networks},
-    )
+    stacked = {name: np.stack(list(found[name])).astype(np.int16) for name in networks}
+    corruption = found["corruption"].to_numpy().astype(str)
+    write_npz(path, labels=labels, corruption=corruption, severity=found["severity"].to_numpy(), **stacked)
 
 
 def load_answers(path: Path) -> tuple[pd.DataFrame, np.ndarray]:
@@ -92,7 +84,7 @@ def load_answers(path: Path) -> tuple[pd.DataFrame, np.ndarray]:
 
 
 def _hits(found: pd.DataFrame, network: str, labels: np.ndarray) -> np.ndarray:
-    """Whether a network is right, float (cells, N)."""
+    """Return whether a network is right, float (cells, N)."""
     return (np.stack(list(found[network])) == labels).astype(float)
 
 
@@ -102,19 +94,18 @@ def cell_table(found: pd.DataFrame, labels: np.ndarray, classes: int) -> pd.Data
     Columns group, corruption, severity, acc_fp32, acc_ptq, acc_qat (fractions), and for ptq and qat
     drop_pp_<network>, drop_pp_low_<network>, drop_pp_high_<network>, p_value_<network> (`compare_paired`).
     """
-    one_hot, rows = np.eye(classes), []  # an answer as logits
-    for row in found.to_dict("records"):
-        name = row["corruption"]
-        values = {"group": group_of(name), "corruption": name, "severity": row["severity"]}
-        for network in ("fp32", "ptq", "qat"):
-            values[f"acc_{network}"] = float((row[network] == labels).mean())
-        for network in ("ptq", "qat"):
-            paired = compare_paired(one_hot[row["fp32"]], one_hot[row[network]], labels)
-            for end in ("", "_low", "_high"):
-                values[f"drop_pp{end}_{network}"] = paired[f"acc_drop_pp{end}"]
-            values[f"p_value_{network}"] = paired["p_value"]
-        rows.append(values)
-    return pd.DataFrame(rows)
+    table = found[["corruption", "severity"]]
+    table.insert(0, "group", table["corruption"].map(group_of))
+    for network in ("fp32", *QUANTIZED):
+        table[f"acc_{network}"] = _hits(found, network, labels).mean(axis=1)
+    one_hot = np.eye(classes)  # an answer as logits
+    for network in QUANTIZED:
+        pairs = zip(found["fp32"], found[network], strict=True)
+        paired = pd.DataFrame([compare_paired(one_hot[a], one_hot[b], labels) for a, b in pairs])
+        for end in ("", "_low", "_high"):
+            table[f"drop_pp{end}_{network}"] = paired[f"acc_drop_pp{end}"]
+        table[f"p_value_{network}"] = paired["p_value"]
+    return table
 
 
 def corruption_cost(found: pd.DataFrame, labels: np.ndarray, network: str) -> dict:
@@ -150,11 +141,11 @@ def severity_table(found: pd.DataFrame, labels: np.ndarray) -> pd.DataFrame:
     groups, rows = found["corruption"].map(group_of), []
     for group, severity in itertools.product(GROUPS, (0, *SEVERITIES)):
         cells = found[groups.isin([group, "clean"]) & (found["severity"] == severity)]
-        for network in ("fp32", "ptq", "qat"):
+        fp32 = _hits(cells, "fp32", labels)
+        for network in ("fp32", *QUANTIZED):
             hits = _hits(cells, network, labels)
-            drop = mean_over_images(100.0 * (_hits(cells, "fp32", labels) - hits).mean(0))
-            acc = float(hits.mean())
-            rows.append((group, severity, network, acc, drop["mean"], drop["low"], drop["high"]))
+            drop = mean_over_images(100.0 * (fp32 - hits).mean(0))
+            rows.append((group, severity, network, float(hits.mean()), *drop.values()))
     columns = ["group", "severity", "network", "acc", "drop_pp", "drop_pp_low", "drop_pp_high"]
     return pd.DataFrame(rows, columns=columns)
 
@@ -179,16 +170,16 @@ def compare_networks(found: pd.DataFrame, labels: np.ndarray, classes: int) -> d
         chance (`beyond_chance`), as rows name, network, mean (points), p_value.
     """
     names, is_clean = found["corruption"], found["corruption"] == "clean"
+    groups, cells = names.map(group_of), names + " " + found["severity"].astype(str)
 
     def cost(chosen: pd.Series) -> dict[str, dict]:
-        cells = found[is_clean | chosen]
-        return {network: corruption_cost(cells, labels, network) for network in ("ptq", "qat")}
+        rows = found[is_clean | chosen]
+        return {network: corruption_cost(rows, labels, network) for network in QUANTIZED}
 
-    everywhere, groups = cost(~is_clean), names.map(group_of)
+    everywhere = cost(~is_clean)
     by_group = {group: cost(groups == group) for group in sorted(GROUPS)}
     by_corruption = {name: cost(names == name) for name in CORRUPTIONS}
-    cells = found[~is_clean].itertuples()
-    by_cell = {f"{row.corruption} {row.severity}": cost(found.index == row.Index) for row in cells}
+    by_cell = {cell: cost(cells == cell) for cell in cells[~is_clean]}
     parts = {"groups": by_group, "corruptions": by_corruption, "cells": by_cell}
     return {
         "cells": cell_table(found, labels, classes).to_dict("records"),
@@ -203,15 +194,12 @@ def compare_networks(found: pd.DataFrame, labels: np.ndarray, classes: int) -> d
 
 def _extra_costs(costs: dict[str, dict[str, dict]]) -> list[dict]:
     """Return what corruption adds to the cost, a row per part and network."""
-    means = {
-        (name, network): cost["extra_drop_pp"]
-        for name, both in costs.items()
-        for network, cost in both.items()
-    }
-    return [
-        {"name": name, "network": network, "mean": mean["mean"], "p_value": normal_p_value(mean)}
-        for (name, network), mean in means.items()
-    ]
+    rows = []
+    for name, network in itertools.product(costs, QUANTIZED):
+        extra = costs[name][network]["extra_drop_pp"]
+        row = {"name": name, "network": network, "mean": extra["mean"], "p_value": normal_p_value(extra)}
+        rows.append(row)
+    return rows
 
 
 def lost_images(before: np.ndarray, after: np.ndarray, labels: np.ndarray, count: int = 24) -> pd.DataFrame:
