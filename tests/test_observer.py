@@ -21,7 +21,7 @@ from torch.ao.quantization import observer as torch_observers
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from labcore import LabError
-from labcore.observer import RANGES, RULES, CusQuantObserver, PowerOfTwoObserver, scale_approximate
+from labcore.observer import RANGES, RULES, CusQuantObserver, PowerOfTwoObserver, sample, scale_approximate
 from labcore.qconfig import observer_class
 
 INF, NAN = float("inf"), float("nan")
@@ -206,6 +206,7 @@ def test_a_large_tensor_is_sampled_and_stays_near_its_percentile():
     values = torch.randn(1500, 1000, generator=torch.Generator().manual_seed(0))
     observer = shown(make("signed", range="percentile", percentile=99), values)
     assert observer.max_val == pytest.approx(np.percentile(values.numpy(), 99), rel=0.02)
+    assert sample(values.reshape(1, -1)).numel() <= 2**20 and torch.equal(sample(values), values)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -291,7 +292,7 @@ HOSTILE = {
     "constant": [[3.0, 3.0], [3.0, 3.0]],
     "negative_constant": [[-3.0, -3.0], [-3.0, -3.0]],
     "denormal": [[1e-45, 0.0], [-1e-40, 1e-39]],
-    "tiny": [[1e-30, -1e-30], [1e-20, 0.0]],
+    "tiny": [[1e-8, -1e-30], [1e-20, 0.0]],
     "huge": [[1e30, 1.0], [-1e30, 0.0]],
     "huge_and_tiny": [[1e30, 1e-30], [-1e-45, 1e30]],
     "inf": [[INF, 1.0], [-1.0, 2.0]],
@@ -305,7 +306,7 @@ HOSTILE = {
 
 def assert_usable(observer) -> None:
     scale, zero_point = observer.calculate_qparams()
-    assert torch.isfinite(scale).all() and (scale > 0).all()
+    assert torch.isfinite(scale).all() and (scale >= observer.eps).all()
     assert (zero_point >= observer.quant_min).all() and (zero_point <= observer.quant_max).all()
     assert scale.shape == zero_point.shape
 
@@ -322,6 +323,9 @@ def test_hostile_values_give_usable_parameters(range_, rule, kind):
             assert observer(values) is values
             assert observer.num_skipped == int(not torch.isfinite(values).all()), name
             assert_usable(observer)
+            if not slow and name in ("zeros", "minus_zero"):
+                smallest = 2.0**-8 if limit and rule != "none" else 2.0**-23
+                assert set(observer.calculate_qparams()[0].tolist()) == {smallest}
             if not slow and name in ("all_nan", "no_columns"):
                 assert set(observer.calculate_qparams()[0].tolist()) == {1.0}
             if name == "never_seen_channel" and kind.startswith("channel"):

@@ -33,12 +33,6 @@ def vnni(monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
 
 
-@pytest.fixture
-def no_vnni(monkeypatch):
-    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
-    monkeypatch.setattr(torch.backends.quantized, "engine", "x86")
-
-
 @pytest.mark.parametrize("config", CustomQConfig)
 def test_each_configuration_observes_in_its_own_way_and_only_that_for_training_fakes(config):
     observing, training = [part() for part in config.value], [part() for part in config.qat]
@@ -71,7 +65,9 @@ def test_activations_have_seven_bits_where_sums_of_16_bits_would_saturate(
 
 @needs_x86
 @pytest.mark.parametrize("rule", ["round", "floor", "least_error", "none"])
-def test_seven_bits_round_their_scale_up_and_simulation_keeps_eight_bits_and_its_rule(rule, no_vnni):
+def test_seven_bits_round_their_scale_up_and_simulation_keeps_eight_bits_and_its_rule(rule, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    monkeypatch.setattr(torch.backends.quantized, "engine", "x86")
     scheme = Scheme(rule=rule)
     limited = make_qconfig(scheme, scheme).activation()
     assert limited.quant_max == 127 and limited.rule == ("none" if rule == "none" else "ceil")

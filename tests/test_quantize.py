@@ -139,8 +139,10 @@ def test_every_addition_of_a_shortcut_becomes_a_quantized_module(arch, is_qat, b
 def test_weights_that_are_not_finite_make_calibration_name_a_layer(config, bad, batches):
     model = network()
     model.get_submodule("layer4.2.conv2").weight.data[0] = bad
+    prepared = prepare_ptq(model, config.value)
     with pytest.raises(LabError, match="layer4.2"):
-        calibrate(prepare_ptq(model, config.value), batches)
+        calibrate(prepared, batches)
+    assert not any(part._forward_pre_hooks for part in prepared.modules()), "nothing is left behind"
 
 
 @pytest.mark.parametrize("size", [3, 5, 16])
@@ -180,8 +182,7 @@ def test_layers_are_all_convolutions_and_linear_layers_by_the_name_quantization_
     converted = convert(prepare_ptq(model, POWER2.value))
     assert all(hasattr(converted.get_submodule(name), "weight") for name in layers(fused))
     trained = layers(prepare_qat(model, POWER2.qat))
-    assert list(trained) == wanted
-    assert all(hasattr(part, "weight_fake_quant") for part in trained.values())
+    assert list(trained) == wanted and all(hasattr(part, "weight_fake_quant") for part in trained.values())
 
 
 @per_channel_or_not
@@ -284,6 +285,8 @@ def test_every_training_mode_calibrates_and_then_trains(mode, tiny_data, batches
     before = {name: value.detach().clone() for name, value in prepared.named_parameters()}
     optimizer = torch.optim.SGD(prepared.parameters(), lr=0.01)
     output = prepared.train()(normalize(torch.from_numpy(tiny_data.train_images[:16])))
+    after = prepared.named_parameters()
+    assert all(torch.equal(value, before[name]) for name, value in after), "no observer sets a learned scale"
     nn.functional.cross_entropy(output, torch.from_numpy(tiny_data.train_labels[:16])).backward()
     optimizer.step()
     moved = {name for name, value in prepared.named_parameters() if not torch.equal(value, before[name])}

@@ -40,8 +40,7 @@ def path(tmp_path):
 def test_a_saved_int8_network_gives_the_same_logits(int8, tiny_data, path, request):
     save_int8(path, int8)
     torch.manual_seed(9)
-    config = request.node.callspec.params["int8"]
-    loaded = load_int8(path, build_model("resnet9", 4, 4), config.value)
+    loaded = load_int8(path, build_model("resnet9", 4, 4), request.node.callspec.params["int8"].value)
     assert torch.equal(logits(loaded, tiny_data), logits(int8, tiny_data))
     assert qparams(loaded).equals(qparams(int8))
 

@@ -7,9 +7,6 @@ import pytest
 import torch
 from observers import every_kind, limits, make, samples, shown
 
-from labcore import LabError
-from labcore.quantizers.least_error import LeastErrorObserver
-
 SYMMETRIC = ("symmetric", "signed", "unsigned", "channel")
 
 
@@ -56,6 +53,13 @@ def test_it_equals_a_search_through_all_exponents(kind, bits, outlier):
 def test_errors_are_summed_over_batches_also_of_very_different_size(kind, bits, factors):
     given = [samples(kind, seed) * factor for seed, factor in enumerate(factors)]
     assert_least(shown(make(kind, bits, rule="least_error"), *given), kind, bits, given)
+
+
+def test_a_larger_batch_is_clipped_where_its_steps_would_cost_the_values_before_more():
+    given = [torch.linspace(-1, 1, 1000), torch.tensor([17.0])]
+    observer = shown(make("signed", rule="least_error"), *given)
+    assert_least(observer, "signed", 8, given)
+    assert observer.calculate_qparams()[0] == 2.0**-3, "where 17 is clipped to 127 / 8"
 
 
 @pytest.mark.parametrize("outlier", [0, 60])
@@ -113,8 +117,3 @@ def test_an_outlier_is_clipped_that_ceil_does_not_clip():
         shown(make("signed", 4, rule=rule), values).calculate_qparams()[0] for rule in ("least_error", "ceil")
     )
     assert least < ceil
-
-
-def test_it_has_one_rule():
-    with pytest.raises(LabError, match="rule must be one of least_error .*, found 'round'"):
-        LeastErrorObserver(rule="round")
