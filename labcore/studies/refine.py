@@ -1,13 +1,12 @@
-"""Better PTQ without retraining: equalized channels, corrected biases, learned rounding.
+"""Better PTQ without retraining: equalized channels, corrected biases, learned rounding; all on copies.
 
-Power-of-two scales stay powers of two, and each function works on a copy. References: Nagel et al. (2019),
-"Data-free quantization through weight equalization and bias correction" (CLE); Nagel et al. (2020), "Up or
-down? Adaptive rounding for post-training quantization" (AdaRound).
+CLE is Nagel et al. (2019), "Data-free quantization through weight equalization and bias correction", AdaRound
+is Nagel et al. (2020), "Up or down? Adaptive rounding for post-training quantization".
 """
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +20,8 @@ from labcore.quantize import layers, simulate
 from labcore.studies.errors import in_float
 from labcore.studies.mixed import per_channel
 
+BATCH_SIZE, LEARNING_RATE, WARM_START = 32, 0.05, 0.2  # AdaRound's; the last is a share of its steps
+
 
 def pairs(model: nn.Module) -> list[list[str]]:
     """Return the pairs [first, second] of layers, as `layers` names them, that can share a scaling.
@@ -31,19 +32,19 @@ def pairs(model: nn.Module) -> list[list[str]]:
     from torchvision.models.mobilenetv2 import InvertedResidual  # takes seconds, for this alone
 
     chains = []
-    if isinstance(model, QuantizableResNet):
-        stages = [*model.layer1, *model.layer2, *model.layer3, *model.layer4]
-        chains.append([model.conv1, model.maxpool, *stages])
     for block in model.modules():
-        if isinstance(block, QuantizableBasicBlock | QuantizableBottleneck):
-            chains.append(list(block.children()))  # in their order
+        if isinstance(block, QuantizableResNet):
+            stages = [*block.layer1, *block.layer2, *block.layer3, *block.layer4]
+            chains.append([block.conv1, block.maxpool, *stages])
+        elif isinstance(block, QuantizableBasicBlock | QuantizableBottleneck):
+            chains.append(block.children())  # in their order
         elif isinstance(block, InvertedResidual):
-            chains.append(list(block.conv))
+            chains.append(block.conv)
     names = {module: name for name, module in model.named_modules()}
     return [[names[first], names[second]] for chain in chains for first, second in _consecutive(chain)]
 
 
-def _consecutive(chain: list[nn.Module]) -> Iterator[tuple[nn.Module, nn.Module]]:
+def _consecutive(chain: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, nn.Module]]:
     """Yield the pairs in a chain; any module but convolutions, identities and max pooling breaks it."""
     first = None
     for module in chain:
@@ -58,14 +59,14 @@ def _consecutive(chain: list[nn.Module]) -> Iterator[tuple[nn.Module, nn.Module]
 
 
 @torch.no_grad()
-def equalize(model: nn.Module, tolerance: float = 1e-3, max_rounds: int = 100) -> nn.Module:
+def equalize(model: nn.Module) -> nn.Module:
     """Return a copy of a fused float network that computes the same, its paired layers with equal ranges.
 
     Channel i between layers 1 and 2 is scaled by s_i = sqrt(r1_i r2_i) / r2_i: W1_i, b1_i are divided by it,
     W2's inputs multiplied, r being the channel's largest absolute weight (CLE, equations 9 to 11); for all
-    `pairs`, until every |s_i - 1| < tolerance. A channel without weights on one side is left alone (there
-    torch's own _equalize never returns). Give the result to prepare_ptq with fused=False.
-    Raises LabError where BatchNorm is not folded away, and where no layers form a pair.
+    `pairs`, until every |s_i - 1| < 0.001. A channel without weights on one side is left alone (there torch's
+    own _equalize never returns). Give the result to prepare_ptq with fused=False. Raises LabError where
+    BatchNorm is not folded away, and where no layers form a pair.
     """
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
         raise LabError("equalize needs a fused network, found BatchNorm; call labcore.quantize.fuse first.")
@@ -74,8 +75,8 @@ def equalize(model: nn.Module, tolerance: float = 1e-3, max_rounds: int = 100) -
     paired = [(by_name[first], by_name[second]) for first, second in pairs(equalized)]
     if not paired:
         raise LabError("equalize expects layers with only ReLU between them, found none; skip this step.")
-    for _ in range(max_rounds):
-        if max([_equalize_pair(*pair) for pair in paired]) < tolerance:
+    for _ in range(100):
+        if max([_equalize_pair(*pair) for pair in paired]) < 1e-3:
             break
     return equalized
 
@@ -138,7 +139,7 @@ def correct_bias(simulated: nn.Module, float_model: nn.Module, batches: list[Ten
     return corrected
 
 
-def adaround(calibrated: nn.Module, batches: list[Tensor], steps=300, seed=0, **options) -> nn.Module:
+def adaround(calibrated: nn.Module, batches: list[Tensor], steps: int = 300, seed: int = 0) -> nn.Module:
     """Return `simulate(calibrated)`, but with each weight rounded up or down as serves its layer's output.
 
     Layer by layer, with the inputs x~ of the network quantized so far, minimizes over V (AdaRound, 21 to 25)
@@ -146,12 +147,11 @@ def adaround(calibrated: nn.Module, batches: list[Tensor], steps=300, seed=0, **
         |f(W x) - f(W~ x~)|^2 / e + lambda sum(1 - |2 h(V) - 1|^beta),
         W~ = s clip(floor(W / s) + h(V), qmin, qmax),  h(V) = clip(1.2 sigmoid(V) - 0.1, 0, 1),
 
-    f the fused ReLU or nothing, e the same error of nearest rounding per weight (so that lambda, 0.01 in the
-    paper, means the same for every layer and bit width). Beta falls from 20 to 2 after a warm start without
-    the second term; then h is rounded. An output channel that nearest rounding serves better keeps it.
+    f the fused ReLU or nothing, e the same error of nearest rounding per weight, so that lambda (1; 0.01 in
+    the paper) means the same for every layer and bit width. Beta falls from 20 to 2 after a warm start
+    without the second term; then h is rounded. A channel that nearest rounding serves better keeps it.
 
     `steps` are Adam's per layer, on images of `batches` (B, 3, H, W) drawn with `seed`; LabError without any.
-    Options: batch_size (32), learning_rate (0.05), regularization (lambda, 1), warm_start (share, 0.2).
     """
     rounded, reference = simulate(calibrated), in_float(calibrated)
     originals, generator = layers(reference), torch.Generator().manual_seed(seed)
@@ -161,23 +161,13 @@ def adaround(calibrated: nn.Module, batches: list[Tensor], steps=300, seed=0, **
             inputs = torch.cat([x for x, _ in _values(rounded, layer, batches)])
             targets = torch.cat([relu(y) for _, y in _values(reference, originals[name], batches)])
             weight = originals[name].weight.detach()
-            _round_layer(layer, weight, relu, inputs, targets, generator, steps, **options)
+            _round_layer(layer, weight, relu, inputs, targets, generator, steps)
             bar.update()
     return rounded
 
 
 def _round_layer(
-    layer: nn.Module,
-    weight: Tensor,
-    activation: Callable[[Tensor], Tensor],
-    inputs: Tensor,
-    targets: Tensor,
-    generator: torch.Generator,
-    steps: int,
-    batch_size: int = 32,
-    learning_rate: float = 0.05,
-    regularization: float = 1.0,
-    warm_start: float = 0.2,
+    layer: nn.Module, weight: Tensor, relu: Callable, inputs: Tensor, targets: Tensor, generator, steps: int
 ) -> None:
     """Learn the rounding of one simulated layer in place; `weight` is the float one, before rounding."""
     observer, scale = layer.qconfig.weight(), per_channel(layer.weight_scale, weight)
@@ -188,11 +178,11 @@ def _round_layer(
     def output(values: Tensor, x: Tensor) -> Tensor:
         # Not the layer itself: its hook would quantize the output, which is not this layer's business.
         plain = F.linear if isinstance(layer, nn.Linear) else layer._conv_forward
-        return activation(plain(x, values, layer.bias))
+        return relu(plain(x, values, layer.bias))
 
     @torch.no_grad()
     def errors(values: Tensor) -> Tensor:  # squared, over all images, per output channel (C,)
-        parts = zip(inputs.split(batch_size), targets.split(batch_size), strict=True)
+        parts = zip(inputs.split(BATCH_SIZE), targets.split(BATCH_SIZE), strict=True)
         squares = ((output(values, x) - y).square() for x, y in parts)
         return sum(square.transpose(0, 1).flatten(1).double().sum(1) for square in squares)
 
@@ -200,15 +190,15 @@ def _round_layer(
     factor = weight.numel() * len(inputs) / before.sum().clamp(min=1e-30).item()
     gamma, zeta = -0.1, 1.1  # the ends of the stretched sigmoid
     v = torch.logit((weight / scale - floor - gamma) / (zeta - gamma)).requires_grad_()
-    optimizer = torch.optim.Adam([v], lr=learning_rate)
+    optimizer = torch.optim.Adam([v], lr=LEARNING_RATE)
     for step in range(steps):
-        index = torch.randint(len(inputs), (min(batch_size, len(inputs)),), generator=generator)
+        index = torch.randint(len(inputs), (min(BATCH_SIZE, len(inputs)),), generator=generator)
         up = torch.clamp((zeta - gamma) * torch.sigmoid(v) + gamma, 0, 1)
         moved = output(scale * torch.clamp(floor + up, low, high), inputs[index]) - targets[index]
         loss = factor * moved.square().sum() / len(index)
-        if step >= warm_start * steps:
-            beta = 20 - 18 * (step / steps - warm_start) / (1 - warm_start)
-            loss = loss + regularization * (1 - (2 * up - 1).abs().pow(beta)).sum()
+        if step >= WARM_START * steps:
+            beta = 20 - 18 * (step / steps - WARM_START) / (1 - WARM_START)
+            loss = loss + (1 - (2 * up - 1).abs().pow(beta)).sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -1,14 +1,11 @@
-"""Studies: many small experiments on one trained network.
-
-A cell is a function of its key, the trained weights, images, split and code; nothing else.
-"""
+"""Many small experiments on one trained network: each depends on its key and the study's `base` alone."""
 
 import copy
 import itertools
 from collections.abc import Callable
 from dataclasses import asdict, is_dataclass, replace
 from functools import cached_property
-from time import perf_counter
+from timeit import timeit
 
 import numpy as np
 import pandas as pd
@@ -57,13 +54,9 @@ class Study:
         self._calibrated: dict[Scheme, nn.Module] = {}
         self.base = {
             "weights": state_hash(self.model.state_dict()),
-            "data": self.data.sha256,
-            "split": self.split.sha256,
-            "judges": len(judges),
-            "seed": run.seed,
-            "code": modules_hash(*MODULES),
+            "images": [self.data.sha256, self.split.sha256, len(judges), run.seed],
+            "code": [modules_hash(*MODULES), versions()["torch"]],
             "numbers": [has_vnni(), multiplies_bfloat16()],
-            "torch": versions()["torch"],
         }
 
     @cached_property
@@ -101,14 +94,11 @@ class Study:
         return pd.DataFrame(rows).T.infer_objects()
 
     def prepared(self, weight: Scheme, activation: Scheme, model=None, **options) -> nn.Module:
-        """Calibrate the FP32 network, or `model`, for PTQ in simulation; `options` are prepare_ptq's.
-
-        It runs in float, so that one calibration of the FP32 network serves all weights.
-        """
+        """Calibrate the FP32 network, or `model`, for PTQ in simulation; `options` are prepare_ptq's."""
         qconfig = make_qconfig(weight, activation, "simulated")
         if model is not None or options:
             return calibrate(prepare_ptq(model or self.model, qconfig, **options), self.batches)
-        if activation not in self._calibrated:
+        if activation not in self._calibrated:  # it runs in float, so that one serves all weights
             self._calibrated[activation] = calibrate(prepare_ptq(self.model, qconfig), self.batches)
         network = copy.deepcopy(self._calibrated[activation])
         for layer in layers(network).values():
@@ -156,8 +146,8 @@ class Study:
         """Train on with fake quantization, in a mode of `make_qconfig`; convert where kernels add exactly."""
         key = sha256_json(self.base | _key("qat", weight, activation, mode, recipe))
         prepared = prepare_qat(self.model, make_qconfig(weight, activation, mode, full_range=True))
-        calibrate(prepared, self.batches)
-        model = self.train(prepared, recipe, f"qat/{key[:24]}", f"{mode} W{weight.bits}A{activation.bits}")
+        folder, title = f"qat/{key[:24]}", f"{mode} W{weight.bits}A{activation.bits}"
+        model = self.train(calibrate(prepared, self.batches), recipe, folder, title)
         return convert(model) if has_vnni() and weight.bits == activation.bits == 8 else model
 
     def judged(self, key: dict, build: Callable[[], nn.Module]) -> Cell:
@@ -220,10 +210,7 @@ def step_seconds(networks: dict[str, nn.Module], images: Tensor, rounds: int = 7
     networks = {name: copy.deepcopy(network).train() for name, network in networks.items()}
     rng, rows = np.random.default_rng(0), []
     for _ in range(rounds + 1):
-        row = {}
-        for name in rng.permutation(list(networks)):
-            began = perf_counter()
-            networks[name](images).square().mean().backward()
-            row[str(name)] = perf_counter() - began
-        rows.append(row)
+        order = rng.permutation(list(networks)).tolist()
+        steps = {name: lambda name=name: networks[name](images).square().mean().backward() for name in order}
+        rows.append({name: timeit(step, number=1) for name, step in steps.items()})
     return pd.DataFrame(rows[1:])[list(networks)]  # the first round warms up

@@ -42,11 +42,9 @@ def base_recipe(profile: Profile, train_images: int) -> Recipe:
     """
     fp32 = profile.fp32
     return Recipe(
+        **{name: getattr(fp32, name) for name in ("batch_size", "lr", "weight_decay")},
         epochs=EPOCHS,
-        batch_size=fp32.batch_size,
         epoch_images=max(2 * fp32.batch_size, train_images // 4),  # twice the batch must fit
-        lr=fp32.lr,
-        weight_decay=fp32.weight_decay,
         label_smoothing=fp32.label_smoothing or 0.1,
         small_share=2 / 3,
     )
@@ -73,13 +71,10 @@ class Trainings(Study):
         return self._fit("short", model, recipe, seed)
 
     def continued(self, kind: str, seed: int, times: int = 1) -> Cell:
-        """Return a cell: the run's FP32 network trained on by the profile's QAT recipe, nothing frozen.
+        """Return a cell: the run's FP32 network trained on by the QAT recipe, `times` its epochs, unfrozen.
 
-        Args:
-            kind: "fp32" goes on as it was; "qat" is fake-quantized by the reference's scheme, BatchNorm kept;
-                "qat_folded" the same with BatchNorm folded away before.
-            times: multiplies the recipe's epochs.
-
+        Of kind "fp32" it goes on as it was; "qat" is fake-quantized by the reference's scheme, BatchNorm
+        kept; "qat_folded" has BatchNorm folded away before.
         The cell holds acc and loss of the best epoch's network in float32, and acc_last of the last epoch's.
         What training did to the weights is in acc_unrounded and, on training images, train_acc_unrounded.
         """
@@ -94,11 +89,11 @@ class Trainings(Study):
 
         The last epoch counts: the best of more epochs would be better by choice alone.
         """
-        cells = {}
-        for kind, name in (("fp32", "FP32"), ("qat", "QAT")):
-            for title, times in ((name, 1), (f"{name}, {LONGER} times as long", LONGER)):
-                for seed in self.seeds[:FIRST_SEEDS]:
-                    cells[title, seed] = self.continued(kind, seed, times)
+        kinds, titles = ("fp32", "qat"), {1: "", LONGER: f", {LONGER} times as long"}
+        cells = {
+            (f"{kind.upper()}{titles[times]}", seed): self.continued(kind, seed, times)
+            for kind, times, seed in itertools.product(kinds, titles, self.seeds[:FIRST_SEEDS])
+        }
         return over_seeds(self.cells(cells, "longer QAT")["acc_last"].astype(float).unstack(sort=False))
 
     def _fit(self, kind: str, model: nn.Module, recipe: Recipe, seed: int) -> Cell:
@@ -122,13 +117,11 @@ class Trainings(Study):
     def _with_and_without_rounding(self, model: nn.Module) -> dict:
         rounded, sample = summarize(self.logits(model), self.labels), self.split.train_sample
         model.apply(tq.disable_fake_quant)
+        unrounded = summarize(self.logits(model), self.labels)
         on_training = predict(model, self.data.train_images[sample], description="training images")
-        return {
-            "acc": rounded["acc"],
-            "loss": rounded["loss"],
-            "acc_unrounded": summarize(self.logits(model), self.labels)["acc"],
-            "train_acc_unrounded": summarize(on_training, self.data.train_labels[sample])["acc"],
-        }
+        in_training = summarize(on_training, self.data.train_labels[sample])
+        result = {"acc": rounded["acc"], "loss": rounded["loss"], "acc_unrounded": unrounded["acc"]}
+        return result | {"train_acc_unrounded": in_training["acc"]}
 
     def compare(self, recipes: dict[str, Recipe], description: str, verdict: bool = False) -> pd.DataFrame:
         """Return `over_seeds` of recipes held against the first; those less than a point away get more seeds.
@@ -146,11 +139,9 @@ class Trainings(Study):
 
     def _seed_table(self, recipes: dict[str, Recipe], seeds: list[int], description: str) -> pd.DataFrame:
         """Return validation accuracies; rows are recipes, columns seeds."""
-        cells = {}
-        for name, recipe in recipes.items():
-            for seed in seeds:
-                cells[name, seed] = self.trained(recipe, seed)
-                self.trainings.add((recipe, seed))
+        self.trainings |= set(itertools.product(recipes.values(), seeds))
+        pairs = itertools.product(recipes, seeds)
+        cells = {(name, seed): self.trained(recipes[name], seed) for name, seed in pairs}
         return self.cells(cells, description)["acc"].astype(float).unstack(sort=False)
 
     def hidden_by_training(self, fake_quantized: nn.Module, batch_size: int = 64) -> pd.DataFrame:
@@ -197,7 +188,7 @@ class Trainings(Study):
 def recipes_of(base: Recipe) -> dict[str, dict[str, Recipe]]:
     """Return the recipes of the study by question; the first of each is what the others are held against."""
     reference = PROFILES["reference"].fp32
-    mixup = {"mixup_alpha": reference.mixup_alpha, "mixup_prob": reference.mixup_prob}
+    theirs = {name: getattr(reference, name) for name in ("augment", "mixup_alpha", "mixup_prob")}
 
     def augmented(**values) -> Recipe:
         return replace(base, augment=replace(base.augment, **values))
@@ -207,13 +198,13 @@ def recipes_of(base: Recipe) -> dict[str, dict[str, Recipe]]:
     restarts = replace(whole, schedule="warm_restarts", warmup=0.0, restart_mult=2)
     reflected = augmented(crop_padding=base.augment.crop_padding // 2, padding_mode="reflect")
     batch = base.batch_size
+    schedules = {
+        "one cosine": replace(whole, warmup=0.0),
+        "one cosine after a warm-up": whole,
+        "restarts, stopped in mid-cycle": replace(restarts, restart_epochs=1),
+        "restarts, ending with a cycle": replace(restarts, restart_epochs=2),
+    }
     questions = {
-        "schedule": {
-            "one cosine": replace(whole, warmup=0.0),
-            "one cosine after a warm-up": whole,
-            "restarts, stopped in mid-cycle": replace(restarts, restart_epochs=1),
-            "restarts, ending with a cycle": replace(restarts, restart_epochs=2),
-        },
         "batch": {
             f"batch {size}, rate times {factor}": replace(base, batch_size=size, lr=factor * base.lr)
             for size in (batch, 2 * batch)
@@ -229,7 +220,7 @@ def recipes_of(base: Recipe) -> dict[str, dict[str, Recipe]]:
             "and TrivialAugment": augmented(policy="trivial"),
             "and mixup": replace(base, mixup_alpha=0.2, mixup_prob=0.5),
             "and CutMix": replace(base, cutmix_alpha=1.0, cutmix_prob=0.5),
-            "all of the reference's": replace(base, augment=reference.augment, **mixup),
+            "all of the reference's": replace(base, **theirs),
         },
         "init": {
             "identity": replace(base, init="identity"),
@@ -248,7 +239,5 @@ def recipes_of(base: Recipe) -> dict[str, dict[str, Recipe]]:
             "average of weights": replace(base, ema_decay=0.99),
         },
     }
-    for question, recipes in questions.items():
-        if question != "schedule":
-            questions[question] = {"as it is": base} | recipes
-    return questions
+    questions = {question: {"as it is": base} | recipes for question, recipes in questions.items()}
+    return {"schedule": schedules} | questions
