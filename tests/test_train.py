@@ -117,6 +117,7 @@ def epochs_done(folder: Path) -> int:
     return len(pd.read_csv(history)) if history.exists() else 0
 
 
+@pytest.mark.slow
 def test_kills_at_random_moments_change_no_weight(fit, tmp_path, tiny_data, tiny_split, monkeypatch):
     draw, folder = random.Random(0), tmp_path / "killed"
     for epochs in sorted(draw.sample(range(1, 12), 3)):
@@ -337,6 +338,7 @@ def test_a_checkpoint_that_is_slow_to_write_is_written_less_often(fit, tmp_path,
     assert_same(again, fit("b"))
 
 
+@pytest.mark.slow
 def test_the_recipe_of_profile_full_trains_a_narrow_resnet50_and_its_qat(fit, tiny_data):
     profile = PROFILES["full"]
     torch.manual_seed(0)

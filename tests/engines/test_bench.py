@@ -29,6 +29,7 @@ def spec(folder: Path, file: str = "int8.onnx", kind: str = "onnx_runtime", **op
     return {"kind": kind, "threads": 1} | paths | options
 
 
+@pytest.mark.slow
 def test_engines_answer_as_their_files_do_in_this_process(folder, int8, tiny_data):
     save_float_onnx(folder / "fp32.onnx", network(), torch.zeros(2, 3, 16, 16))
     files = [(kind, name) for kind in ("onnx_runtime", "openvino") for name in ("fp32", "int8")]

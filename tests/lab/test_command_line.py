@@ -19,7 +19,7 @@ from labcore.lab.execute import execute
         (["--profile", "smok"], "unknown profile 'smok': did you mean 'smoke'?"),
         (["--set", "widht=8"], "unknown parameter 'widht': did you mean 'width'?"),
         (["--set", "fp32.epoch=2"], "unknown parameter 'epoch': did you mean 'epochs'?"),
-        (["--set", "width=0"], "width must be in 4 … 1024 channels, found 0"),
+        (["--set", "width=0"], "width must be in [4, 1024], found 0"),
         (["--seed", "-1"], "SEED must be a whole number in 0 … 4294967295, found '-1'"),
         (["--data", "nowhere/at/all"], "nor an existing folder or archive"),
         (["--studies", "05 5"], "'5' is no study: did you mean '05'?"),

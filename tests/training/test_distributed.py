@@ -39,6 +39,7 @@ from labcore.training.distributed import (
     process_group,
 )
 
+pytestmark = pytest.mark.slow  # processes are started
 POLICY = Augment(crop_padding=2, policy="trivial")
 RECIPE = Recipe(epochs=3, batch_size=16, lr=0.05, micro_batch=8, augment=POLICY)
 WHOLE = replace(RECIPE, micro_batch=0)
