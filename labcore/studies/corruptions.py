@@ -1,7 +1,7 @@
 """Corrupted images: four groups and five severities, as in Hendrycks and Dietterich (2019).
 
-Their paper, "Benchmarking neural network robustness to common corruptions and perturbations", has CIFAR-10-C.
-Operations here are torchvision's, kornia's, Pillow's and torch's: numbers do not compare digit for digit.
+"Benchmarking neural network robustness to common corruptions and perturbations" has CIFAR-10-C. Operations
+here are torchvision's, kornia's, Pillow's and torch's: numbers do not compare digit for digit.
 """
 
 import hashlib
@@ -144,25 +144,23 @@ def corrupt(images: np.ndarray, name: str, severity: int, seed: int = 0) -> np.n
     """Return images spoilt by one corruption: uint8 (N, 3, H, W) -> uint8 (N, 3, H, W), rounded to nearest.
 
     What is drawn for an image follows from the seed, the corruption and the image's own bytes: neither its
-    neighbours nor its position matter, and the severities of one image share their draws.
-
-    Raises LabError for an unknown corruption (with the nearest name), another severity, other images.
+    neighbours nor its position matter, and the severities of one image share their draws. Raises LabError
+    for an unknown corruption (with the nearest name), another severity, other images.
     """
     if name not in CORRUPTIONS:
         raise LabError(f"unknown corruption {name!r}: {nearest(name, CORRUPTIONS)}")
     if severity not in SEVERITIES:
         raise LabError(f"severity must be a whole number in 1 … 5, found {severity!r}; change it.")
-    dtype, shape = getattr(images, "dtype", type(images).__name__), getattr(images, "shape", ())
+    dtype, shape = getattr(images, "dtype", type(images).__name__), tuple(getattr(images, "shape", ()))
     if not isinstance(images, np.ndarray) or dtype != np.uint8 or len(shape) != 4 or shape[1] != 3:
-        found = f"{dtype} {tuple(shape)}"
-        raise LabError(f"images must be a uint8 array (N, 3, H, W), found {found}; convert them.")
+        raise LabError(f"images must be a uint8 array (N, 3, H, W), found {dtype} {shape}; convert them.")
     corruption = CORRUPTIONS[name]
     parameter = corruption.parameters[SEVERITIES.index(severity)]
     spoilt, threads = np.empty_like(images), torch.get_num_threads()
     torch.set_num_threads(1)  # more are slower with single images
     try:
-        title = f"{name} {severity}"
-        with progress(len(images), title, unit="image") as bar, torch.random.fork_rng(devices=[]):
+        bar = progress(len(images), f"{name} {severity}", unit="image")
+        with bar, torch.random.fork_rng(devices=[]):
             for position, image in enumerate(images):
                 digest = hashlib.sha256(f"{seed} {name} ".encode() + image.tobytes()).digest()
                 # torch.manual_seed also prepares kinds of device that are not there: a hundred times as long

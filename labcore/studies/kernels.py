@@ -28,13 +28,11 @@ def predict_ptq(model: nn.Module, weight: Scheme, activation: Scheme, batches, i
 
 
 def on_onednn(call: Callable[..., np.ndarray], *args, isa: str = "DEFAULT") -> np.ndarray:
-    """Return what call(*args) gives on oneDNN's int8 kernels, in a process of its own.
+    """Return what call(*args), of a function of a module, gives on oneDNN's int8 kernels.
 
-    `call` is a function of a module. `isa` is the highest instruction set that oneDNN may use, which it reads
-    once per process; "AVX2" has no VNNI.
+    In a process of its own, since oneDNN reads once what it may use at most: `isa`. "AVX2" has no VNNI.
     """
-    # Its imports take seconds, and are made once for all calls.
-    multiprocessing.set_forkserver_preload([__name__])
+    multiprocessing.set_forkserver_preload([__name__])  # its imports take seconds, and are made once
     context, initargs = multiprocessing.get_context("forkserver"), (isa, torch.get_num_threads())
     with ProcessPoolExecutor(1, context, initializer=_use_onednn, initargs=initargs) as pool:
         return pool.submit(call, *args).result()
@@ -49,8 +47,8 @@ def _use_onednn(isa: str, threads: int) -> None:
 def saturated_16_bits(activations: Tensor, weights: Tensor) -> Tensor:
     """Return dot products as x86 computes them without VNNI: pairs of products saturate at 16 bits.
 
-    Unsigned activations (N, K), K even, and signed weights (M, K) give int64 (N, M). With VNNI every sum is
-    exact: activations @ weights.T. See vpmaddubsw in Intel's manual.
+    Unsigned activations (N, K), K even, and signed weights (M, K) give int64 (N, M); see vpmaddubsw in
+    Intel's manual. With VNNI every sum is exact: activations @ weights.T.
     """
     products = activations[:, None].long() * weights[None].long()  # (N, M, K)
     pairs = products.unflatten(2, (-1, 2)).sum(3)

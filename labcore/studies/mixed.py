@@ -1,5 +1,6 @@
 """Mixed precision: bits per layer under a size budget, and files that are as small as their bits say."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,23 +28,23 @@ def allocate(cost: pd.DataFrame, sizes: pd.Series, budget_bytes: float) -> dict[
     """Return the bits per layer that cost least in all and fit into the budget; LabError where none do.
 
     `cost`, the rise of the loss, has a row per layer and a column per bit width; `sizes` are bytes at 8 bits.
-    An integer linear program with one binary x per layer and bit width: minimise sum cost x, with sum x = 1
-    per layer and sum size bits / 8 x <= budget (Hubara et al., 2021, "Accurate post training quantization
-    with small calibration sets", section 4), solved exactly by scipy's milp.
+    With one binary x per layer and bit width: minimise sum cost x, with sum x = 1 per layer and sum size
+    bits / 8 x <= budget (Hubara et al., 2021, "Accurate post training quantization with small calibration
+    sets", section 4).
     """
-    names, bits = list(cost.index), cost.columns.to_numpy(dtype=int)
-    bytes_of = np.outer(sizes.loc[names].to_numpy(dtype=float), bits / 8)  # (L, B)
+    bits = cost.columns.to_numpy(dtype=int)
+    bytes_of = np.outer(sizes.loc[cost.index].to_numpy(dtype=float), bits / 8)  # (L, B)
     least = bytes_of.min(axis=1).sum()
     if least > budget_bytes:
         raise LabError(f"the budget must be at least {least:.0f} bytes, found {budget_bytes:.0f}; raise it.")
-    one_each = LinearConstraint(np.kron(np.eye(len(names)), np.ones(len(bits))), 1, 1)  # (L, L B)
+    one_each = LinearConstraint(np.kron(np.eye(len(cost)), np.ones(len(bits))), 1, 1)  # (L, L B)
     fits = LinearConstraint(bytes_of.ravel()[None], -np.inf, budget_bytes)
     loss = cost.to_numpy(dtype=float).ravel()
     solution = milp(loss, integrality=1, bounds=Bounds(0, 1), constraints=[one_each, fits])
     if not solution.success:
         raise LabError(f"the solver found no allocation ({solution.message}); raise the budget.")
     chosen = solution.x.reshape(cost.shape).argmax(axis=1)
-    return dict(zip(names, bits[chosen].tolist(), strict=True))
+    return dict(zip(cost.index, bits[chosen].tolist(), strict=True))
 
 
 def overrides(bits: dict[str, int], weight: Scheme, activation: Scheme, mode="simulated") -> dict:
@@ -68,7 +69,7 @@ def pack(values: np.ndarray, bits: int) -> np.ndarray:
     return np.packbits(rows[:, 8 - bits :])
 
 
-def unpack(packed: np.ndarray, bits: int, shape: tuple[int, ...]) -> np.ndarray:
+def unpack(packed: np.ndarray, bits: int, shape: Sequence[int]) -> np.ndarray:
     """Invert `pack`: return int8 of that shape."""
     count = int(np.prod(shape))
     rows = np.unpackbits(packed, count=count * bits).reshape(count, bits)
@@ -108,9 +109,9 @@ def load_packed(path: Path, simulated: nn.Module) -> nn.Module:
         stored = read_npz(path)
         for name, layer in layers(simulated).items():
             bits, *shape = stored[f"{name}:shape"].tolist()
-            if tuple(shape) != tuple(layer.weight.shape):
-                raise ValueError(f"{name} has shape {tuple(shape)}, expected {tuple(layer.weight.shape)}")
-            values = torch.from_numpy(unpack(stored[f"{name}:codes"], bits, tuple(shape))).float()
+            if shape != list(layer.weight.shape):
+                raise ValueError(f"{name} has shape {shape}, expected {list(layer.weight.shape)}")
+            values = torch.from_numpy(unpack(stored[f"{name}:codes"], bits, shape)).float()
             layer.weight_scale = torch.exp2(torch.from_numpy(stored[f"{name}:exponents"]).float())
             layer.weight.data.copy_(values * per_channel(layer.weight_scale, values))
             if layer.bias is not None:

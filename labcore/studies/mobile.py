@@ -1,7 +1,6 @@
-"""Two small networks of depthwise convolutions for 32×32 images, made of torchvision's quantizable blocks.
+"""Two small networks of torchvision's quantizable blocks with depthwise convolutions, for 32×32 images.
 
-A depthwise filter sees one channel, so that ranges of channels differ more than one scale per tensor can hold
-(Krishnamoorthi, 2018, section 3).
+Each filter sees one channel: ranges differ more than a scale per tensor can hold (Krishnamoorthi, 2018, 3).
 """
 
 from dataclasses import replace
@@ -68,10 +67,7 @@ MOBILE = {"mobilenet_v2": MobileNetV2, "efficientnet": EfficientNet}
 
 
 def build_mobile(arch: str, num_classes: int, width_mult: float = 0.5) -> nn.Module:
-    """Return the network of that name with fresh weights; `width_mult` multiplies its channels.
-
-    Raises LabError for an unknown name, and for a width_mult outside (0, 4].
-    """
+    """Return a network with fresh weights by its name; `width_mult`, in (0, 4], multiplies its channels."""
     if arch not in MOBILE:
         raise LabError(f"arch must be one of {', '.join(MOBILE)}, found {arch!r}; change it.")
     if not 0 < width_mult <= 4:

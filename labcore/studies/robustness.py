@@ -19,9 +19,8 @@ from labcore.evaluate import predict
 from labcore.files.artifacts import UNREADABLE, read_npz, sha256_file, write_npz
 from labcore.files.code import modules_hash
 from labcore.stats import beyond_chance, compare_paired, mean_over_images, normal_p_value
-from labcore.studies.cells import Cell
 from labcore.studies.corruptions import CORRUPTIONS, GROUPS, SEVERITIES, corrupt, group_of
-from labcore.studies.study import Study
+from labcore.studies.study import Cell, Study
 
 IMAGES = 1_000  # test images that are corrupted, evenly spaced
 QUANTIZED = ("ptq", "qat")
@@ -113,11 +112,8 @@ def corruption_cost(found: pd.DataFrame, labels: np.ndarray, network: str) -> di
 
     The same images are in every cell, so images are what is sampled, not cells. With d_i the mean over the
     corrupted cells of 100 (FP32 right - network right) on image i, and c_i the same on the clean image,
-    the three are the means of c_i, d_i and d_i - c_i, each with its t interval over i.
-
-    Returns:
-        fp32_acc, acc (fractions; means over the corrupted cells); clean_drop_pp, corrupted_drop_pp and
-        extra_drop_pp, each {"mean", "low", "high"}; positive is worse.
+    clean_drop_pp, corrupted_drop_pp and extra_drop_pp are the means of c_i, d_i and d_i - c_i: each {"mean",
+    "low", "high"}, a t interval over i; positive is worse. fp32_acc and acc are means over corrupted cells.
     """
     clean = (found["corruption"] == "clean").to_numpy()
     fp32, quantized = _hits(found, "fp32", labels), _hits(found, network, labels)
@@ -163,11 +159,9 @@ def verdict(cost: dict) -> str:
 def compare_networks(found: pd.DataFrame, labels: np.ndarray, classes: int) -> dict:
     """Return what quantization costs on corrupted images, for PTQ and QAT.
 
-    Returns:
-        cells, levels: rows of `cell_table` and `severity_table`;
-        cost and verdict, by network; group_cost, by group; corruption_cost, a row for each corruption;
-        changed: the groups, corruptions and cells on which the cost differs from that on clean images beyond
-        chance (`beyond_chance`), as rows name, network, mean (points), p_value.
+    Rows of `cell_table` (cells) and `severity_table` (levels); cost and verdict, by network; group_cost, by
+    group; corruption_cost, a row for each; changed, the groups, corruptions and cells on which the cost
+    differs from that on clean images `beyond_chance`, as rows name, network, mean (points), p_value.
     """
     names, is_clean = found["corruption"], found["corruption"] == "clean"
     groups, cells = names.map(group_of), names + " " + found["severity"].astype(str)
@@ -194,12 +188,11 @@ def compare_networks(found: pd.DataFrame, labels: np.ndarray, classes: int) -> d
 
 def _extra_costs(costs: dict[str, dict[str, dict]]) -> list[dict]:
     """Return what corruption adds to the cost, a row per part and network."""
-    rows = []
-    for name, network in itertools.product(costs, QUANTIZED):
-        extra = costs[name][network]["extra_drop_pp"]
-        row = {"name": name, "network": network, "mean": extra["mean"], "p_value": normal_p_value(extra)}
-        rows.append(row)
-    return rows
+    extra = {pair: costs[pair[0]][pair[1]]["extra_drop_pp"] for pair in itertools.product(costs, QUANTIZED)}
+    return [
+        {"name": name, "network": network, "mean": interval["mean"], "p_value": normal_p_value(interval)}
+        for (name, network), interval in extra.items()
+    ]
 
 
 def lost_images(before: np.ndarray, after: np.ndarray, labels: np.ndarray, count: int = 24) -> pd.DataFrame:

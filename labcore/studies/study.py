@@ -1,30 +1,32 @@
 """Many small experiments on one trained network: each depends on its key and the study's `base` alone."""
 
+import contextlib
 import copy
 import itertools
 from collections.abc import Callable
-from dataclasses import asdict, is_dataclass, replace
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from timeit import timeit
 
 import numpy as np
 import pandas as pd
 from torch import Tensor, nn
 
-from labcore import train
+from labcore import LabError, train
 from labcore.config import NOTEBOOKS, Recipe
 from labcore.data import calibration_batches
 from labcore.engines.eager import load_float
 from labcore.evaluate import predict
-from labcore.files.artifacts import load_logits, save_logits, sha256_json
+from labcore.files.artifacts import load_logits, read_json, save_logits, sha256_json, write_json
 from labcore.files.code import modules_hash, notebook_sources
+from labcore.files.progress import progress
 from labcore.files.provenance import versions
 from labcore.files.tensors import state_hash
 from labcore.qconfig import CustomQConfig, Scheme, has_vnni, make_qconfig
 from labcore.quantize import calibrate, convert, layers, prepare_ptq, prepare_qat, simulate
 from labcore.run import Run
 from labcore.stats import paired_error, summarize_paired
-from labcore.studies.cells import Cell, run_cells
 from labcore.studies.errors import count_clamped
 from labcore.studies.kernels import on_onednn, predict_ptq, run_exactly
 from labcore.studies.mixed import overrides, save_packed
@@ -34,7 +36,36 @@ from labcore.training.device import multiplies_bfloat16
 # What decides the result of a cell.
 MODULES = ("data", "model", "observer", "qconfig", "quantize", "evaluate", "stats")
 MODULES += ("images.transforms", "quantizers.learned", "quantizers.least_error")
-MODULES += tuple(f"studies.{name}" for name in ("cells", "errors", "kernels", "mixed", "refine", "study"))
+MODULES += tuple(f"studies.{name}" for name in ("errors", "kernels", "mixed", "refine", "study"))
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One experiment: what decides its result, and the function that gives it as JSON values."""
+
+    key: dict
+    compute: Callable[[], dict]
+    cleanup: Callable[[], object] = lambda: None  # once the result is kept
+
+
+def run_cells(cells: dict[str, Cell], folder: Path, base: dict, description: str) -> pd.DataFrame:
+    """Return the results of all cells, one row each by name: read where they are kept, else computed.
+
+    Files are named after `base`, which decides all cells, and a cell's key, so that a killed study goes on.
+    A cell whose file is damaged is computed again.
+    """
+    rows = {}
+    with progress(len(cells), description, unit="cell") as bar:
+        for name, cell in cells.items():
+            path = folder / f"{sha256_json(base | cell.key)[:24]}.json"
+            with contextlib.suppress(LabError, KeyError, TypeError):  # missing or damaged
+                rows[name] = read_json(path)["result"]
+            if name not in rows:
+                write_json(path, {"cell": name, "key": cell.key, "result": cell.compute()})
+                cell.cleanup()
+                rows[name] = read_json(path)["result"]
+            bar.update()
+    return pd.DataFrame(rows).T.infer_objects()
 
 
 class Study:
@@ -122,11 +153,6 @@ class Study:
     def quantized(self, weight: Scheme, activation: Scheme, **options) -> nn.Module:
         """Quantize after training (PTQ), computed exactly; `options` as in `prepared`."""
         return run_exactly(simulate(self.prepared(weight, activation, **options)), activation.bits)
-
-    def with_input_up(self, weight: Scheme, activation: Scheme) -> nn.Module:
-        """Quantize likewise, but round the images' scale up, so that none of their values is clipped."""
-        up = make_qconfig(weight, replace(activation, rule="ceil"), "simulated")
-        return self.quantized(weight, activation, overrides={"quant": up})
 
     def eager(self, weight: Scheme, activation: Scheme, **options) -> nn.Module:
         """Calibrate for PTQ by torch's eager mode, to be converted; `options` are prepare_ptq's."""

@@ -22,8 +22,7 @@ from labcore.qconfig import CustomQConfig
 from labcore.quantize import prepare_qat
 from labcore.run import Run
 from labcore.stats import over_seeds, summarize
-from labcore.studies.cells import Cell
-from labcore.studies.study import Study
+from labcore.studies.study import Cell, Study
 from labcore.train import Diverged, fit, training_identity
 
 EPOCHS = 6
@@ -35,10 +34,9 @@ LONGER = 4  # so many times the epochs of the profile's QAT
 def base_recipe(profile: Profile, train_images: int) -> Recipe:
     """Return the recipe that all others are held against: six epochs of a quarter of the images.
 
-    It has a warm-up, one cosine to zero, crops and flips, and, to be quicker, small images in its first four
-    epochs. Batch size, rate, weight decay and label smoothing are the profile's. Six epochs hold the
-    reference's curve in small: its 300 end at three quarters of the third of its cycles (50, 100, 200),
-    six at that of 1, 2 and 4.
+    It has a warm-up, one cosine to zero, crops and flips, and at first small images, to be quicker. Six
+    epochs hold the reference's curve in small: its 300 end at three quarters of the third of its cycles (50,
+    100, 200), six at that of 1, 2 and 4.
     """
     fp32 = profile.fp32
     return Recipe(
@@ -84,18 +82,6 @@ class Trainings(Study):
         recipe = replace(qat, freeze_at=1.0, epochs=times * qat.epochs)
         return self._fit(kind, model, recipe, seed)
 
-    def longer(self) -> pd.DataFrame:
-        """Return QAT, and FP32 that trains on, as long as the profile's QAT and LONGER times (`over_seeds`).
-
-        The last epoch counts: the best of more epochs would be better by choice alone.
-        """
-        kinds, titles = ("fp32", "qat"), {1: "", LONGER: f", {LONGER} times as long"}
-        cells = {
-            (f"{kind.upper()}{titles[times]}", seed): self.continued(kind, seed, times)
-            for kind, times, seed in itertools.product(kinds, titles, self.seeds[:FIRST_SEEDS])
-        }
-        return over_seeds(self.cells(cells, "longer QAT")["acc_last"].astype(float).unstack(sort=False))
-
     def _fit(self, kind: str, model: nn.Module, recipe: Recipe, seed: int) -> Cell:
         key = {kind: training_identity(recipe, self.data, self.split, seed, model)}
         folder, title = self.run.path(self.stage, f"fits/{sha256_json(key)[:24]}"), f"{kind}, seed {seed}"
@@ -120,14 +106,14 @@ class Trainings(Study):
         unrounded = summarize(self.logits(model), self.labels)
         on_training = predict(model, self.data.train_images[sample], description="training images")
         in_training = summarize(on_training, self.data.train_labels[sample])
-        result = {"acc": rounded["acc"], "loss": rounded["loss"], "acc_unrounded": unrounded["acc"]}
-        return result | {"train_acc_unrounded": in_training["acc"]}
+        unrounded = {"acc_unrounded": unrounded["acc"], "train_acc_unrounded": in_training["acc"]}
+        return {"acc": rounded["acc"], "loss": rounded["loss"]} | unrounded
 
     def compare(self, recipes: dict[str, Recipe], description: str, verdict: bool = False) -> pd.DataFrame:
         """Return `over_seeds` of recipes held against the first; those less than a point away get more seeds.
 
-        Where a claim's `verdict` rests on it, all get the profile's `verdict_seeds`: their number does not
-        depend on what was found, since seeds until something shows would show something by chance.
+        Where a claim's `verdict` rests on it, all get the profile's `verdict_seeds`, whatever is found: seeds
+        until something shows would show something by chance.
         """
         first = self.verdict_seeds if verdict else self.seeds[:FIRST_SEEDS]
         table = self._seed_table(recipes, first, description)
@@ -144,17 +130,17 @@ class Trainings(Study):
         cells = {(name, seed): self.trained(recipes[name], seed) for name, seed in pairs}
         return self.cells(cells, description)["acc"].astype(float).unstack(sort=False)
 
+    @torch.no_grad()
     def hidden_by_training(self, fake_quantized: nn.Module, batch_size: int = 64) -> pd.DataFrame:
         """Return a fake-quantized network's accuracy on training images, as trainings show them (claim R14).
 
-        Rows: the images as they are, with the augmentation that this network was trained with, with the
-        reference's, with its mixup too, and with its mixup alone. The larger share's label counts; "counted
-        by shares", each label as much as its share. Columns: with fake quantization, and without.
+        Rows: how images are shown; of mixed ones the larger share's label counts, or "counted by shares" each
+        label as much as its share. Columns: with fake quantization, and without.
         """
-        here, reference = self.run.profile.qat.augment, PROFILES["reference"].qat
+        reference = PROFILES["reference"].qat
         views = {  # augmentation, and whether images are mixed then
             "as they are": (None, False),
-            "augmented as here": (here, False),
+            "augmented as here": (self.run.profile.qat.augment, False),
             "augmented as in the reference": (reference.augment, False),
             "… and its mixup": (reference.augment, True),
             "mixup alone": (None, True),
@@ -162,27 +148,25 @@ class Trainings(Study):
         device, sample = next(fake_quantized.parameters()).device, self.split.train_sample
         images = torch.from_numpy(self.data.train_images[sample]).to(device)
         labels = torch.from_numpy(self.data.train_labels[sample]).to(device)
-        table = pd.DataFrame(dtype=float)
-        switches = {"with": tq.enable_fake_quant, "without": tq.disable_fake_quant}
-        for column, (view, (augmentation, mixes)) in itertools.product(switches, views.items()):
-            network = fake_quantized.apply(switches[column]).eval()
+        right = {"with": {}, "without": {}}
+        for column, (view, (augmentation, mixes)) in itertools.product(right, views.items()):
+            fake_quantized.apply(tq.enable_fake_quant if column == "with" else tq.disable_fake_quant).eval()
             rng, by_larger, by_shares = np.random.default_rng(self.run.seed), 0.0, 0.0
-            with torch.no_grad(), progress(len(images), f"{view}, {column}", unit="image") as bar:
+            with progress(len(images), f"{view}, {column}", unit="image") as bar:
                 for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
                     x = augment(x, augmentation, rng) if augmentation else normalize(x)
-                    partner, share = torch.arange(len(y), device=device), torch.ones(len(y), device=device)
+                    other, share = y, torch.ones(len(y), device=device)
                     if mixes:
                         x, partner, share = mix(x, reference, rng)
-                    answer = network(x).argmax(1)
-                    hits, partner_hits = (answer == y).float(), (answer == y[partner]).float()
-                    by_larger += torch.where(share >= 0.5, hits, partner_hits).sum().item()
-                    by_shares += (share * hits + (1 - share) * partner_hits).sum().item()
+                        other = y[partner]
+                    answer = fake_quantized(x).argmax(1)
+                    hits, other_hits = (answer == y).float(), (answer == other).float()
+                    by_larger += torch.where(share >= 0.5, hits, other_hits).sum().item()
+                    by_shares += (share * hits + (1 - share) * other_hits).sum().item()
                     bar.update(len(x))
-            table.loc[view, column] = by_larger / len(images)
-            if view == "mixup alone":
-                table.loc[f"{view}, counted by shares", column] = by_shares / len(images)
+            right[column] |= {view: by_larger, f"{view}, counted by shares": by_shares}
         fake_quantized.apply(tq.enable_fake_quant)
-        return table
+        return pd.DataFrame(right).loc[[*views, "mixup alone, counted by shares"]] / len(images)
 
 
 def recipes_of(base: Recipe) -> dict[str, dict[str, Recipe]]:
@@ -196,20 +180,20 @@ def recipes_of(base: Recipe) -> dict[str, dict[str, Recipe]]:
     # Whole images throughout: else a schedule would also decide the rate at which these are first seen.
     whole = replace(base, small_share=0.0)
     restarts = replace(whole, schedule="warm_restarts", warmup=0.0, restart_mult=2)
-    reflected = augmented(crop_padding=base.augment.crop_padding // 2, padding_mode="reflect")
-    batch = base.batch_size
     schedules = {
         "one cosine": replace(whole, warmup=0.0),
         "one cosine after a warm-up": whole,
         "restarts, stopped in mid-cycle": replace(restarts, restart_epochs=1),
         "restarts, ending with a cycle": replace(restarts, restart_epochs=2),
     }
+    reflected = augmented(crop_padding=base.augment.crop_padding // 2, padding_mode="reflect")
+    size, rate = base.batch_size, base.lr
     questions = {
         "batch": {
-            f"batch {size}, rate times {factor}": replace(base, batch_size=size, lr=factor * base.lr)
-            for size in (batch, 2 * batch)
-            for factor in (1, 2, 3)
-            if (size, factor) != (batch, 1)
+            f"batch {count * size}, rate times {factor}": replace(
+                base, batch_size=count * size, lr=factor * rate
+            )
+            for count, factor in ((1, 2), (1, 3), (2, 1), (2, 2), (2, 3))
         },
         "augmentation": {
             "none": augmented(crop_padding=0, flip_prob=0.0),

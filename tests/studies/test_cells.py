@@ -2,7 +2,7 @@
 
 import pytest
 
-from labcore.studies.cells import Cell, run_cells
+from labcore.studies.study import Cell, run_cells
 
 
 @pytest.fixture

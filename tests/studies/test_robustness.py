@@ -18,8 +18,8 @@ from labcore.images.transforms import normalize
 from labcore.plots.robustness import lost_image_grid
 from labcore.run import Run
 from labcore.studies import robustness
-from labcore.studies.cells import run_cells
 from labcore.studies.corruptions import CORRUPTIONS, GROUPS, SEVERITIES, corrupt
+from labcore.studies.study import run_cells
 
 LABELS = np.array([0, 1, 2, 0])
 

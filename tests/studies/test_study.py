@@ -85,7 +85,8 @@ def test_one_calibration_serves_all_weights_and_allocations_of_bits(rule, study,
 
 def test_with_its_scale_rounded_up_nothing_of_the_images_is_clipped_and_all_else_stays(study, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)  # the simulation itself
-    up, plain = study.with_input_up(Scheme(), Scheme()), study.quantized(Scheme(), Scheme())
+    ceil = make_qconfig(Scheme(), Scheme(rule="ceil"), "simulated")
+    plain, up = (study.quantized(Scheme(), Scheme(), overrides=own) for own in ({}, {"quant": ceil}))
     high = max(batch.abs().max().item() for batch in study.batches)
     assert up.quant.activation_post_process.scale.item() == 2 ** math.ceil(math.log2(high / 127.5))
     before, after = (inspect_qparams(network, []) for network in (plain, up))

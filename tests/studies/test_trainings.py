@@ -15,7 +15,7 @@ from labcore.qconfig import CustomQConfig
 from labcore.quantize import calibrate, prepare_qat
 from labcore.run import Run
 from labcore.studies import trainings
-from labcore.studies.cells import Cell
+from labcore.studies.study import Cell
 from labcore.studies.trainings import EPOCHS, Trainings, base_recipe, recipes_of
 from labcore.train import Diverged
 from labcore.training.optim import learning_rate
