@@ -77,7 +77,7 @@ class Project:
         state = self.state()
         facts = {"outputs": {}, "wall_seconds": 0}
         for stage in STAGES:
-            made = {"inputs": state.inputs(stage), "prose": state.prose_hash(stage)}
+            made = {"inputs": state.inputs(stage), "prose": state.prose(stage)}
             write_json(state.stamp_path(stage.name), facts | made)
         write_json(state.stamp_path("report"), facts | {"inputs": state.report_inputs()})
 

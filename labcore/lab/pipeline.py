@@ -24,7 +24,7 @@ def run(state: State, studies: Collection[str] = ()) -> None:
                 continue
             if reason := state.stale(stage.name, state.inputs(stage)):
                 _execute(state, stage, reason)
-            elif state.has_new_prose(stage):
+            elif state.stamp(stage.name)["prose"] != state.prose(stage):
                 _refresh_prose(state, stage)
             else:
                 print(f"{stage.notebook}: up to date")
@@ -61,33 +61,22 @@ def _execute(state: State, stage: Stage, reason: str) -> None:
     print(f"{stage.notebook}: {reason}", flush=True)
     inputs, before, began = state.inputs(stage), state.stamp(stage.name), time.time()
     state.stamp_path(stage.name).unlink(missing_ok=True)
-    parameters = {
-        "PROFILE": state.profile.name,
-        "DATA": state.source,
-        "SEED": state.seed,
-        "SET": state.overrides,
-    }
-    partial = state.folder / f"{stage.notebook}.partial.ipynb"
-    log = state.folder / "progress.log"
-    write_executed(
-        state.executed(stage), execute(state.notebook(stage), partial, parameters, log, state.root)
-    )
+    name, overrides = state.profile.name, state.overrides
+    parameters = {"PROFILE": name, "DATA": state.source, "SEED": state.seed, "SET": overrides}
+    partial, log = state.folder / f"{stage.notebook}.partial.ipynb", state.folder / "progress.log"
+    notebook = execute(state.notebook(stage), partial, parameters, log, state.root)
+    write_executed(state.executed(stage), notebook)
     partial.unlink(missing_ok=True)
-    for figure in state.figures.glob(f"{stage.prefix}_*.png"):
+    for figure in state.figures.glob(f"{stage.notebook[:2]}_*.png"):
         if figure.stat().st_mtime < began:  # of an older notebook, which drew more
             figure.unlink()
-    outputs, seconds = _outputs(state, stage), round(time.time() - began, 1)
-    history = f"runs/{state.profile.name}/{stage.name}/history.csv"  # holds the seconds of every epoch
+    outputs, seconds = _outputs(state, stage), [time.time() - began, train_seconds(state, stage)]
+    history = f"runs/{name}/{stage.name}/history.csv"  # holds the seconds of every epoch
     if history in outputs and before.get("outputs", {}).get(history) == outputs[history]:
         # Training was loaded: the time it took is that of the earlier run.
-        seconds = max(seconds, before["wall_seconds"])
-    stamp = {
-        "inputs": inputs,
-        "outputs": outputs,
-        "prose": state.prose_hash(stage),
-        "wall_seconds": max(seconds, round(train_seconds(state, stage), 1)),
-    }
-    write_json(state.stamp_path(stage.name), stamp)
+        seconds.append(before["wall_seconds"])
+    stamp = {"inputs": inputs, "outputs": outputs, "prose": state.prose(stage)}
+    write_json(state.stamp_path(stage.name), stamp | {"wall_seconds": round(max(seconds), 1)})
     print(f"{stage.notebook}: done in {time.time() - began:.0f} s", flush=True)
 
 
@@ -101,7 +90,7 @@ def _outputs(state: State, stage: Stage) -> dict[str, str]:
     paths = [
         state.executed(stage),
         *sorted((state.folder / stage.name).glob("*")),
-        *sorted(state.figures.glob(f"{stage.prefix}_*.png")),
+        *sorted(state.figures.glob(f"{stage.notebook[:2]}_*.png")),
     ]
     if stage.name == "fp32":
         paths.append(state.folder / "split.npz")
@@ -118,7 +107,7 @@ def _refresh_prose(state: State, stage: Stage) -> None:
     executed, stamp = state.executed(stage), state.stamp(stage.name)
     write_executed(executed, with_new_prose(state.notebook(stage), executed))
     stamp["outputs"] |= _hashes(state, [executed])
-    write_json(state.stamp_path(stage.name), stamp | {"prose": state.prose_hash(stage)})
+    write_json(state.stamp_path(stage.name), stamp | {"prose": state.prose(stage)})
     print(f"{stage.notebook}: new prose, nothing run")
 
 

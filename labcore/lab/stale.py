@@ -32,11 +32,6 @@ class Stage:
         """Return the notebook's name without its suffix."""
         return NOTEBOOKS[self.name]
 
-    @property
-    def prefix(self) -> str:
-        """Return what the names of the stage's figures begin with."""
-        return self.notebook[:2]
-
 
 STAGES = (
     Stage("fp32"),
@@ -223,19 +218,13 @@ class State:
 
     def stamp(self, name: str) -> dict:
         """Return what was noted when the stage last finished; empty where it never did."""
-        path = self.stamp_path(name)
-        with contextlib.suppress(LabError):
-            if path.exists():
-                return read_json(path)
+        with contextlib.suppress(LabError):  # missing, or damaged
+            return read_json(self.stamp_path(name))
         return {}
 
-    def prose_hash(self, stage: Stage) -> str:
-        """Return the hash of the notebook's text."""
+    def prose(self, stage: Stage) -> str:
+        """Return the hash of the notebook's text, which a stamp notes beside its inputs."""
         return sha256_json(notebook_sources(self.notebook(stage))[1])
-
-    def has_new_prose(self, stage: Stage) -> bool:
-        """Return whether the notebook's text is another than when it last ran."""
-        return self.stamp(stage.name)["prose"] != self.prose_hash(stage)
 
     def stale(self, name: str, inputs: dict[str, str]) -> str:
         """Return why something must be made again, in words; empty where it need not."""
@@ -265,7 +254,7 @@ class State:
             upstream = [name for name in stage.needs if name in doubtful]
             if not reason and upstream:
                 reason = f"waits for: {', '.join(upstream)}"
-            if not reason and self.has_new_prose(stage):
+            if not reason and self.stamp(stage.name)["prose"] != self.prose(stage):
                 reason = "new prose (nothing will be run)"
             elif reason and stage.name in STUDIES:
                 reason += " (make studies)"
