@@ -165,7 +165,9 @@ def corrupt(images: np.ndarray, name: str, severity: int, seed: int = 0) -> np.n
                 digest = hashlib.sha256(f"{seed} {name} ".encode() + image.tobytes()).digest()
                 # torch.manual_seed also prepares kinds of device that are not there: a hundred times as long
                 torch.default_generator.manual_seed(int.from_bytes(digest[:8], "little"))
-                x = corruption.apply(torch.from_numpy(image)[None] / 255, parameter)  # (1, 3, H, W)
+                # Draws go through memory in its order, so it must be that of the pixels.
+                pixels = torch.from_numpy(np.ascontiguousarray(image))[None] / 255  # (1, 3, H, W)
+                x = corruption.apply(pixels, parameter)
                 spoilt[position] = (x[0].clamp(0, 1) * 255).round().to(torch.uint8).numpy()
                 bar.update()
     finally:

@@ -29,10 +29,11 @@ def spoilt(photos) -> dict:
 
 
 @pytest.mark.parametrize("name", CORRUPTIONS)
-def test_neither_neighbours_nor_order_nor_earlier_draws_change_an_image(name, photos, spoilt):
+def test_neither_neighbours_nor_order_nor_memory_nor_earlier_draws_change_an_image(name, photos, spoilt):
     torch.manual_seed(99)
     before, kept = torch.random.get_rng_state(), photos.copy()
-    alone = np.concatenate([corrupt(photos[i : i + 1], name, 3) for i in (4, 0, 3)])
+    other_layout = np.asfortranarray(photos)
+    alone = np.concatenate([corrupt(other_layout[i : i + 1], name, 3) for i in (4, 0, 3)])
     assert np.array_equal(alone, spoilt[name, 3][[4, 0, 3]])
     assert torch.equal(torch.random.get_rng_state(), before), "torch's generator is given back"
     assert np.array_equal(kept, photos), "the images given are not written to"
