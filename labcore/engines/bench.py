@@ -1,8 +1,7 @@
 """One trained network on the engines that people deploy: what each answers, how fast, in how much memory.
 
-Every engine runs in a process of its own (worker.py), on a file that files.py writes. Times are taken in
-interleaved rounds: in each, every engine has its turn, in an order drawn anew. A slow moment of the machine
-hits all of them alike, and ratios are taken within a round (tables.py).
+Every engine runs in a process of its own (worker.py), on a file that files.py writes. In each round every
+engine has its turn, in an order drawn anew: a slow moment of the machine hits all of them alike.
 """
 
 import contextlib
@@ -26,8 +25,7 @@ from labcore.files.artifacts import ROOT
 from labcore.files.progress import progress
 from labcore.stats import summarize
 
-# The numbers of a network: POWER2 has the reference's scales, FLOAT the same without rounding to a power of
-# two, OWN those that torchao chooses, BEST the powers of two that study 1 recommends.
+# The numbers of a network: files.py says where they come from.
 FP32, POWER2, FLOAT, OWN = "FP32", "INT8, power of two", "INT8, float scales", "INT8, its own scales"
 BEST = "INT8, recommended"
 DOT = " · "  # between an engine's name and its numbers
@@ -84,20 +82,17 @@ ROOFS = ("FP32", "INT8")  # the rates at which torch multiplies matrices of such
 MATRIX = 2048  # their side
 
 
-def specs(
-    files: dict[str, Path], images: Path, network: list, image_shape: tuple[int, int, int], threads: int
-) -> dict[str, dict]:
+def specs(files: dict[str, Path], images: Path, network: list, threads: int) -> dict[str, dict]:
     """Return what the workers are told, by title: of the engines for which there is a file, and of the roofs.
 
     `files` and `images` come from labcore.engines.files, `network` are the arguments of build_model.
     """
-    common = {"images": str(images), "network": network, "image_shape": list(image_shape)}
-    told = {
+    common = {"images": str(images), "network": network, "threads": threads}
+    return {
         engine.title: {"kind": engine.kind, "path": str(files[engine.file])} | common | engine.options
         for engine in ENGINES
         if engine.file in files
-    } | {name: {"kind": "matrix", "numbers": name, "size": MATRIX} for name in ROOFS}
-    return {title: spec | {"threads": threads} for title, spec in told.items()}
+    } | {name: {"kind": "matrix", "numbers": name, "size": MATRIX, "threads": threads} for name in ROOFS}
 
 
 class EngineError(LabError):
@@ -149,8 +144,8 @@ def _answer(process: subprocess.Popen) -> dict:
 class Bench(contextlib.AbstractContextManager):
     """Engines that are loaded side by side, each in its process, to be asked one after the other.
 
-    `specs` come from the function of that name. One without images is a roof: it is timed, with the first of
-    the `batches` only, and answers nothing. `skipped` says by title why an engine cannot run here.
+    A roof, which has no images in its spec, is timed with the first of `batches` only and answers nothing.
+    `skipped` says by title why an engine cannot run here.
     """
 
     def __init__(self, specs: dict[str, dict], batches: list[int]):
@@ -189,10 +184,9 @@ class Bench(contextlib.AbstractContextManager):
         return _answer(self._processes[title])
 
     def answers(self, labels: np.ndarray) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
-        """Ask the engines one after the other for their answers to the first images, whose `labels` are (N,).
+        """Return a table and the logits (N, classes), both by title, for the images whose `labels` are (N,).
 
-        Returns a table by title, with `summarize`'s columns, libraries_mb (memory when the libraries are
-        imported) and peak_mb (when all batch sizes have run); and the logits (N, classes) by title.
+        Columns are `summarize`'s, libraries_mb (memory when imported) and peak_mb (when all sizes have run).
         """
         rows, logits = {}, {}
         titles = [title for title in self._memory if "images" in self._specs[title]]
@@ -208,13 +202,10 @@ class Bench(contextlib.AbstractContextManager):
         return pd.DataFrame(rows).T.infer_objects(), logits
 
     def times(self, rounds: int, runs: int, pause: float = 0.25) -> pd.DataFrame:
-        """Time all engines in interleaved rounds.
+        """Return latency_ms, the median of `runs`, by round, engine and batch; without engines that stop.
 
-        Batches of several images run a quarter as often as single ones, and at least three times. Before each
-        turn all rest for `pause` seconds: threads of the one before may wait for work.
-
-        Returns one row per round, engine and batch: round, engine, batch, latency_ms (median of its runs);
-        none of an engine that stops, which is skipped.
+        Batches of several images run a quarter as often as single ones. Before each turn all rest for `pause`
+        seconds: threads of the one before may wait for work.
         """
         rng, rows = np.random.default_rng(0), []
         with progress(rounds, "times", unit="round") as bar:
@@ -224,8 +215,8 @@ class Bench(contextlib.AbstractContextManager):
                     with self._or_skipped(title):
                         for batch in self._batches[title]:
                             repeats = runs if batch == 1 else max(3, runs // 4)
-                            found = self._ask(title, do="time", batch=batch, runs=repeats)["ms"]
-                            rows.append((number, title, batch, float(np.median(found))))
+                            times_ms = self._ask(title, do="time", batch=batch, runs=repeats)["ms"]
+                            rows.append((number, title, batch, float(np.median(times_ms))))
                 bar.update()
         measured = pd.DataFrame(rows, columns=["round", "engine", "batch", "latency_ms"])
         return measured[~measured["engine"].isin(self.skipped)].reset_index(drop=True)

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.ao.quantization import QConfig
+from torch.utils._pytree import tree_map
 
 from labcore import LabError
 from labcore.files.tensors import first_line, load_tensors, load_weights, save_tensors
@@ -25,8 +26,7 @@ def load_int8(path: Path, float_model: QuantizableResNet, qconfig: QConfig) -> n
     state = quietly(load_tensors, path)
     skeleton = convert(prepare_ptq(float_model, qconfig))
     try:
-        expected = _shapes(skeleton.state_dict())
-        if _shapes(state) != expected:  # int8 layers would take weights of any shape
+        if _shapes(state) != _shapes(skeleton.state_dict()):  # int8 layers would take weights of any shape
             raise ValueError("names or shapes differ")
         skeleton.load_state_dict(state)
     except (RuntimeError, KeyError, AttributeError, TypeError, ValueError) as error:
@@ -36,12 +36,8 @@ def load_int8(path: Path, float_model: QuantizableResNet, qconfig: QConfig) -> n
 
 
 def _shapes(state: dict) -> dict:
-    """Return name -> shapes, two for the pair (weight, bias) that a linear layer packs."""
-    parts = {name: value if isinstance(value, tuple) else (value,) for name, value in state.items()}
-    return {
-        name: [tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__ for v in part]
-        for name, part in parts.items()
-    }
+    """Return name -> shape, a pair for the weight and bias that a linear layer packs."""
+    return tree_map(lambda value: getattr(value, "shape", type(value)), state)
 
 
 def load_float(path: Path, model: QuantizableResNet) -> QuantizableResNet:

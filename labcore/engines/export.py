@@ -1,56 +1,41 @@
 """The power-of-two schemes in PyTorch 2 Export quantization: another graph, the same scales.
 
-Eager mode replaces modules by int8 modules. Export mode writes quantize and dequantize nodes into the graph
-of the float network, and leaves the choice of int8 kernels to a backend.
-
+Eager mode replaces modules by int8 modules. Export mode writes quantize and dequantize nodes into the float
+network's graph; a backend chooses int8 kernels.
 Reference: torchao.quantization.pt2e (`Quantizer`, `prepare_pt2e`, `convert_pt2e`).
 """
 
-import contextlib
 import copy
-import logging
 import math
-from collections.abc import Iterator
 from functools import partial
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
+from torchao.quantization.pt2e.observer import ObserverBase, PartialWrapper
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+from torchao.quantization.pt2e.quantizer import (
+    DerivedQuantizationSpec,
+    QuantizationSpec,
+    Quantizer,
+    annotate_input_qspec_map,
+    annotate_output_qspec,
+)
+from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
 
 from labcore import LabError
 from labcore.observer import PowerOfTwoObserver
 from labcore.qconfig import Scheme, has_vnni, observer_class
 from labcore.quantize import fuse
 
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Import without what torch logs about torchao's enums, a note for torchao's authors."""
-    log = logging.getLogger("torch.utils._pytree")
-    log.disabled = True
-    yield
-    log.disabled = False
-
-
-with _quiet():
-    from torchao.quantization.pt2e.observer import ObserverBase, PartialWrapper
-    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
-    from torchao.quantization.pt2e.quantizer import (
-        DerivedQuantizationSpec,
-        QuantizationSpec,
-        Quantizer,
-        annotate_input_qspec_map,
-        annotate_output_qspec,
-    )
-    from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
 # torchao finds observers by isinstance, and ours derives from torch's base class.
 ObserverBase.register(PowerOfTwoObserver)
 _ATEN, _DECOMPOSED = torch.ops.aten, torch.ops.quantized_decomposed
 _LAYERS = (_ATEN.conv2d.default, _ATEN.linear.default)
 _ADD = (_ATEN.add.Tensor, _ATEN.add_.Tensor)
 _RELU = (_ATEN.relu.default, _ATEN.relu_.default)
-# int8 kernels of these give out the scale of what they take in.
+# int8 kernels of these keep the scale of what they take in; a shared observer would see two tensors.
 _KEEPS_SCALE = (_ATEN.max_pool2d.default, _ATEN.adaptive_avg_pool2d.default, _ATEN.flatten.using_ints)
 _DEQUANTIZE = (_DECOMPOSED.dequantize_per_tensor.default, _DECOMPOSED.dequantize_per_channel.default)
 BATCH = ({0: torch.export.Dim.DYNAMIC},)  # the number of images stays free
@@ -59,9 +44,8 @@ BATCH = ({0: torch.export.Dim.DYNAMIC},)  # the number of images stays free
 class PowerOfTwoQuantizer(Quantizer):
     """Annotate a graph so that the tensors observed are those of eager mode.
 
-    Observed: the input, the weights of convolutions and linear layers, and the outputs of these and of
-    additions, behind the ReLU where one follows. Pooling and flattening take over the scale of their input: a
-    shared observer would see two tensors. Biases stay float. LabError where a scheme does not fit.
+    These are the input, weights, and outputs of layers and additions, behind the ReLU where one follows.
+    Pooling and flattening keep their input's scale. Biases stay float. LabError where a scheme does not fit.
     """
 
     def __init__(self, weight: Scheme, activation: Scheme):
@@ -78,9 +62,9 @@ class PowerOfTwoQuantizer(Quantizer):
                     annotate_input_qspec_map(node, node.args[1], self._weight)
                 annotate_output_qspec(_relu_behind(node) or node, self._activation)
             elif node.target in _KEEPS_SCALE:
-                spec = self._activation
+                spec, source = self._activation, [node.args[0]]
                 limits = spec.dtype, spec.quant_min, spec.quant_max, spec.qscheme
-                derived = DerivedQuantizationSpec([node.args[0]], _first_qparams, *limits)
+                derived = DerivedQuantizationSpec(source, lambda seen: seen[0].calculate_qparams(), *limits)
                 annotate_output_qspec(node, derived)
         return model
 
@@ -101,10 +85,6 @@ def _spec(args: dict) -> QuantizationSpec:
     return QuantizationSpec(observer_or_fake_quant_ctr=observer, **fields)
 
 
-def _first_qparams(observers: list[nn.Module]) -> tuple[Tensor, Tensor]:
-    return observers[0].calculate_qparams()
-
-
 def _relu_behind(node: Node) -> Node | None:
     """Return the ReLU that alone takes what the node gives out."""
     users = list(node.users)
@@ -113,9 +93,9 @@ def _relu_behind(node: Node) -> Node | None:
 
 @torch.no_grad()
 def prepare_export(model: nn.Module, quantizer: Quantizer, example: Tensor) -> GraphModule:
-    """Return the fused network as a graph with observers; call it on the calibration batches next.
+    """Return the fused network as a graph with observers, to be called on the calibration batches next.
 
-    `example` holds images (B, 3, H, W) of the size to come, else LabError; their number stays free.
+    `example` holds images (B, 3, H, W), else LabError; their number stays free, their size does not.
     """
     if example.dim() != 4 or len(example) == 0:
         raise LabError(f"example must be images (B, 3, H, W), found shape {tuple(example.shape)}; change it.")
@@ -125,10 +105,7 @@ def prepare_export(model: nn.Module, quantizer: Quantizer, example: Tensor) -> G
 
 
 def convert_export(prepared: GraphModule) -> GraphModule:
-    """Return a copy with quantize and dequantize nodes: int8 weights, float arithmetic between the nodes.
-
-    Raises LabError where an observer has seen nothing, or NaN or infinity.
-    """
+    """Return a copy with int8 weights and nodes that round; LabError where an observer saw nothing or NaN."""
     observers = [part for part in prepared.named_modules() if isinstance(part[1], PowerOfTwoObserver)]
     for name, observer in observers:
         if observer.num_skipped > 0:
@@ -139,10 +116,7 @@ def convert_export(prepared: GraphModule) -> GraphModule:
 
 
 def weights_per_channel(converted: GraphModule) -> GraphModule:
-    """Write the one scale of each weight tensor once per channel, in place; the numbers stay the same.
-
-    Inductor's patterns for int8 kernels know weights with a scale per channel only; others multiply in float.
-    """
+    """Write the scale of each weight tensor once per channel, in place, for Inductor's int8 patterns."""
     graph = converted.graph
     for node in graph.find_nodes(op="call_function", target=_DECOMPOSED.dequantize_per_tensor.default):
         codes, scale, zero_point, *limits = node.args
@@ -154,11 +128,8 @@ def weights_per_channel(converted: GraphModule) -> GraphModule:
         with graph.inserting_before(node):
             scales = graph.get_attr(f"{codes.target}_scales")
             zero_points = graph.get_attr(f"{codes.target}_zero_points")
-            inputs = (codes, scales, zero_points, 0, *limits)
-            new = graph.call_function(_DECOMPOSED.dequantize_per_channel.default, inputs)
-        new.meta = dict(node.meta)
-        node.replace_all_uses_with(new)
-        graph.erase_node(node)
+        node.target = _DECOMPOSED.dequantize_per_channel.default
+        node.args = (codes, scales, zero_points, 0, *limits)
     converted.recompile()
     return converted
 

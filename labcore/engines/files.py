@@ -1,8 +1,7 @@
 """The files that engines load: one trained network, FP32 and INT8, in every engine's own format.
 
-"power2" holds the integers and scales of notebook 02. "float" has the same ranges, from the same images, and
-float scales. "own" has the scales that torchao chooses, "recommended" the scheme that study 1 recommends. The
-ends say who reads them: .pt torch's eager mode, .ts TorchScript, .pt2 torch.compile, .onnx the others.
+"power2" is notebook 02's network, "float" has float scales in the same ranges, "own" those of torchao,
+"recommended" the scheme of study 1. Eager mode reads .pt, TorchScript .ts, torch.compile .pt2, others .onnx.
 """
 
 import copy

@@ -1,9 +1,7 @@
 """An int8 network as an ONNX file: QuantizeLinear and DequantizeLinear around every tensor (QDQ).
 
-The scales are the network's own; nothing is calibrated again. Weights are int8 and biases int32, so an engine
-can replace every dequantize, compute, quantize by one integer kernel. torch's own kernels add float biases:
-rounding them to the accumulator's integers is all in which the file differs from the eager network.
-
+The scales are the network's own. Weights are int8 and biases int32, so an engine can replace dequantize,
+compute, quantize by one integer kernel. Only the biases differ from the eager network: torch adds floats.
 References: ONNX's operators of these names; Jacob et al. (2018), section 2.2, for the scale of a bias.
 """
 
@@ -59,12 +57,10 @@ class _Graph:
 
     def rounded(self, source: str, name: str, scale: float, zero_point: int) -> _Value:
         """Bring a float value to its grid and back."""
-        grid = [
-            self.constant(f"{name}.scale", np.float32(scale)),
-            self.constant(f"{name}.zero_point", np.uint8(zero_point)),
-        ]
-        codes = self.add("QuantizeLinear", [source, *grid], f"{name}.codes")
-        return _Value(self.add("DequantizeLinear", [codes, *grid], f"{name}.value"), scale, zero_point)
+        step = self.constant(f"{name}.scale", np.float32(scale))
+        zero = self.constant(f"{name}.zero_point", np.uint8(zero_point))
+        codes = self.add("QuantizeLinear", [source, step, zero], f"{name}.codes")
+        return _Value(self.add("DequantizeLinear", [codes, step, zero], f"{name}.value"), scale, zero_point)
 
     def integers(self, name: str, codes: np.ndarray, scale: np.ndarray) -> str:
         """Store integers of a weight or bias, to be read as floats; scale () per tensor, (C,) per channel."""
@@ -141,9 +137,8 @@ def build_onnx(
 ) -> onnx.ModelProto:
     """Return the ONNX model of an eager int8 network: normalised images (B, 3, H, W) -> logits (B, classes).
 
-    `image_shape` is (3, H, W), the batch is free; `facts` are kept as metadata, to tell whose file it is.
-    Biases are int32 multiples of input scale x weight scale, as integer hardware needs them, or, without
-    `integer_bias`, the float32 numbers that torch's kernels add. Raises LabError for unknown operations.
+    `image_shape` is (3, H, W), the batch is free; `facts` are kept as metadata. Biases are int32 multiples of
+    input scale x weight scale, or, without `integer_bias`, float32. Raises LabError for unknown operations.
     """
     graph, values = _Graph(integer_bias), {}
     for node in _Tracer().trace(network.eval()).nodes:

@@ -1,4 +1,8 @@
-"""Tables of the engines study, from times and logits: notebook 09 makes them, `make verify` once more."""
+"""Tables and statistics of the engines study, from the times and logits that notebook 09 saves.
+
+The notebook calls summarize_answers and summarize_speeds, labcore.report.verify calls them again. They take
+the folder with a profile's stages, and the metrics of this one.
+"""
 
 import math
 from pathlib import Path
@@ -8,14 +12,52 @@ import pandas as pd
 
 from labcore import LabError
 from labcore.engines.bench import DOT, FIRST, FLOAT, FP32, MATRIX, POWER2, ROOFS, parts
-from labcore.files.artifacts import UNREADABLE, read_npz, write_npz
+from labcore.files.artifacts import UNREADABLE, load_logits, read_npz, write_npz
+from labcore.stats import compare_paired, summarize
+
+
+def summarize_answers(folder: Path, metrics: dict) -> dict:
+    """Return how the engines answer, beside PyTorch's eager INT8 network: answers has a row for each.
+
+    paired has, by title, those with powers of two that should compute its integers and do not.
+    """
+    logits, labels = load_answers(folder / "engines" / "answers.npz")
+    eager = load_logits(folder / "ptq" / "logits.npz")[0]
+    rows = [
+        {"engine": title} | summarize(values, labels) | agreement(values, eager)
+        for title, values in logits.items()
+    ]
+    paired = {
+        row["engine"]: compare_paired(eager, logits[row["engine"]], labels)
+        for row in rows
+        if row["identical"] < 1 and row["engine"].endswith(POWER2)
+    }
+    return {"answers": rows, "paired": paired}
+
+
+def summarize_speeds(folder: Path, metrics: dict) -> dict:
+    """Return roofs, speeds, best and ties by number of threads, and pairs; `metrics` has `macs`.
+
+    ties are the engines that are as fast as the best at a batch size: the quartiles of their latency overlap.
+    """
+    by_threads: dict[str, dict] = {"roofs": {}, "speeds": {}, "best": {}, "ties": {}}
+    pair_rows = []
+    for threads, part in pd.read_csv(folder / "engines" / "latency.csv").groupby("threads"):
+        rounds, count = part.drop(columns="threads"), f"{threads}"
+        by_threads["roofs"][count] = roofs(rounds)
+        by_threads["speeds"][count] = rows = speeds(rounds, metrics["macs"])
+        by_threads["best"][count] = fastest = best(rows)
+        by_threads["ties"][count] = {}
+        for batch, first in fastest.items():
+            others = [row for row in rows if f"{row['batch']}" == batch and row["engine"] != first["engine"]]
+            tied = [row["engine"] for row in others if row["latency_ms_low"] <= first["latency_ms_high"]]
+            by_threads["ties"][count][batch] = tied
+        pair_rows += [row | {"threads": int(threads)} for row in pairs(rounds).to_dict("records")]
+    return by_threads | {"pairs": pair_rows}
 
 
 def roofs(measured: pd.DataFrame) -> dict[str, dict[str, float] | None]:
-    """Return multiply-adds per second in 10^9, from the times of the matrix products.
-
-    {"FP32": {"rate", "rate_low", "rate_high"}, "INT8": …}; None where a product could not be measured.
-    """
+    """Return by ROOFS rate, rate_low, rate_high in 10^9 multiply-adds per second; None if not measured."""
     times = _by_round(measured[measured["engine"].isin(ROOFS)])
     rates = _quartiles("rate", MATRIX**3 / times / 1e6)
     return {name: rates.loc[name].to_dict() if name in rates.index else None for name in ROOFS}
@@ -24,17 +66,15 @@ def roofs(measured: pd.DataFrame) -> dict[str, dict[str, float] | None]:
 def speeds(measured: pd.DataFrame, macs: int) -> list[dict]:
     """Return latency and speed-up of every engine for one number of threads, from `Bench.times`.
 
-    `macs` are the multiply-adds of the network for one image. One row per batch and engine, slowest first:
-    engine, batch, latency_ms, images_per_s, speedup over PyTorch eager FP32, fp32_speedup over the fastest
-    FP32 engine at that batch (fastest_fp32), all with quartiles (_low, _high), ratios within a round;
-    roof_share of the rate of matrix products of the same numbers. None stands for what was not measured.
+    `macs` are the multiply-adds for one image. One row per batch and engine, slowest first; times and ratios
+    with quartiles (_low, _high), ratios within a round: speedup over PyTorch eager FP32, fp32_speedup over
+    fastest_fp32 at that batch. roof_share is of the rate of matrix products. None was not measured.
     """
     rates, rows = roofs(measured), []
     for batch, part in measured[~measured["engine"].isin(ROOFS)].groupby("batch"):
         times = _by_round(part)
         order = times.median().sort_values(ascending=False).index
-        fp32 = [title for title in order if _is_fp32(title)]
-        fastest = fp32[-1] if fp32 else None
+        fastest = next(filter(_is_fp32, reversed(order)), None)
         table = _quartiles("latency_ms", times).loc[order]
         table = table.join(_quartiles("speedup", _speedups(times, FIRST)))
         table = table.join(_quartiles("fp32_speedup", _speedups(times, fastest)))
@@ -52,11 +92,7 @@ def best(rows: list[dict]) -> dict[str, dict]:
 
 
 def pairs(measured: pd.DataFrame) -> pd.DataFrame:
-    """Compare every engine with powers of two and with float scales, within a round (claim R5).
-
-    Returns one row per engine and batch: engine, batch, speedup (time with float scales over time with powers
-    of two) and its quartiles; 1 means no difference.
-    """
+    """Return the speedup of powers of two over float scales by engine and batch, with quartiles (R5)."""
     rows, titles = [], measured["engine"].unique()
     for floats in titles:
         name, numbers = parts(floats)
@@ -69,11 +105,7 @@ def pairs(measured: pd.DataFrame) -> pd.DataFrame:
 
 
 def agreement(logits: np.ndarray, eager: np.ndarray) -> dict[str, float]:
-    """Compare an engine's logits (N, classes) with those of the eager INT8 network.
-
-    Returns agree: share of images with the same answer; identical: share whose logits are equal to the bit;
-    largest_difference: of any logit.
-    """
+    """Return the shares of images with the same answer and with the same logits as the eager INT8 network."""
     return {
         "agree": float((logits.argmax(1) == eager.argmax(1)).mean()),
         "identical": float((logits == eager).all(axis=1).mean()),

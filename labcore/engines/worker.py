@@ -1,8 +1,8 @@
 """The process that runs one engine: `python -m labcore.engines.worker`, driven by labcore.engines.bench.
 
-So its memory is its own, its threads are as many as it was told, and a crash takes nothing else along.
-Requests and answers are lines of JSON. An engine takes normalised images, float32 (B, 3, H, W) in numpy's
-order, and gives logits, float32 (B, classes). To bring images into its own layout is part of its time.
+So its memory and threads are its own, and a crash takes nothing else along. Requests and answers are lines of
+JSON. An engine takes normalised images, float32 (B, 3, H, W) in numpy's order, and gives logits, float32
+(B, classes). To bring images into its own layout is part of its time.
 """
 
 import json
@@ -86,7 +86,7 @@ def torch_export(spec: dict) -> Network:
     MEMORY["libraries_mb"] = memory_mb("VmRSS")
     program = torch.export.load(spec["path"])
     model = torch.compile(program.module(), dynamic=False)
-    model(torch.zeros(1, *spec["image_shape"]))
+    model(torch.zeros(1, *np.load(spec["images"], mmap_mode="r").shape[1:]))
     expected = sum("conv2d" in str(node.target) for node in program.graph.nodes)
     made = counters["inductor"]["qconv_weight_prepack_matcher_count"]
     if made < expected:

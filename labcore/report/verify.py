@@ -16,7 +16,7 @@ from pathlib import Path
 
 from labcore import LabError, nearest
 from labcore.config import NOTEBOOKS, PROFILES
-from labcore.engines import summary
+from labcore.engines import tables
 from labcore.files.artifacts import ROOT, UNREADABLE, read_json, sha256_file, write_json
 from labcore.report.build import build
 from labcore.report.claims import ledger
@@ -72,7 +72,7 @@ STATISTICS = {
     "observers": [statistics.observers],
     "mixed": [statistics.mixed],
     "training": [statistics.training],
-    "engines": [summary.answers, summary.speeds],
+    "engines": [tables.summarize_answers, tables.summarize_speeds],
     "robustness": [_robustness],
 }
 
