@@ -122,14 +122,7 @@ class State:
     Raises LabError for an unknown profile or parameter and for values out of range.
     """
 
-    def __init__(
-        self,
-        profile: str,
-        source: str | None = None,
-        seed: str | int = 0,
-        overrides: str = "",
-        root: Path = ROOT,
-    ):
+    def __init__(self, profile: str, source: str | None = None, seed=0, overrides: str = "", root=ROOT):
         self.profile = get_profile(profile, **parse_overrides(overrides))
         self.source, self.seed, self.overrides = source or None, check_seed(seed), overrides or ""
         self.root = root
