@@ -14,12 +14,12 @@ def chosen_studies(text: str) -> list[str]:
 
     Raises LabError for an unknown one.
     """
-    known = {key: stage for stage in STUDIES for key in (stage, NOTEBOOKS[stage], NOTEBOOKS[stage][:2])}
+    stages = {key: stage for stage in STUDIES for key in (stage, NOTEBOOKS[stage], NOTEBOOKS[stage][:2])}
     names = text.replace(",", " ").split()
     for name in names:
-        if name not in known:
-            raise LabError(f"{name!r} is no study: {nearest(name, known)}")
-    return [known[name] for name in names] or list(STUDIES)
+        if name not in stages:
+            raise LabError(f"{name!r} is no study: {nearest(name, stages)}")
+    return [stages[name] for name in names] or list(STUDIES)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -26,10 +26,10 @@ def execute(
 
     Raises LabError: that of the notebook as it is, or a line with the cell, the error, the file.
     """
-    known = papermill.inspect_notebook(source)
+    accepted = papermill.inspect_notebook(source)
     for name in parameters:
-        if name not in known:  # papermill itself would only warn
-            raise LabError(f"{source.name} takes no parameter {name!r}: {nearest(name, known)}")
+        if name not in accepted:  # papermill itself would only warn
+            raise LabError(f"{source.name} takes no parameter {name!r}: {nearest(name, accepted)}")
     see = f"see {partial.relative_to(root) if partial.is_relative_to(root) else partial}."
     try:
         with _live_progress(log), tempfile.TemporaryDirectory(prefix="lab-") as sockets:

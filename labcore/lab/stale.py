@@ -56,19 +56,18 @@ def imported_modules(*cells: str, name: str = "the code", root: Path = ROOT) -> 
 
     Raises LabError, about `name` or the module, where something is no Python or imports what is not there.
     """
-    found: dict[str, Path] = {}
+    files: dict[str, Path] = {}
     todo = [(dotted, name) for code in cells for dotted in _imports(code, name, root)]
     while todo:
         dotted, importer = todo.pop()
-        if dotted in found:
+        if dotted in files:
             continue
-        path = _module_file(dotted, root)
-        if path is None:
+        if not (path := _module_file(dotted, root)):
             raise LabError(f"{importer} imports {dotted}, which is no module of labcore; correct the name.")
-        found[dotted] = path
+        files[dotted] = path
         importer = path.relative_to(root).as_posix()
         todo += [(inner, importer) for inner in _imports(path.read_text(encoding="utf-8"), importer, root)]
-    return found
+    return files
 
 
 def _module_file(dotted: str, root: Path) -> Path | None:
@@ -92,15 +91,15 @@ def _imports(code: str, name: str, root: Path) -> set[str]:
 @cache
 def _import_statements(code: str, name: str) -> frozenset[tuple[str, tuple[str, ...]]]:
     """Return (module, the names taken from it) of every import of labcore, wherever it stands."""
-    found = set()
+    statements = set()
     for node in ast.walk(parse(code, name)):
         if isinstance(node, ast.Import):
-            found |= {(alias.name, ()) for alias in node.names}
+            statements |= {(alias.name, ()) for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             if node.level:
                 raise LabError(f"{name} imports relatively in line {node.lineno}; write labcore.… in full.")
-            found.add((node.module, tuple(alias.name for alias in node.names)))
-    return frozenset((module, names) for module, names in found if module.split(".")[0] == "labcore")
+            statements.add((node.module, tuple(alias.name for alias in node.names)))
+    return frozenset((module, names) for module, names in statements if module.split(".")[0] == "labcore")
 
 
 def _code_hashes(*cells: str, name: str, root: Path) -> dict[str, str]:
@@ -153,8 +152,8 @@ class State:
         if stage.name == "fp32":
             parts |= _REFERENCE
         if stage.name == "engines":
-            found = {p.name: p.version for name in ("openvino", "torchao") for p in distributions(name=name)}
-            parts["versions of the engines"] = sha256_json(found)
+            packages = [p for name in ("openvino", "torchao") for p in distributions(name=name)]
+            parts["versions of the engines"] = sha256_json({p.name: p.version for p in packages})
         if stage.name == "claims":
             parts |= self.templates("template_*")  # the ledger's words, the reference's numbers
         for needed in stage.needs:

@@ -1,6 +1,6 @@
 """What quantization costs on corrupted images.
 
-Below, `found` is the table that `answers` returns, and `labels` are the true classes, int64 (N,).
+Below, `predictions` is the table that `answers` returns, and `labels` are the true classes, int64 (N,).
 """
 
 import hashlib
@@ -63,12 +63,13 @@ def answers(
     return classes.rename_axis(["corruption", "severity"]).reset_index()
 
 
-def save_answers(path: Path, found: pd.DataFrame, labels: np.ndarray) -> None:
-    """Write what `answers` found, with the labels: from there every number of the study follows."""
-    networks = found.columns.drop(["corruption", "severity"])
-    stacked = {name: np.stack(list(found[name])).astype(np.int16) for name in networks}
-    corruption = found["corruption"].to_numpy().astype(str)
-    write_npz(path, labels=labels, corruption=corruption, severity=found["severity"].to_numpy(), **stacked)
+def save_answers(path: Path, predictions: pd.DataFrame, labels: np.ndarray) -> None:
+    """Write what `answers` returned, with the labels: from there every number of the study follows."""
+    networks = predictions.columns.drop(["corruption", "severity"])
+    stacked = {name: np.stack(list(predictions[name])).astype(np.int16) for name in networks}
+    stacked["corruption"] = predictions["corruption"].to_numpy().astype(str)
+    stacked["severity"] = predictions["severity"].to_numpy()
+    write_npz(path, labels=labels, **stacked)
 
 
 def load_answers(path: Path) -> tuple[pd.DataFrame, np.ndarray]:
@@ -82,24 +83,24 @@ def load_answers(path: Path) -> tuple[pd.DataFrame, np.ndarray]:
         raise LabError(f"{path} cannot be read ({error}): run notebook 10 again.") from None
 
 
-def _hits(found: pd.DataFrame, network: str, labels: np.ndarray) -> np.ndarray:
+def _hits(predictions: pd.DataFrame, network: str, labels: np.ndarray) -> np.ndarray:
     """Return whether a network is right, float (cells, N)."""
-    return (np.stack(list(found[network])) == labels).astype(float)
+    return (np.stack(list(predictions[network])) == labels).astype(float)
 
 
-def cell_table(found: pd.DataFrame, labels: np.ndarray, classes: int) -> pd.DataFrame:
+def cell_table(predictions: pd.DataFrame, labels: np.ndarray, classes: int) -> pd.DataFrame:
     """Return one row per corruption and severity: accuracies, and what PTQ and QAT lose against FP32.
 
     Columns group, corruption, severity, acc_fp32, acc_ptq, acc_qat (fractions), and for ptq and qat
     drop_pp_<network>, drop_pp_low_<network>, drop_pp_high_<network>, p_value_<network> (`compare_paired`).
     """
-    table = found[["corruption", "severity"]]
+    table = predictions[["corruption", "severity"]]
     table.insert(0, "group", table["corruption"].map(group_of))
     for network in ("fp32", *QUANTIZED):
-        table[f"acc_{network}"] = _hits(found, network, labels).mean(axis=1)
+        table[f"acc_{network}"] = _hits(predictions, network, labels).mean(axis=1)
     one_hot = np.eye(classes)  # an answer as logits
     for network in QUANTIZED:
-        pairs = zip(found["fp32"], found[network], strict=True)
+        pairs = zip(predictions["fp32"], predictions[network], strict=True)
         paired = pd.DataFrame([compare_paired(one_hot[a], one_hot[b], labels) for a, b in pairs])
         for end in ("", "_low", "_high"):
             table[f"drop_pp{end}_{network}"] = paired[f"acc_drop_pp{end}"]
@@ -107,7 +108,7 @@ def cell_table(found: pd.DataFrame, labels: np.ndarray, classes: int) -> pd.Data
     return table
 
 
-def corruption_cost(found: pd.DataFrame, labels: np.ndarray, network: str) -> dict:
+def corruption_cost(predictions: pd.DataFrame, labels: np.ndarray, network: str) -> dict:
     """Return what a quantized network loses on clean images and on corrupted ones, and the difference.
 
     The same images are in every cell, so images are what is sampled, not cells. With d_i the mean over the
@@ -115,8 +116,8 @@ def corruption_cost(found: pd.DataFrame, labels: np.ndarray, network: str) -> di
     clean_drop_pp, corrupted_drop_pp and extra_drop_pp are the means of c_i, d_i and d_i - c_i: each {"mean",
     "low", "high"}, a t interval over i; positive is worse. fp32_acc and acc are means over corrupted cells.
     """
-    clean = (found["corruption"] == "clean").to_numpy()
-    fp32, quantized = _hits(found, "fp32", labels), _hits(found, network, labels)
+    clean = (predictions["corruption"] == "clean").to_numpy()
+    fp32, quantized = _hits(predictions, "fp32", labels), _hits(predictions, network, labels)
     lost_pp = 100.0 * (fp32 - quantized)  # (cells, N)
     on_clean, on_corrupted = lost_pp[clean].mean(0), lost_pp[~clean].mean(0)  # (N,)
     return {
@@ -128,15 +129,15 @@ def corruption_cost(found: pd.DataFrame, labels: np.ndarray, network: str) -> di
     }
 
 
-def severity_table(found: pd.DataFrame, labels: np.ndarray) -> pd.DataFrame:
+def severity_table(predictions: pd.DataFrame, labels: np.ndarray) -> pd.DataFrame:
     """Return accuracies and drops per group and severity, clean images being severity 0 of every group.
 
     Columns group, severity, network ("fp32", "ptq", "qat"), acc (fraction), and drop_pp, drop_pp_low,
     drop_pp_high over images (t intervals), which are 0 for FP32 itself.
     """
-    groups, rows = found["corruption"].map(group_of), []
+    groups, rows = predictions["corruption"].map(group_of), []
     for group, severity in itertools.product(GROUPS, (0, *SEVERITIES)):
-        cells = found[groups.isin([group, "clean"]) & (found["severity"] == severity)]
+        cells = predictions[groups.isin([group, "clean"]) & (predictions["severity"] == severity)]
         fp32 = _hits(cells, "fp32", labels)
         for network in ("fp32", *QUANTIZED):
             hits = _hits(cells, network, labels)
@@ -156,18 +157,18 @@ def verdict(cost: dict) -> str:
     return "shows no difference in cost between corrupted and clean images"
 
 
-def compare_networks(found: pd.DataFrame, labels: np.ndarray, classes: int) -> dict:
+def compare_networks(predictions: pd.DataFrame, labels: np.ndarray, classes: int) -> dict:
     """Return what quantization costs on corrupted images, for PTQ and QAT.
 
     Rows of `cell_table` (cells) and `severity_table` (levels); cost and verdict, by network; group_cost, by
     group; corruption_cost, a row for each; changed, the groups, corruptions and cells on which the cost
     differs from that on clean images `beyond_chance`, as rows name, network, mean (points), p_value.
     """
-    names, is_clean = found["corruption"], found["corruption"] == "clean"
-    groups, cells = names.map(group_of), names + " " + found["severity"].astype(str)
+    names, is_clean = predictions["corruption"], predictions["corruption"] == "clean"
+    groups, cells = names.map(group_of), names + " " + predictions["severity"].astype(str)
 
     def cost(chosen: pd.Series) -> dict[str, dict]:
-        rows = found[is_clean | chosen]
+        rows = predictions[is_clean | chosen]
         return {network: corruption_cost(rows, labels, network) for network in QUANTIZED}
 
     everywhere = cost(~is_clean)
@@ -176,8 +177,8 @@ def compare_networks(found: pd.DataFrame, labels: np.ndarray, classes: int) -> d
     by_cell = {cell: cost(cells == cell) for cell in cells[~is_clean]}
     parts = {"groups": by_group, "corruptions": by_corruption, "cells": by_cell}
     return {
-        "cells": cell_table(found, labels, classes).to_dict("records"),
-        "levels": severity_table(found, labels).to_dict("records"),
+        "cells": cell_table(predictions, labels, classes).to_dict("records"),
+        "levels": severity_table(predictions, labels).to_dict("records"),
         "cost": everywhere,
         "verdict": {network: verdict(of_network) for network, of_network in everywhere.items()},
         "group_cost": by_group,

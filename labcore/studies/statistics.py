@@ -232,7 +232,7 @@ def training(folder: Path, metrics: dict) -> dict:
     tables = {question: _over_seeds(rows) for question, rows in metrics["tables"].items()}
     spread = stats.seed_spread(tables.values())
     counts = sorted({int(row["seeds"]) for rows in tables.values() for row in rows})
-    found = {
+    statistics = {
         "tables": {question: stats.with_seed_intervals(rows, spread) for question, rows in tables.items()},
         "seed_spread": {
             "pp": spread[0],
@@ -247,8 +247,8 @@ def training(folder: Path, metrics: dict) -> dict:
             for difference in ("diff_pp", "diff_unrounded_pp"):
                 if difference in rows[0]:
                     rows = stats.with_seed_intervals(rows, stats.seed_spread([rows], difference), difference)
-            found[name] = dict(zip(metrics[name], rows, strict=True))
-    return found
+            statistics[name] = dict(zip(metrics[name], rows, strict=True))
+    return statistics
 
 
 def _over_seeds(rows: list[dict]) -> list[dict]:
