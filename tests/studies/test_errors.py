@@ -169,9 +169,8 @@ def test_a_tensor_that_is_rounded_alone_moves_the_logits_as_a_rounded_input_does
     quantized = {name for name, module in model.named_modules() if hasattr(module, "activation_post_process")}
     assert set(table["layer"]) <= quantized
     grid = model.quant.activation_post_process
-    rounded = torch.fake_quantize_per_tensor_affine(
-        images, grid.scale, grid.zero_point.int(), grid.quant_min, grid.quant_max
-    )
+    codes = grid.quant_min, grid.quant_max
+    rounded = torch.fake_quantize_per_tensor_affine(images, grid.scale, grid.zero_point.int(), *codes)
     model.apply(torch.ao.quantization.disable_fake_quant)
     with torch.no_grad():
         expected = (model(rounded) - model(images)).square().mean().item()

@@ -24,18 +24,16 @@ def test_the_allocation_is_the_best_of_all(seed, share):
     rng, names, widths = np.random.default_rng(seed), list("abcd"), (2, 4, 8)
     cost = pd.DataFrame(rng.random((4, 3)), index=names, columns=widths)
     sizes = pd.Series(rng.integers(10, 1000, 4), index=names)
+    stored = pd.DataFrame(np.outer(sizes, widths) / 8, index=names, columns=widths)
 
-    def size(bits) -> float:
-        return sum(sizes[name] * width / 8 for name, width in zip(names, bits, strict=True))
-
-    def loss(bits) -> float:
-        return sum(cost.loc[name, width] for name, width in zip(names, bits, strict=True))
+    def total(table: pd.DataFrame, bits) -> float:
+        return sum(table.loc[name, width] for name, width in zip(names, bits, strict=True))
 
     budget = share * sizes.sum()
-    fits = [bits for bits in itertools.product(widths, repeat=4) if size(bits) <= budget]
+    fits = [bits for bits in itertools.product(widths, repeat=4) if total(stored, bits) <= budget]
     found = mixed.allocate(cost, sizes, budget)
-    assert list(found) == names and size(found.values()) <= budget + 1e-6
-    assert loss(found.values()) == pytest.approx(min(map(loss, fits)))
+    assert list(found) == names and total(stored, found.values()) <= budget + 1e-6
+    assert total(cost, found.values()) == pytest.approx(min(total(cost, bits) for bits in fits))
 
 
 def test_a_budget_that_nothing_fits_is_refused():

@@ -19,7 +19,6 @@ FOUR_BITS = make_qconfig(Scheme(bits=4), Scheme(bits=8), "simulated")
 
 def net(arch: str = "resnet9") -> nn.Module:
     torch.manual_seed(0)
-    torch.manual_seed(0)
     return used(build_mobile(arch, 4) if arch in MOBILE else network(arch))
 
 

@@ -11,21 +11,19 @@ from labcore.studies import statistics
 @pytest.mark.parametrize("rounds", [5, 6, 20])
 def test_a_zero_point_in_the_middle_is_slower_where_the_median_surely_is(rounds, tmp_path):
     times = {"fp32": 2.0, "fp32_fused": 1.0, "affine": 0.7, "ptq": 0.8, "qat": 0.6, "float_scales": 0.7}
-    rows = [
-        {"round": n, "model": name, "latency_ms": ms} for n in range(rounds) for name, ms in times.items()
-    ]
+    rows = [(number, name, ms) for number in range(rounds) for name, ms in times.items()]
     (tmp_path / "compare").mkdir()
-    pd.DataFrame(rows).to_csv(tmp_path / "compare/latency.csv", index=False)
+    pd.DataFrame(rows, columns=["round", "model", "latency_ms"]).to_csv(
+        tmp_path / "compare/latency.csv", index=False
+    )
     found = statistics.times(tmp_path, {})
     assert found["latency"]["ptq"]["speedup"] == pytest.approx(2.5)
     assert found["ptq_to_fused"]["speedup"] == pytest.approx(1.25)
     middle = found["middle_zero_point"]
-    speeds = [(row["network"], row["speed"], row["high"]) for row in middle["rows"]]
-    assert speeds == [
-        (network, pytest.approx(0.7 / times[network]), pytest.approx(0.7 / times[network]))
-        for network in ("ptq", "qat", "float_scales")
-        if rounds > 5  # two halves of 5 rounds leave out 6.25 %
-    ]
+    judged = ("ptq", "qat", "float_scales") if rounds > 5 else ()  # two halves of 5 rounds leave out 6.25 %
+    assert [row["network"] for row in middle["rows"]] == list(judged)
+    for row in middle["rows"]:
+        assert row["speed"] == row["high"] == pytest.approx(0.7 / times[row["network"]])
     assert middle["slower"] == (rounds > 5)
 
 
@@ -33,9 +31,8 @@ def test_schemes_are_held_against_their_peers_and_not_against_fp32(tmp_path):
     labels = np.zeros(100, dtype=np.int64)
     right = {"float_same": 90, "no_clamp": 85, "reference": 80, "float_best": 90, "best_ptq": 91}
     right |= {"input_up": 88, "best_qat": 92}
-    for name, count in (
-        {"observers/logits_" + name: n for name, n in right.items()} | {"fp32/logits": 99}
-    ).items():
+    counts = {f"observers/logits_{name}": count for name, count in right.items()} | {"fp32/logits": 99}
+    for name, count in counts.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         answers = np.tile([0.0, 1.0], (100, 1))
         answers[:count] = 1.0, 0.0

@@ -1,4 +1,4 @@
-"""Study: what its networks share, what its images show, and what its cells depend on."""
+"""Study: what its networks share, what its images show, what decides its cells, and that these are kept."""
 
 import itertools
 import json
@@ -22,7 +22,7 @@ from labcore.run import Run
 from labcore.studies import study as module
 from labcore.studies.errors import inspect_qparams
 from labcore.studies.mixed import overrides
-from labcore.studies.study import MODULES, Study, grid
+from labcore.studies.study import MODULES, Cell, Study, grid, run_cells
 
 RECIPE = Recipe(epochs=1, batch_size=8, lr=0.1)
 
@@ -112,6 +112,35 @@ def test_a_cell_of_qat_depends_on_the_code_that_trains(study, monkeypatch):
     monkeypatch.setattr(module, "modules_hash", lambda *names: f"other {names}")
     after = study.qat(*arguments).key
     assert before["training"] != after["training"] and "optim" in after["training"]
+
+
+@pytest.fixture
+def run_cell(tmp_path):
+    """Run one cell; returns its result, and how often it has been computed and cleaned up after."""
+    computed, cleaned = [], []
+
+    def run(key=0, base=0):
+        def compute():
+            computed.append(key)
+            return {"loss": 0.5, "acc": 1 / 3}
+
+        cell = Cell({"key": key}, compute, cleanup=lambda: cleaned.extend(tmp_path.glob("*.json")))
+        result = run_cells({"a": cell}, tmp_path, {"base": base}, "").loc["a"].to_dict()
+        return result, len(computed), len(cleaned) > 0
+
+    return run
+
+
+def test_a_cell_is_read_where_nothing_that_decides_it_has_changed(run_cell):
+    assert run_cell() == run_cell() == ({"acc": 1 / 3, "loss": 0.5}, 1, True)
+    assert run_cell(key=1)[1] == 2 and run_cell(base=1)[1] == 3
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b'{"cell": 1}', b"[]", b"\xff"])
+def test_a_damaged_cell_is_computed_again(damage, run_cell, tmp_path):
+    result = run_cell()[0]
+    next(tmp_path.glob("*.json")).write_bytes(damage)
+    assert run_cell()[:2] == (result, 2)
 
 
 def test_all_cells_depend_on_the_code_of_every_quantizer():
