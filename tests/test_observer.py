@@ -1,21 +1,12 @@
 """The power-of-two observer against torch's observers, Python's floats and numbers worked out by hand."""
 
+import contextlib
 import math
 
 import numpy as np
 import pytest
 import torch
-from observers import (
-    KINDS,
-    arguments,
-    assert_same_qparams,
-    every_combination,
-    every_kind,
-    limits,
-    make,
-    samples,
-    shown,
-)
+from observers import arguments, assert_same_qparams, every_combination, every_kind, make, samples, shown
 from torch.ao.quantization import FakeQuantize
 from torch.ao.quantization import observer as torch_observers
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -78,6 +69,8 @@ def test_exact_powers_stay_under_every_rule_and_their_neighbours_go_the_right_wa
 )
 def test_the_exponent_is_clamped(limit, expected, scales):
     assert {scale_approximate(scale, limit) for scale in scales} == {expected}
+    tensor = torch.tensor(scales).clamp(min=1e-45)  # in float32 the smallest of them would be zero
+    assert set(scale_approximate(tensor, limit).tolist()) == {expected}
 
 
 @pytest.mark.parametrize("kind", [float, torch.tensor])
@@ -88,23 +81,11 @@ def test_what_is_no_positive_scale_comes_back_as_it_is(scale, kind):
     assert result == scale or (math.isnan(result) and math.isnan(scale))
 
 
-@pytest.mark.parametrize("limit", [3, 8, None])
-def test_floats_and_tensors_agree(limit):
-    scales = torch.tensor([1e-45, 1e-38, 1e-5, 0.3, 1, 1.5, 77, 1e30, INF, 0, -2])
-    alone = [scale_approximate(scale, limit) for scale in scales.tolist()]
-    assert scale_approximate(scales, limit).tolist() == alone
-    assert {type(scale) for scale in alone} == {float}
-
-
 @pytest.mark.parametrize("shape", [(), (0,), (1,), (4,), (2, 3, 1)])
 def test_shape_and_type_are_kept(shape):
     result = scale_approximate(torch.full(shape, 0.3))
     assert (result.shape, result.dtype) == (shape, torch.float32)
-
-
-def test_a_larger_scale_never_gets_a_smaller_power():
-    powers = scale_approximate(torch.logspace(-12, 12, 3001, base=2))
-    assert (powers.diff() >= 0).all() and len(powers.unique()) == 17
+    assert type(scale_approximate(0.3)) is float
 
 
 @pytest.mark.parametrize("averaging", [None, 0.01, 0.7, 1.0])
@@ -112,9 +93,8 @@ def test_a_larger_scale_never_gets_a_smaller_power():
 @pytest.mark.parametrize("symmetry", ["symmetric", "affine"])
 @pytest.mark.parametrize("axis", [None, 0, 1, 3, -1])
 def test_range_raw_scale_and_zero_point_are_torchs_to_the_bit(axis, symmetry, dtype, averaging):
-    args = {"dtype": dtype, "qscheme": getattr(torch, f"per_tensor_{symmetry}")}
-    if axis is not None:
-        args = {"dtype": dtype, "qscheme": getattr(torch, f"per_channel_{symmetry}"), "ch_axis": axis}
+    layout, args = ("tensor", {}) if axis is None else ("channel", {"ch_axis": axis})
+    args |= {"dtype": dtype, "qscheme": getattr(torch, f"per_{layout}_{symmetry}")}
     if averaging:
         args["averaging_constant"] = averaging
     name = f"{'MovingAverage' if averaging else ''}{'' if axis is None else 'PerChannel'}MinMaxObserver"
@@ -177,7 +157,8 @@ def test_the_scale_is_the_raw_scale_rounded_by_the_rule(kind, limit, rule):
 @pytest.mark.parametrize("kind", ["symmetric", "signed", "affine"])
 def test_a_histogram_has_the_scale_and_zero_point_of_torchs_observer(kind, bits, count):
     given = [-samples("signed", seed, (3, 4000)) for seed in range(count)]
-    expected = torch_observers.HistogramObserver(**KINDS[kind], **limits(kind, bits))
+    names = ("dtype", "qscheme", "quant_min", "quant_max")
+    expected = torch_observers.HistogramObserver(**{name: arguments(kind, bits)[name] for name in names})
     expected.dst_nbins = 2**bits
     observer = make(kind, bits, range="histogram", rule="none")
     (scale, zero_point), (own_scale, own_zero_point) = (
@@ -251,15 +232,6 @@ def test_the_assignments_name_is_the_observer():
     assert CusQuantObserver is PowerOfTwoObserver
 
 
-# What holds for every range, rule and kind
-
-
-@every_combination
-def test_every_combination_gives_powers_of_two_unless_the_rule_is_none(range_, rule, kind):
-    scale, _ = shown(make(kind, range=range_, rule=rule), samples(kind)).calculate_qparams()
-    assert (torch.frexp(scale).mantissa == 0.5).all() == (rule != "none")
-
-
 @every_combination
 def test_twice_the_input_has_twice_the_scale_and_the_same_zero_point(range_, rule, kind):
     given = [samples(kind, seed) for seed in range(2)]
@@ -271,18 +243,18 @@ def test_twice_the_input_has_twice_the_scale_and_the_same_zero_point(range_, rul
 
 
 @every_combination
-def test_rounded_values_are_on_the_grid_inside_the_range_and_zero_stays(range_, rule, kind):
+def test_rounded_values_are_on_a_grid_of_a_power_of_two_inside_the_range_and_zero_stays(range_, rule, kind):
     values = samples(kind)
     values[:, 7] = 0
     for bits in (8, 4, 2):
-        low, high = limits(kind, bits).values()
         args = arguments(kind, bits, range=range_, rule=rule)
         fake = FakeQuantize(observer=observer_class(rule), **args)
         output = fake(values)
+        assert (torch.frexp(fake.scale).mantissa == 0.5).all() == (rule != "none")
         steps = (output.double() / fake.scale.double()[:, None] + fake.zero_point[:, None]).numpy()
         assert np.abs(steps - np.rint(steps)).max() <= (1e-4 if rule == "none" else 0)
-        assert np.rint(steps).min() >= low and np.rint(steps).max() <= high and (output[:, 7] == 0).all()
-        assert torch.equal(fake(torch.zeros(3, 2)), torch.zeros(3, 2))
+        assert np.rint(steps).min() >= args["quant_min"] and np.rint(steps).max() <= args["quant_max"]
+        assert (output[:, 7] == 0).all() and torch.equal(fake(torch.zeros(3, 2)), torch.zeros(3, 2))
 
 
 HOSTILE = {
@@ -327,7 +299,7 @@ def test_hostile_values_give_usable_parameters(range_, rule, kind):
                 smallest = 2.0**-8 if limit and rule != "none" else 2.0**-23
                 assert set(observer.calculate_qparams()[0].tolist()) == {smallest}
             if not slow and name in ("all_nan", "no_columns"):
-                assert set(observer.calculate_qparams()[0].tolist()) == {1.0}
+                assert [part.unique().tolist() for part in observer.calculate_qparams()] == [[1.0], [0]]
             if name == "never_seen_channel" and kind.startswith("channel"):
                 assert [part[0].item() for part in observer.calculate_qparams()] == [1, 0]
             if not slow and limit == 8:
@@ -362,11 +334,6 @@ def test_only_the_channels_that_are_not_finite_are_left_out(range_, rule):
     assert torch.equal(scale, torch.where(torch.tensor([False, True, False]), without, whole))
 
 
-@every_kind
-def test_an_observer_that_saw_nothing_has_scale_one_and_zero_point_zero(kind):
-    assert [part.tolist() for part in make(kind).calculate_qparams()] == [[1.0], [0]]
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("range_", RANGES)
 @pytest.mark.parametrize("rule", ["none", "least_error"])
@@ -386,18 +353,12 @@ class NoHostSync(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_the_guard_against_host_synchronisation_notices_one():
-    with pytest.raises(AssertionError, match="_local_scalar_dense"), NoHostSync():
-        torch.ones(1).item()
-
-
 @pytest.mark.parametrize("averaging", [None, 0.01, 1.0])
 @every_combination
 def test_only_the_histogram_waits_for_the_device(range_, rule, kind, averaging):
-    if range_ == "histogram":
-        return
     observer, values = make(kind, range=range_, rule=rule, averaging_constant=averaging), samples(kind)
-    with NoHostSync():
+    is_noticed = pytest.raises(AssertionError, match="_local_scalar_dense")
+    with is_noticed if range_ == "histogram" else contextlib.nullcontext(), NoHostSync():
         for _ in range(2):
             observer(values)
             observer.calculate_qparams(), observer.clamped()
@@ -439,10 +400,7 @@ def test_a_forgotten_range_leaves_nothing_behind(range_, rule, kind):
         ({"percentile": 50}, "percentile must be in (50, 100], found 50"),
         ({"percentile": 100.1}, "percentile must be in (50, 100], found 100.1"),
         ({"percentile": NAN}, "percentile must be in (50, 100], found nan"),
-        *(
-            ({"averaging_constant": bad}, "averaging_constant must be in (0, 1]")
-            for bad in (0, -0.1, 1.1, NAN)
-        ),
+        *(({"averaging_constant": c}, "averaging_constant must be in (0, 1]") for c in (0, -0.1, 1.1, NAN)),
         *(({"max_shift_amount": bad}, "must be in 0 … 126 or None") for bad in (-1, 127, 1000, NAN)),
         ({"range": "histogram", "qscheme": torch.per_channel_symmetric}, "must be per tensor"),
         ({"range": "histogram", "qscheme": torch.per_channel_affine}, "must be per tensor"),

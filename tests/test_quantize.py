@@ -18,7 +18,6 @@ from labcore.quantize import (
     convert_simulated,
     fuse,
     layers,
-    on_grid,
     prepare_ptq,
     prepare_qat,
     simulate,
@@ -26,9 +25,7 @@ from labcore.quantize import (
 from labcore.studies.errors import inspect_qparams, qparams
 
 POWER2 = CustomQConfig.POWER2
-exact_sums = pytest.mark.skipif(
-    not has_vnni(), reason="this processor adds int8 products in 16 bits, which saturate"
-)
+exact_sums = pytest.mark.skipif(not has_vnni(), reason="this processor's sums of 16 bits saturate")
 every_arch = pytest.mark.parametrize("arch", ["resnet9", "resnet18", "resnet50"])
 per_channel_or_not = pytest.mark.parametrize("per_channel", [False, True])
 STEPS = {
@@ -111,16 +108,14 @@ def by_hand(layer: Conv2d, given: torch.Tensor, relu: bool) -> np.ndarray:
 
 
 @exact_sums
-@pytest.mark.parametrize(
-    ("name", "relu"), [("conv1", True), ("layer4.2.conv1", True), ("layer4.2.conv2", False)]
-)
-def test_a_converted_convolution_computes_what_integers_give_by_hand(name, relu, int8, tiny_data):
+@pytest.mark.parametrize("name", ["conv1", "layer4.2.conv1", "layer4.2.conv2"])
+def test_a_converted_convolution_computes_what_integers_give_by_hand(name, int8, tiny_data):
     passed, layer = [], int8.get_submodule(name)
     layer.register_forward_hook(lambda module, given, output: passed.append((given[0], output)))
     logits(int8, tiny_data)
     ((given, output),) = passed
     values = output.int_repr().numpy()
-    np.testing.assert_array_equal(values, by_hand(layer, given, relu))
+    np.testing.assert_array_equal(values, by_hand(layer, given, relu=name != "layer4.2.conv2"))
     assert len(np.unique(values)) > 5
 
 
@@ -160,15 +155,12 @@ def test_observers_see_every_batch_whatever_its_size(size, batches):
 def test_seven_bit_activations_stay_seven_bits_on_the_calibration_images(monkeypatch, calibrated, batches):
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
     monkeypatch.setattr(torch.backends.quantized, "engine", "x86")
-    model, largest = convert(calibrated("ptq")), {}
-
-    def keep(name):
-        return lambda module, given, output: largest.__setitem__(name, output.int_repr().max().item())
-
+    model, largest = convert(calibrated("ptq")), []
     for name in qparams(model)["layer"].unique():
-        model.get_submodule(name).register_forward_hook(keep(name))
+        layer = model.get_submodule(name)
+        layer.register_forward_hook(lambda _, given, output: largest.append(output.int_repr().max().item()))
     model(torch.cat(batches))
-    assert largest and {name: value for name, value in largest.items() if value > 127} == {}
+    assert largest and max(largest) <= 127
 
 
 @every_arch
@@ -305,11 +297,7 @@ def test_an_average_is_rounded_in_simulation_as_its_int8_kernel_rounds_it(arch, 
     int8, passed = convert(prepared), []
     assert type(int8.avgpool) is nn.AdaptiveAvgPool2d
     assert isinstance(prepared.avgpool, RoundedAverage), "convert works on a copy"
-
-    def keep(_, inputs, output):
-        passed.append((inputs[0].dequantize(), output.dequantize()))
-
-    int8.avgpool.register_forward_hook(keep)
+    int8.avgpool.register_forward_hook(lambda _, x, y: passed.append((x[0].dequantize(), y.dequantize())))
     logits(int8, tiny_data)
     given, expected = (torch.cat(part) for part in zip(*passed, strict=True))
     found, scale = simulated.avgpool(given), int8.layer4[-1].add_relu.scale
@@ -335,12 +323,3 @@ def test_a_rounded_average_follows_the_grid_of_its_own_copy(calibrated):
         copied.layer4[-1].add_relu.activation_post_process.scale.fill_(scale)
         assert torch.equal(copied.avgpool(x), (x.mean((2, 3), keepdim=True) / scale).round() * scale)
     assert torch.equal(original.avgpool(x), before)
-
-
-@per_channel_or_not
-def test_on_grid_is_rounding_and_clipping(per_channel):
-    weight = torch.randn(3, 4, 2, 2, generator=torch.Generator().manual_seed(0))
-    scale = torch.tensor([0.25, 0.5, 0.125] if per_channel else [0.25])
-    found = on_grid(weight, scale, torch.zeros(len(scale), dtype=torch.int64), -8, 7)
-    steps = scale.view(-1, 1, 1, 1)
-    assert torch.equal(found, (weight / steps).round().clamp(-8, 7) * steps)

@@ -46,7 +46,7 @@ def test_its_scale_is_always_an_exact_power_of_two():
     assert torch.equal(fake.calculate_qparams()[0].double(), expected)
 
 
-def reference_gradients(values, scale, zero_point, low, high, upstream) -> tuple[np.ndarray, np.ndarray]:
+def reference_gradients(values, upstream, scale, zero_point, low, high) -> tuple[np.ndarray, np.ndarray]:
     """TQT, equations 6 to 8, of one channel: for log2 of the scale, and for the values."""
     values, upstream = values.double().numpy(), upstream.double().numpy()
     codes = np.rint(values / scale) + zero_point
@@ -66,13 +66,9 @@ def test_the_gradients_are_those_of_the_paper(kind, bits, offset):
     upstream = torch.randn(values.shape, generator=torch.Generator().manual_seed(0))
     fake(values).backward(upstream)
     scale, zero_point = (part.expand(3).tolist() for part in fake.calculate_qparams())
-    of_scale, of_values = zip(
-        *(
-            reference_gradients(*row, *limits(kind, bits).values(), gradient)
-            for *row, gradient in zip(values.detach(), scale, zero_point, upstream, strict=True)
-        ),
-        strict=True,
-    )
+    rows = zip(values.detach(), upstream, scale, zero_point, strict=True)
+    expected = [reference_gradients(*row, *limits(kind, bits).values()) for row in rows]
+    of_scale, of_values = zip(*expected, strict=True)
     of_scale = of_scale if kind.startswith("channel") else [sum(of_scale)]
     np.testing.assert_allclose(fake.log2_scale.grad, of_scale, rtol=1e-3, atol=1e-3)
     np.testing.assert_allclose(values.grad, of_values, rtol=1e-6)
