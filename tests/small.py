@@ -10,9 +10,14 @@ from labcore.images.transforms import normalize
 from labcore.model import build_model
 
 
-def network(arch: str = "resnet9", width: int = 4, classes: int = 4) -> nn.Module:
+def fresh(arch: str = "resnet9", width: int = 4, classes: int = 4, stem: str = "cifar") -> nn.Module:
+    """A network as it is drawn from seed 0, ready to train."""
     torch.manual_seed(0)
-    model = build_model(arch, classes, width)
+    return build_model(arch, classes, width, stem)
+
+
+def network(arch: str = "resnet9", width: int = 4, classes: int = 4) -> nn.Module:
+    model = fresh(arch, width, classes)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):  # multiples of 1/8, so that the integer kernels round no bias
             module.bias.data = torch.randint(-4, 5, module.bias.shape) / 8
@@ -73,6 +78,9 @@ def snapshot(model: nn.Module) -> dict:
     return copy.deepcopy(model.state_dict())
 
 
+def equal(first: dict, second: dict) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
 def unchanged(model: nn.Module, before: dict) -> bool:
-    after = model.state_dict()
-    return after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+    return equal(model.state_dict(), before)

@@ -77,10 +77,7 @@ def test_a_module_that_is_not_there_is_named():
 @pytest.mark.parametrize(
     ("source", "modules"),
     [
-        (
-            "%matplotlib inline\nif True:\n    !ls *.png\n    from labcore import plots\nx = 7 \\\n% 4",
-            ["labcore"],
-        ),
+        ("%cd ..\nif True:\n    !ls *.png\n    from labcore import plots\nx = 7 \\\n% 4", ["labcore"]),
         ("%%time\nfrom labcore.run import open_run\nx = !ls", ["labcore.run"]),
         ("%%bash\nls *.png | head", []),
     ],

@@ -2,12 +2,11 @@
 
 import pytest
 import torch
+from small import fresh, snapshot, unchanged
 from torch import nn
 
 from labcore.images.transforms import normalize
-from labcore.model import build_model
 from labcore.training.first_weights import initialize, whitening_filters
-from tests.small import snapshot, unchanged
 
 
 def correlated(count: int = 300, size: int = 12) -> torch.Tensor:
@@ -55,8 +54,7 @@ def test_whitening_filters_do_not_depend_on_the_number_of_threads():
 
 @pytest.mark.parametrize("arch", ["resnet9", "resnet18", "resnet34", "resnet50"])
 def test_identity_lets_every_convolution_but_the_stems_pass_its_input_on(arch):
-    torch.manual_seed(0)
-    model = build_model(arch, 5, 8, "cifar")
+    model = fresh(arch, 8, 5)
     stem = model.conv1.weight.clone()
     initialize(model, "identity", correlated())
     assert torch.equal(model.conv1.weight, stem)
@@ -72,8 +70,7 @@ def test_identity_lets_every_convolution_but_the_stems_pass_its_input_on(arch):
 
 @pytest.mark.parametrize(("width", "stem"), [(8, "cifar"), (5, "cifar"), (64, "cifar"), (8, "imagenet")])
 def test_a_whitened_stem_holds_every_filter_with_both_signs(width, stem):
-    torch.manual_seed(0)
-    model = build_model("resnet18", 5, width, stem)
+    model = fresh("resnet18", width, 5, stem)
     before = model.conv1.weight.clone()
     initialize(model, "whitened", correlated())
     half = min(width // 2, 3 * model.conv1.kernel_size[0] ** 2)
@@ -83,8 +80,7 @@ def test_a_whitened_stem_holds_every_filter_with_both_signs(width, stem):
 
 
 def test_first_weights_as_drawn_are_kept():
-    torch.manual_seed(0)
-    model = build_model("resnet9", 5, 8, "cifar")
+    model = fresh(width=8, classes=5)
     before = snapshot(model)
     initialize(model, "he", correlated())
     assert unchanged(model, before)

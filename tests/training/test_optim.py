@@ -1,19 +1,13 @@
 """Schedules and averages against torch's own."""
 
-import copy
-
 import pytest
 import torch
-from small import network, used
+from small import network, snapshot, unchanged, used
 from torch.optim import lr_scheduler, swa_utils
 
 from labcore.config import Recipe
 from labcore.train import Loop, run_epoch
 from labcore.training.optim import Average, build_optimizers, learning_rate
-
-
-def rates(recipe: Recipe, steps: int) -> list[float]:
-    return [learning_rate(recipe, step, steps) for step in range(recipe.epochs * steps)]
 
 
 def torchs_rates(lr: float, steps: int, scheduler, **options) -> list[float]:
@@ -30,7 +24,7 @@ def test_the_cosine_schedule_is_torchs_linear_warmup_and_cosine():
     warmup = {"start_factor": 1 / 20, "end_factor": 1, "total_iters": 19}
     expected = torchs_rates(0.4, 20, lr_scheduler.LinearLR, **warmup)
     expected += torchs_rates(0.4, 80, lr_scheduler.CosineAnnealingLR, T_max=80)
-    assert rates(recipe, 10) == pytest.approx(expected)
+    assert [learning_rate(recipe, step, 10) for step in range(100)] == pytest.approx(expected)
 
 
 def test_warm_restarts_are_torchs():
@@ -38,7 +32,7 @@ def test_warm_restarts_are_torchs():
     recipe = Recipe(epochs=35, batch_size=1, lr=0.3, lr_min=1e-4, **cycles)
     options = {"T_0": 5, "T_mult": 2, "eta_min": 1e-4}
     expected = torchs_rates(0.3, 35, lr_scheduler.CosineAnnealingWarmRestarts, **options)
-    assert rates(recipe, 1) == pytest.approx(expected)
+    assert [learning_rate(recipe, step, 1) for step in range(35)] == pytest.approx(expected)
 
 
 def test_the_average_is_torchs_where_the_ramp_is_over():
@@ -72,10 +66,10 @@ def test_the_ramp_forgets_the_first_weights_soon():
 
 def test_the_average_leaves_the_network_alone_and_takes_counts_as_they_are():
     model = used(network()).train()
-    before = copy.deepcopy(model.state_dict())
+    before = snapshot(model)
     average = Average(model, 0.5)
     average.update(100)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert unchanged(model, before)
     model(torch.randn(4, 3, 16, 16))
     average.update(100)
     counts = [name for name in before if name.endswith("num_batches_tracked")]
