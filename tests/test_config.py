@@ -38,12 +38,10 @@ def test_a_mistyped_parameter_names_the_nearest_one(typed, meant):
     assert f"did you mean {meant!r}?" in message_of(lambda: get_profile("cpu", **{typed: "2"}))
 
 
-LEADS_NOWHERE = (
-    "name fp32 fp32. fp32.augment width.epochs fp32.lr.x .epochs . fp32..lr __class__ fp32.__init__"
-)
+NOWHERE = "name fp32 fp32. fp32.augment width.epochs fp32.lr.x .epochs . fp32..lr __class__ fp32.__init__"
 
 
-@pytest.mark.parametrize("dotted", LEADS_NOWHERE.split())
+@pytest.mark.parametrize("dotted", NOWHERE.split())
 def test_a_name_that_leads_to_no_single_value_is_refused(dotted):
     assert "unknown parameter" in message_of(lambda: get_profile("cpu", **{dotted: "2"}))
 
@@ -196,11 +194,10 @@ REFERENCE_AUGMENT = """
 """
 
 
-def test_the_reference_is_trained_as_its_report_says():
-    assert get_profile("reference", **parse_overrides(REFERENCE)) == PROFILES["reference"]
+GROUPS = [("", REFERENCE), ("fp32.augment.", REFERENCE_AUGMENT), ("qat.augment.", REFERENCE_AUGMENT)]
 
 
-@pytest.mark.parametrize("stage", ["fp32", "qat"])
-def test_the_reference_is_augmented_as_its_report_says(stage):
-    values = {f"{stage}.augment.{name}": value for name, value in parse_overrides(REFERENCE_AUGMENT).items()}
+@pytest.mark.parametrize(("group", "text"), GROUPS)
+def test_the_reference_is_trained_as_its_report_says(group, text):
+    values = {group + name: value for name, value in parse_overrides(text).items()}
     assert get_profile("reference", **values) == PROFILES["reference"]

@@ -53,8 +53,7 @@ def test_without_a_network_digits_take_the_place_of_cifar_and_say_so(tmp_path, m
     data = load_data(None, 8, tmp_path)
     assert data.sha256 == load_data("digits", 8, tmp_path).sha256
     assert data.label == "Digits (scikit-learn) (CIFAR-10 could not be had)"
-    assert "digits instead" in data.notice
-    assert "\n" not in data.notice
+    assert "digits instead" in data.notice and "\n" not in data.notice
     assert f"warning: {data.notice}" in capsys.readouterr().err
 
 

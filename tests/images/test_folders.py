@@ -22,13 +22,6 @@ def refusal(path: Path) -> str:
     return text
 
 
-def assert_same(first: Path, second: Path):
-    (key, arrays), (other_key, others) = read_images(first, 32), read_images(second, 32)
-    assert key == other_key
-    for name in ("images", "labels", "is_test", "classes"):
-        np.testing.assert_array_equal(arrays[name], others[name])
-
-
 def test_lossless_images_keep_every_pixel_and_stand_in_the_order_of_split_class_and_name(tmp_path):
     tree = small_tree()
     arrays = read_images(write(tmp_path / "images", tree), 32)[1]
@@ -45,7 +38,8 @@ def test_lossless_images_keep_every_pixel_and_stand_in_the_order_of_split_class_
 @pytest.mark.parametrize("suffix", ["", *SUFFIXES, ".ZIP", ".TAR.GZ"])
 def test_any_archive_in_any_order_gives_what_the_bare_folder_gives(tmp_path, suffix, prefix):
     packed = write(tmp_path / f"packed{suffix}", dict(reversed(small_tree(prefix).items())))
-    assert_same(write(tmp_path / "images", small_tree()), packed)
+    bare = write(tmp_path / "images", small_tree())
+    np.testing.assert_equal(read_images(bare, 32), read_images(packed, 32))
 
 
 def test_thousands_of_images_keep_their_order(tmp_path):
@@ -77,7 +71,8 @@ JUNK = ["__MACOSX/train/a/0.png", ".git/train/a/0.png", "train/cat/.0.png", "tra
 @pytest.mark.parametrize("suffix", ["", ".tar.gz", ".zip"])
 def test_hidden_files_and_files_that_are_no_images_of_a_class_are_ignored(tmp_path, junk, suffix):
     littered = write(tmp_path / f"b{suffix}", small_tree() | {junk: b"junk"})
-    assert_same(write(tmp_path / f"a{suffix}", small_tree()), littered)
+    clean = write(tmp_path / f"a{suffix}", small_tree())
+    np.testing.assert_equal(read_images(clean, 32), read_images(littered, 32))
 
 
 def test_a_hidden_link_to_nowhere_is_ignored(tmp_path):

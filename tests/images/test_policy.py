@@ -71,8 +71,7 @@ for height, width in [(31, 31), (20, 33), (1, 1), (1, 5), (2, 2), (3, 3), (4, 2)
 def assert_as_torchvision(name: str, x: Tensor, strengths: np.ndarray, found: Tensor):
     """Nearest pixels may differ where a point lies between two of them; all else is equal to the bit."""
     expected = torch.stack([ORACLES[name](image, float(m)) for image, m in zip(x, strengths, strict=True)])
-    assert found.dtype == torch.uint8
-    assert found.shape == x.shape
+    assert (found.dtype, found.shape) == (torch.uint8, x.shape)
     unequal = (found != expected).any(1)
     if name not in GEOMETRIC:
         assert not unequal.any()

@@ -66,8 +66,7 @@ def test_a_flip_is_certain_or_never_happens_and_keeps_the_dtype(dtype):
     x = noise(5, 8, 12).to(dtype)
     for flip_prob, expected in (0.0, x), (1.0, TF.hflip(x)):
         found = crop_flip(x, off(flip_prob=flip_prob), rng())
-        assert found.dtype == dtype
-        assert torch.equal(found, expected)
+        assert found.dtype == dtype and torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("mode", ["constant", "reflect"])
@@ -81,8 +80,7 @@ def test_crop_and_flip_give_every_crop_of_the_padded_image_and_nothing_else(heig
     equal = (found[:, None] == candidates).all((2, 3, 4))
     assert (equal.sum(1) == 1).all()
     uses = equal.sum(0)
-    assert (uses > 0).all()
-    assert 200 < uses[25:].sum() < 300
+    assert (uses > 0).all() and 200 < uses[25:].sum() < 300
 
 
 def test_more_reflection_than_an_image_has_is_refused():

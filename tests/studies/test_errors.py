@@ -5,19 +5,9 @@ import pytest
 import torch
 from small import network, snapshot, unchanged
 
-from labcore.qconfig import FLOAT, REFERENCE, CustomQConfig, Scheme, make_qconfig
+from labcore.qconfig import FLOAT, CustomQConfig, Scheme
 from labcore.quantize import calibrate, convert, layers, prepare_ptq, simulate
 from labcore.studies.errors import count_clamped, errors_alone, inspect_qparams, qparams, values_and_grid
-
-
-@pytest.fixture
-def calibrated(batches):
-    """Calibrate the small network, or another, by a pair of schemes."""
-
-    def build(weight=REFERENCE, activation=REFERENCE, mode="ptq", model=None):
-        return calibrate(prepare_ptq(model or network(), make_qconfig(weight, activation, mode)), batches)
-
-    return build
 
 
 @pytest.fixture
@@ -40,11 +30,10 @@ def test_the_table_of_scales_tells_what_every_quantized_tensor_holds(int8):
 
 def test_the_observed_scales_are_those_that_the_int8_network_gets(calibrated, batches):
     prepared = calibrated()
-    scales = [
-        table.sort_values(["tensor", "layer"])[["layer", "tensor", "scale", "zero_point"]].values.tolist()
-        for table in (inspect_qparams(prepared, batches), qparams(convert(prepared)))
-    ]
-    assert scales[0] == scales[1]
+    tables = inspect_qparams(prepared, batches), qparams(convert(prepared))
+    columns = ["tensor", "layer", "scale", "zero_point"]
+    observed, converted = (table[columns].sort_values(columns).values.tolist() for table in tables)
+    assert observed == converted
 
 
 def test_networks_without_power_of_two_observers_have_nothing_to_report(batches):

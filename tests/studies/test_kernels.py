@@ -10,13 +10,9 @@ from small import network
 
 from labcore.evaluate import predict
 from labcore.images.transforms import normalize
-from labcore.qconfig import Scheme, make_qconfig
-from labcore.quantize import calibrate, layers, prepare_ptq, simulate
+from labcore.qconfig import Scheme
+from labcore.quantize import layers, simulate
 from labcore.studies.kernels import layer_codes, on_onednn, predict_ptq, run_exactly, saturated_16_bits
-
-
-def simulated(model, weight, activation, batches):
-    return simulate(calibrate(prepare_ptq(model, make_qconfig(weight, activation, "simulated")), batches))
 
 
 @pytest.mark.parametrize("high", [127, 255])
@@ -35,7 +31,7 @@ def test_pairs_of_products_saturate_as_int16(high):
 
 
 @pytest.mark.skipif("x86" not in torch.backends.quantized.supported_engines, reason="needs an x86 processor")
-def test_real_kernels_saturate_without_vnni_and_only_with_eight_bits(tiny_data, batches, monkeypatch):
+def test_real_kernels_saturate_without_vnni_and_only_with_8_bits(tiny_data, batches, calibrated, monkeypatch):
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
     model = network(width=16)
     for module in model.modules():
@@ -45,7 +41,7 @@ def test_real_kernels_saturate_without_vnni_and_only_with_eight_bits(tiny_data, 
     error, same = {}, {}
     for bits in (8, 7):
         schemes = Scheme(rule="none"), Scheme(bits=bits, rule="none", zero_point="unsigned")
-        expected = predict(simulated(model, *schemes, batches), images)
+        expected = predict(simulate(calibrated(*schemes, "simulated", model)), images)
         args = model, *schemes, batches, images
         logits = on_onednn(predict_ptq, *args, isa="AVX2")
         error[bits] = np.abs(logits - expected).max() / np.abs(expected).max()
@@ -56,17 +52,17 @@ def test_real_kernels_saturate_without_vnni_and_only_with_eight_bits(tiny_data, 
 
 
 @pytest.mark.parametrize("vnni", [True, False])
-def test_a_scheme_is_judged_on_kernels_only_where_they_add_exactly(vnni, batches, monkeypatch):
+def test_a_scheme_is_judged_on_kernels_only_where_they_add_exactly(vnni, calibrated, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: vnni)
-    model = simulated(network(), Scheme(), Scheme(), batches)
+    model = simulate(calibrated(Scheme(), Scheme(), "simulated"))
     assert hasattr(run_exactly(model).fc, "zero_point") is vnni
     assert run_exactly(model, 4) is model
 
 
 @pytest.mark.parametrize(("name", "zero_point"), [("conv1", 128), ("layer2.0.0", 0)])
-def test_an_integer_product_of_a_layers_codes_is_its_convolution(name, zero_point, tiny_data, batches):
+def test_an_integer_product_of_a_layers_codes_is_its_convolution(name, zero_point, tiny_data, calibrated):
     schemes = Scheme(rule="ceil"), Scheme(rule="ceil", zero_point="unsigned")
-    model = simulated(network(), *schemes, batches)
+    model = simulate(calibrated(*schemes, "simulated"))
     layer, inputs = layers(model)[name], []
     layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     codes, weights = layer_codes(model, name, normalize(torch.from_numpy(tiny_data.test_images[:4])), rows=50)

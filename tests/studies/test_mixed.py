@@ -9,8 +9,8 @@ import torch
 from small import network
 
 from labcore import LabError
-from labcore.qconfig import Scheme, make_qconfig
-from labcore.quantize import calibrate, convert_simulated, fuse, layers, prepare_ptq, simulate
+from labcore.qconfig import Scheme
+from labcore.quantize import convert_simulated, fuse, layers, simulate
 from labcore.studies import mixed
 
 WEIGHT = Scheme(rule="least_error", per_channel=True)
@@ -55,11 +55,10 @@ def test_packed_bits_are_those_of_pythons_integers(bits):
 
 
 @pytest.fixture
-def simulated(batches):
+def simulated(calibrated):
     def build(weight=WEIGHT, bits=BITS):
-        own = mixed.overrides(bits, weight, ACTIVATION)
-        prepared = prepare_ptq(network(), make_qconfig(weight, ACTIVATION, "simulated"), own)
-        return simulate(calibrate(prepared, batches))
+        overrides = mixed.overrides(bits, weight, ACTIVATION)
+        return simulate(calibrated(weight, ACTIVATION, "simulated", overrides=overrides))
 
     return build
 

@@ -128,9 +128,9 @@ class Bright(nn.Module):
 
 def test_cells_are_kept_and_follow_weights_images_and_seed(tmp_path):
     run, networks = Run(PROFILES["smoke"], None, 0, tmp_path), {"fp32": Bright(), "ptq": Bright()}
-    files = {name: run.path(name, file) for name, file in (("fp32", "weights.pt"), ("ptq", "int8.pt"))}
-    for name, path in files.items():
-        write_json(path, name)
+    weights, int8 = run.path("fp32", "weights.pt"), run.path("ptq", "int8.pt")
+    for path in (weights, int8):
+        write_json(path, path.name)
 
     def ask(run: Run, images: np.ndarray) -> tuple[pd.DataFrame, list[int]]:
         """The answers, and how many images each network was shown for them."""
@@ -151,7 +151,7 @@ def test_cells_are_kept_and_follow_weights_images_and_seed(tmp_path):
     assert found["ptq"].iloc[-1].tolist() == (last[:, 0, 0, 0] > 0).long().tolist()
     again, shown = ask(run, images)
     assert shown == [0, 0] and again.map(str).equals(found.map(str))
-    write_json(files["ptq"], "other weights")
+    write_json(int8, "other weights")
     assert ask(run, images)[1] == [66, 66]
     assert ask(run, images[:5])[1] == [55, 55], "other images"
     assert ask(replace(run, seed=1), images)[1] == [66, 66], "another seed"

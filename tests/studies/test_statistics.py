@@ -13,9 +13,8 @@ def test_a_zero_point_in_the_middle_is_slower_where_the_median_surely_is(rounds,
     times = {"fp32": 2.0, "fp32_fused": 1.0, "affine": 0.7, "ptq": 0.8, "qat": 0.6, "float_scales": 0.7}
     rows = [(number, name, ms) for number in range(rounds) for name, ms in times.items()]
     (tmp_path / "compare").mkdir()
-    pd.DataFrame(rows, columns=["round", "model", "latency_ms"]).to_csv(
-        tmp_path / "compare/latency.csv", index=False
-    )
+    table = pd.DataFrame(rows, columns=["round", "model", "latency_ms"])
+    table.to_csv(tmp_path / "compare/latency.csv", index=False)
     found = statistics.times(tmp_path, {})
     assert found["latency"]["ptq"]["speedup"] == pytest.approx(2.5)
     assert found["ptq_to_fused"]["speedup"] == pytest.approx(1.25)
