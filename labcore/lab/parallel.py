@@ -81,8 +81,6 @@ def _one_per_gpu(recipe: Recipe) -> int:
     gpus = max(1, torch.cuda.device_count())
     processes = max(count for count in range(1, gpus + 1) if World(size=count).can_share(recipe))
     if processes < gpus:
-        pairs = " in pairs" if recipe.mixes else ""
-        print(
-            f"note: {processes} of {gpus} GPUs are used: more cannot share {recipe.batch_size} images{pairs}."
-        )
+        shared = f"{recipe.batch_size} images" + (" in pairs" if recipe.mixes else "")
+        print(f"note: {processes} of {gpus} GPUs are used: more cannot share {shared}.")
     return processes

@@ -29,8 +29,9 @@ class LeastErrorObserver(PowerOfTwoObserver):
 
         scale = 2^k with the k that minimises the sum of (dequantize(quantize(x)) - x)^2 over what was seen
 
-    Ranges, zero points, the clamp and degenerate input are those of PowerOfTwoObserver, and so are the
-    arguments except `rule`. `averaging_constant` averages the errors too; 1 counts the last batch alone.
+    Ranges, zero points, clamp, degenerate input and arguments but `rule` are those of PowerOfTwoObserver.
+    `averaging_constant` averages the errors too; 1 counts the last batch alone. Where a batch widens the
+    range, earlier errors above the old exponents are taken to grow fourfold.
 
     Attributes:
         top_exponent: (C,), the largest exponent tried; EXPONENT_MIN where only zeros were seen.
