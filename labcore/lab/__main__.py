@@ -1,4 +1,4 @@
-"""The command line behind make: report, studies, status, clean; and train, for torchrun."""
+"""The command line behind make: report, studies, data, status, clean; and train, for torchrun."""
 
 import argparse
 import sys
@@ -25,7 +25,7 @@ def chosen_studies(text: str) -> list[str]:
 def main(arguments: list[str] | None = None) -> int:
     """Run one command. Return the exit status; an error is one line on stderr."""
     parser = argparse.ArgumentParser(prog="python -m labcore.lab", description=__doc__)
-    parser.add_argument("command", choices=("report", "studies", "status", "clean", "train"))
+    parser.add_argument("command", choices=("report", "studies", "data", "status", "clean", "train"))
     parser.add_argument("--profile", default="cpu", help=f"one of {', '.join(PROFILES)}")
     parser.add_argument("--data", default=None, help="cifar10, cifar100, digits, or a path to images")
     parser.add_argument("--seed", default="0")
@@ -42,6 +42,10 @@ def main(arguments: list[str] | None = None) -> int:
         elif options.command == "clean":
             for folder in pipeline.clean(state):
                 print(f"removed {folder.relative_to(state.root)}/")
+        elif options.command == "data":
+            from labcore.images.sources import fetch
+
+            print(f"{fetch(state.source or 'cifar10', state.root)} is in {state.root / 'data'}")
         elif options.command == "train":
             from labcore.lab.launch import train  # imports torch
             from labcore.run import Run
