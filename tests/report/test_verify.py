@@ -31,6 +31,7 @@ def test_a_tolerance_is_relative():
     assert list(differences("ms", 1002.0, 1000.0, 1e-3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("profile", ["cpu", "cpu-long"])
 def test_the_committed_report_follows_from_its_results(profile):
     assert verify(profile) == []
