@@ -45,15 +45,21 @@ def code_hash(path: Path) -> str:
     return _hash_of_code(path.read_text(encoding="utf-8"), path.name)
 
 
+def module_file(dotted: str, root: Path = ROOT) -> Path | None:
+    """Return the file of a module or package of labcore, named as in "labcore.images"; None without one."""
+    base = root.joinpath(*dotted.split("."))
+    return next((path for path in (base / "__init__.py", base.with_suffix(".py")) if path.is_file()), None)
+
+
 def modules_hash(*names: str) -> str:
     """Return one hash for what several modules of labcore do, named as in "images.transforms".
 
     Raises LabError for one that is not there.
     """
-    paths = {name: ROOT.joinpath("labcore", *name.split(".")).with_suffix(".py") for name in names}
+    paths = {name: module_file(f"labcore.{name}") for name in names}
     for name, path in paths.items():
-        if not path.is_file():
-            raise LabError(f"expected module labcore.{name} in {path}, found none; correct the name.")
+        if not path:
+            raise LabError(f"expected module labcore.{name} in {ROOT}, found none; correct the name.")
     return sha256_json({name: code_hash(path) for name, path in paths.items()})
 
 

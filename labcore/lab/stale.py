@@ -16,7 +16,7 @@ from pathlib import Path
 from labcore import LabError
 from labcore.config import NOTEBOOKS, PROFILES, STUDIES, check_seed, get_profile, parse_overrides
 from labcore.files.artifacts import ROOT, read_json, sha256_file, sha256_json
-from labcore.files.code import code_hash, notebook_sources, parse
+from labcore.files.code import code_hash, module_file, notebook_sources, parse
 from labcore.files.provenance import versions
 
 
@@ -62,17 +62,12 @@ def imported_modules(*cells: str, name: str = "the code", root: Path = ROOT) -> 
         dotted, importer = todo.pop()
         if dotted in files:
             continue
-        if not (path := _module_file(dotted, root)):
+        if not (path := module_file(dotted, root)):
             raise LabError(f"{importer} imports {dotted}, which is no module of labcore; correct the name.")
         files[dotted] = path
         importer = path.relative_to(root).as_posix()
         todo += [(inner, importer) for inner in _imports(path.read_text(encoding="utf-8"), importer, root)]
     return files
-
-
-def _module_file(dotted: str, root: Path) -> Path | None:
-    base = root.joinpath(*dotted.split("."))
-    return next((p for p in (base / "__init__.py", base.with_suffix(".py")) if p.is_file()), None)
 
 
 def _imports(code: str, name: str, root: Path) -> set[str]:
@@ -81,7 +76,7 @@ def _imports(code: str, name: str, root: Path) -> set[str]:
     for module, names in _import_statements(code, name):
         modules.add(module)
         # What a package gives by name is a module, or something that its __init__.py defines.
-        modules |= {f"{module}.{part}" for part in names if _module_file(f"{module}.{part}", root)}
+        modules |= {f"{module}.{part}" for part in names if module_file(f"{module}.{part}", root)}
     parents = {
         module.rsplit(".", level)[0] for module in modules for level in range(1, module.count(".") + 1)
     }
