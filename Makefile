@@ -3,13 +3,14 @@ PROFILE ?= cpu
 DATA ?=
 SEED ?= 0
 SET ?=
+WEIGHTS ?=
 STUDIES ?=
 PORT ?= 8888
 PYTHON ?= python3
 VENV ?= .venv
 
 RUN = $(VENV)/bin/python -m labcore.lab
-VARIABLES = PROFILE DATA SEED SET STUDIES PYTHON VENV PORT
+VARIABLES = PROFILE DATA SEED SET WEIGHTS STUDIES PYTHON VENV PORT
 UNKNOWN := $(filter-out $(VARIABLES),$(foreach v,$(.VARIABLES),$(if $(filter command,$(origin $v)),$v)))
 $(if $(UNKNOWN),$(error unknown variable $(UNKNOWN): known are $(VARIABLES)))
 # Through the environment, so that a path may hold blanks and quotes.
@@ -17,6 +18,7 @@ export LAB_PROFILE := $(PROFILE)
 export LAB_DATA := $(DATA)
 export LAB_SEED := $(SEED)
 export LAB_SET := $(SET)
+export LAB_WEIGHTS := $(WEIGHTS)
 export LAB_STUDIES := $(STUDIES)
 # glibc would give every large block of memory back and ask for it again, layer by layer. Keeping it saves 10 to 20 % of a
 # training step on a CPU (docs/benchmarks). Other systems ignore this.
@@ -27,14 +29,15 @@ export MALLOC_TOP_PAD_ ?= 268435456
 # those when they are first imported, and must be allowed to keep what it compiled.
 unexport PYTHONDONTWRITEBYTECODE
 PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
-OPTIONS = --profile "$$LAB_PROFILE" --data "$$LAB_DATA" --seed "$$LAB_SEED" --set "$$LAB_SET" --studies "$$LAB_STUDIES"
+OPTIONS = --profile "$$LAB_PROFILE" --data "$$LAB_DATA" --seed "$$LAB_SEED" --set "$$LAB_SET" --weights "$$LAB_WEIGHTS" --studies "$$LAB_STUDIES"
 
-.PHONY: help report studies data verify test test-fast lab status clean
+.PHONY: help report studies data verify test test-fast lab status keep clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make report   train, quantize, compare; write report/$$PROFILE and figures/$$PROFILE'
-	@echo '              PROFILE=smoke|cpu|cpu-long|full|reference  DATA=cifar10|cifar100|digits|PATH  SEED=0  SET="fp32.epochs=2 width=16"'
+	@echo '              PROFILE=smoke|cpu|resnet50|reference  DATA=cifar10|cifar100|digits|PATH  SEED=0  SET="fp32.epochs=2 width=16"'
+	@echo '              WEIGHTS=committed or a folder: FP32 weights trained before, so that it takes minutes'
 	@echo 'make studies  what report does, and the studies of notebooks 05, 06, 07, 09 and 10 (same options, hours);'
 	@echo '              STUDIES="05 09" runs these two only'
 	@echo 'make data     fetch CIFAR-10 ahead of time, by torchvision or, where its site cannot be reached, npm'
@@ -42,9 +45,10 @@ help:
 	@echo 'make status   which stage is stale, and why (same options)'
 	@echo 'make lab      JupyterLab on this machine, PORT=8888'
 	@echo 'make test     all tests, among them the whole pipeline on profile smoke; make test-fast leaves that out'
+	@echo 'make keep     the trained networks of PROFILE beside its report, for WEIGHTS=committed and make lab'
 	@echo 'make clean    remove what the runs of PROFILE wrote'
 
-report studies data status clean: $(VENV)/.installed
+report studies data status keep clean: $(VENV)/.installed
 	@$(RUN) $@ $(OPTIONS)
 
 verify: $(VENV)/.installed
@@ -57,6 +61,7 @@ test-fast: $(VENV)/.installed
 	@$(PYTEST) -m "not slow"
 
 lab: $(VENV)/.installed
+	@$(RUN) restore $(OPTIONS)
 	@$(VENV)/bin/jupyter lab --ip=127.0.0.1 --port=$(PORT) --allow-root notebooks
 
 $(VENV)/.installed: requirements.txt pyproject.toml

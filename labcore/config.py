@@ -26,10 +26,11 @@ NOTEBOOKS = {
     "training": "07_training_study",
     "engines": "09_engines",
     "robustness": "10_robustness",
+    "parts": "11_parts",
     "claims": "08_claims",  # made last, from all the others
 }
 # Those that `make studies` runs, and `make report` only reports.
-STUDIES = ("observers", "mixed", "training", "engines", "robustness")
+STUDIES = ("observers", "mixed", "training", "engines", "robustness", "parts")
 
 
 def _check(name: str, value, ok: bool, expected: str) -> None:
@@ -92,7 +93,8 @@ class Recipe:
     epochs: Annotated[int, "[1, 100000]"]
     batch_size: Annotated[int, "[1, 65536]"]
     lr: Annotated[float, "(0, 100]"]
-    init: Literal["he", "identity", "whitened"] = "he"  # the first weights: labcore/training/first_weights.py
+    # The first weights (labcore/training/first_weights.py), or those that WEIGHTS= names, to be trained on.
+    init: Literal["he", "identity", "whitened", "weights"] = "he"
     # Of BatchNorm's biases: multiplies the learning rate, divides weight decay (Page, 2018; Jordan, 2024).
     bias_lr: Annotated[float, "(0, 1000]"] = 1.0
     epoch_images: CountOrZero = 0  # images of an epoch, drawn anew every time; 0 takes all
@@ -153,6 +155,7 @@ class Profile:
     latency_runs: Count = 10
     study_seeds: Annotated[int, "[2, 100]"] = 3
     verdict_seeds: Annotated[int, "[2, 100]"] = 5  # where a verdict rests on differences between trainings
+    studies: tuple[str, ...] = ()  # that belong to its report: make report runs them too
     processes: Annotated[int, "[0, 1024]"] = 0  # that train together; 0 is one for every GPU, or one on a CPU
 
     def __post_init__(self):
@@ -215,18 +218,14 @@ _smoke_fp32 = replace(_cpu_fp32, epochs=3, batch_size=64, lr=0.2, small_share=0.
 _smoke_qat = Recipe(epochs=1, epoch_images=640, batch_size=64, lr=0.02, freeze_at=0.67, augment=_upright)
 _smoke = replace(_few, name="smoke", data="digits", image_size=16, width=8, fp32=_smoke_fp32, qat=_smoke_qat)
 
-# A wider network and more epochs, up to two hours on two cores with bfloat16 (docs/benchmarks/README.md).
-_cutout = replace(_crops, cutout=8)
-_long_fp32 = replace(_cpu_fp32, epochs=28, weight_decay=6e-4, augment=_cutout)
-_long_qat = replace(_cpu_qat, augment=_cutout)
-_cpu_long = replace(_cpu, name="cpu-long", width=64, fp32=_long_fp32, qat=_long_qat)
-
-_large = Recipe(epochs=60, batch_size=512, lr=0.4, weight_decay=5e-4, warmup=0.05, ema_decay=0.999)
-_trivial = Augment(policy="trivial", cutout=8)
-_full_fp32 = replace(_large, cutmix_alpha=1.0, cutmix_prob=0.5, augment=_trivial)
-_full_qat = Recipe(epochs=6, batch_size=512, lr=0.002, weight_decay=5e-4, warmup=0.1, freeze_at=0.67)
-_resnet50 = replace(_cpu, arch="resnet50", width=64, eval_batch_size=500)
-_full = replace(_resnet50, name="full", fp32=_full_fp32, qat=_full_qat)
+# The reference's network, by a recipe for hours on two cores that multiply bfloat16, or minutes on a GPU.
+_resnet50_crops = Augment(padding_mode="reflect", cutout=8)
+_resnet50_recipe = Recipe(epochs=30, batch_size=128, lr=0.15, warmup=0.15, weight_decay=5e-4)
+_resnet50_fp32 = replace(_resnet50_recipe, small_share=0.666, small_size=0.5, augment=_resnet50_crops)
+_resnet50_qat = replace(_cpu_qat, epochs=4, epoch_images=2_560, batch_size=64, freeze_at=0.5)
+_large = replace(_cpu, arch="resnet50", width=64)
+_few_calls = {"latency_rounds": 5, "latency_runs": 3, "studies": ("engines", "parts")}
+_resnet50 = replace(_large, name="resnet50", fp32=_resnet50_fp32, qat=_resnet50_qat, **_few_calls)
 
 # The reference's own hyperparameters, to the letter (its 300 epochs end in the middle of the third cycle).
 _colours = Augment(brightness=0.3, contrast=0.3, saturation=0.3, hue=0.1, erasing_prob=0.6)
@@ -235,9 +234,9 @@ _restarts = Recipe(epochs=300, batch_size=256, lr=0.3, lr_min=1e-4, schedule="wa
 _mixup = replace(_restarts, label_smoothing=0.05, mixup_alpha=0.2, mixup_prob=0.5, augment=_affine)
 _reference_fp32 = replace(_mixup, weight_decay=1e-4, clip_norm=1.0)
 _reference_qat = replace(_reference_fp32, epochs=20, lr=1e-3, lr_min=1e-5, schedule="cosine", freeze_at=0.75)
-_reference = replace(_resnet50, name="reference", fp32=_reference_fp32, qat=_reference_qat)
+_reference = replace(_large, name="reference", eval_batch_size=500, fp32=_reference_fp32, qat=_reference_qat)
 
-PROFILES = {profile.name: profile for profile in (_smoke, _cpu, _cpu_long, _full, _reference)}
+PROFILES = {profile.name: profile for profile in (_smoke, _cpu, _resnet50, _reference)}
 
 
 def get_profile(name: str, /, **overrides) -> Profile:

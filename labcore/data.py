@@ -40,14 +40,19 @@ class Split:
     @property
     def train_sample(self) -> np.ndarray:
         """Return evenly spaced training images, as many as validation has, to be scored like them."""
-        count = min(len(self.train), len(self.validation))
-        return self.train[np.linspace(0, len(self.train) - 1, count).astype(int)]
+        return evenly_spaced(self.train, len(self.validation))
 
     @property
     def sha256(self) -> str:
         """Return a hash of the three parts, in hex."""
         parts = (np.array([len(part), *part], dtype=np.int64) for part in vars(self).values())
         return hashlib.sha256(b"".join(parts)).hexdigest()
+
+
+def evenly_spaced(indices: np.ndarray, count: int) -> np.ndarray:
+    """Return `count` of the indices, or all where there are fewer."""
+    count = min(count, len(indices))
+    return indices[np.linspace(0, len(indices) - 1, count).astype(int)]
 
 
 def load_data(source: str | None, image_size: int = 32, root: Path = ROOT) -> ImageData:

@@ -12,21 +12,28 @@ from matplotlib.figure import Figure
 from labcore import LabError
 from labcore.config import NOTEBOOKS, Profile, check_seed, get_profile, parse_overrides
 from labcore.data import ImageData, Split, load_data, make_split
-from labcore.files.artifacts import ROOT, atomic_path, read_json, write_json, write_npz
+from labcore.files.artifacts import ROOT, atomic_path, read_json, weights_folder, write_json, write_npz
 from labcore.files.provenance import provenance
+from labcore.files.tensors import load_weights
 from labcore.model import QuantizableResNet, build_model
+from labcore.train import training_identity
 from labcore.training.device import multiplies_bfloat16
+from labcore.training.earlier import Earlier, read_earlier
 from labcore.training.first_weights import initialize
 
 
 @dataclass(frozen=True)
 class Run:
-    """Files of stage S of profile P lie in runs/P/S below `root`, figures in figures/P."""
+    """Files of stage S of profile P lie in runs/P/S below `root`, figures in figures/P.
+
+    `weights` is what WEIGHTS= says: where FP32 weights lie that were trained before.
+    """
 
     profile: Profile
     source: str | None
     seed: int
     root: Path = ROOT
+    weights: str | None = None
 
     @cached_property
     def data(self) -> ImageData:
@@ -58,10 +65,28 @@ class Run:
         return build_model(self.profile.arch, len(self.data.classes), self.profile.width, self.profile.stem)
 
     def fresh_model(self) -> QuantizableResNet:
-        """Return the network as its FP32 training starts, with the first weights of the recipe."""
+        """Return the network as its FP32 training starts, with the first weights of the recipe.
+
+        Raises LabError where these are weights trained before, and they are not there or of other images.
+        """
         model = self.model()
-        self.initialize(model, self.profile.fp32.init)
+        if self.profile.fp32.init == "weights":
+            load_weights(model, self.earlier(model, ("data", "split")).weights, "WEIGHTS")
+        else:
+            self.initialize(model, self.profile.fp32.init)
         return model
+
+    @property
+    def reuses_weights(self) -> bool:
+        """Whether WEIGHTS= stands for the FP32 training, instead of being what it starts from."""
+        return self.weights is not None and self.profile.fp32.init != "weights"
+
+    def earlier(self, model: QuantizableResNet, same: tuple[str, ...]) -> Earlier:
+        """Return the training that WEIGHTS= names; LabError as in `weights_folder` and `read_earlier`."""
+        if self.weights is None:
+            raise LabError("fp32.init=weights starts from weights trained before: give WEIGHTS= as well.")
+        identity = training_identity(self.profile.fp32, self.data, self.split, self.seed, model)
+        return read_earlier(weights_folder(self.weights, self.profile.name, self.root), identity, same)
 
     def initialize(self, model: QuantizableResNet, init: str) -> None:
         """Replace first weights as the recipe's `init` says, by 500 to 999 evenly spaced images, or all."""
@@ -87,6 +112,7 @@ class Run:
                 "split_sha256": self.split.sha256,
             },
             "profile": self.profile.name,
+            "weights": self.weights,
             "seed": self.seed,
             "training_numbers": "bfloat16" if multiplies_bfloat16() else "float32",
         }
@@ -100,10 +126,16 @@ class Run:
 
 
 def open_run(
-    profile: str = "cpu", data: str | None = None, seed: int = 0, overrides: str = "", root: Path = ROOT
+    profile: str = "cpu",
+    data: str | None = None,
+    seed: int = 0,
+    overrides: str = "",
+    weights: str | None = None,
+    root: Path = ROOT,
 ) -> Run:
-    """Return the run that a notebook starts with: profile by name, DATA, SEED and SET as given to make.
+    """Return the run that a notebook starts with: profile by name, DATA, SEED, SET, WEIGHTS as given to make.
 
     Raises LabError for an unknown profile or parameter (with the nearest name) and for values out of range.
     """
-    return Run(get_profile(profile, **parse_overrides(overrides)), data or None, check_seed(seed), root)
+    profile = get_profile(profile, **parse_overrides(overrides))
+    return Run(profile, data or None, check_seed(seed), root, weights or None)

@@ -21,7 +21,7 @@ from torch.ao.quantization import FakeQuantizeBase, disable_observer
 
 from labcore import LabError
 from labcore.config import Recipe
-from labcore.data import ImageData, Split
+from labcore.data import ImageData, Split, evenly_spaced
 from labcore.files.artifacts import sha256_json, write_text
 from labcore.files.code import modules_hash
 from labcore.files.progress import progress
@@ -238,7 +238,10 @@ def finished(
 
 @dataclass(frozen=True)
 class Result:
-    """The network in eval mode with the weights of the best epoch, and one row of history per epoch."""
+    """The network in eval mode with the weights of the best epoch, and one row of history per epoch.
+
+    The best is that of the best validation accuracy, in QAT among the epochs that ended frozen.
+    """
 
     model: nn.Module
     history: pd.DataFrame
@@ -273,7 +276,10 @@ def fit(
             "use the same code, data, versions and kind of processor."
         )
     model = copy.deepcopy(model).to(device(), memory_format=torch.channels_last)
-    arrays = data.train_images, data.train_labels, split.train, split.validation, split.train_sample
+    # Training on a part of the images, an epoch is judged on as many at most.
+    judges = recipe.epoch_images or len(split.train)
+    judging = evenly_spaced(split.validation, judges), evenly_spaced(split.train_sample, judges)
+    arrays = data.train_images, data.train_labels, split.train, *judging
     images, labels, train, validation, clean = (torch.from_numpy(array).to(device()) for array in arrays)
     loop, checkpoints = Loop(model, recipe, len(train)), Checkpoints(folder, identity)
     rows, best = [], None
@@ -309,9 +315,10 @@ def fit(
                     "train_seconds": train_seconds,
                 }
             )
-            if best is None or val_acc > rows[best["epoch"] - 1]["val_acc"]:
+            # A frozen epoch goes before any other: only it was trained on the grid that is deployed.
+            if best is None or (loop.is_frozen, val_acc) > (best["is_frozen"], best["val_acc"]):
                 weights = {name: value.cpu().clone() for name, value in loop.scored.state_dict().items()}
-                best = {"epoch": epoch + 1, "model": weights}
+                best = {"epoch": epoch + 1, "model": weights, "is_frozen": loop.is_frozen, "val_acc": val_acc}
             bar.set_postfix_str(f"epoch {epoch + 1}/{recipe.epochs} val {val_acc:.2%}")
             # from_first: where the first process cannot write, all say so instead of waiting for it.
             from_first(partial(_write_history, folder, rows))

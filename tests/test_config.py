@@ -19,7 +19,8 @@ def message_of(action) -> str:
 
 
 @pytest.mark.parametrize(
-    ("typed", "meant"), [("cup", "cpu"), ("smok", "smoke"), ("referense", "reference"), ("ful", "full")]
+    ("typed", "meant"),
+    [("cup", "cpu"), ("smok", "smoke"), ("referense", "reference"), ("resnet", "resnet50")],
 )
 def test_a_mistyped_profile_names_the_nearest_one(typed, meant):
     assert f"did you mean {meant!r}?" in message_of(lambda: get_profile(typed))

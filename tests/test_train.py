@@ -301,8 +301,8 @@ def test_a_checkpoint_that_is_slow_to_write_is_written_less_often(fit, tmp_path,
 
 
 @pytest.mark.slow
-def test_the_recipe_of_profile_full_trains_a_narrow_resnet50_and_its_qat(fit, tiny_data):
-    profile = PROFILES["full"]
+def test_the_recipe_of_profile_resnet50_trains_a_narrow_resnet50_and_its_qat(fit, tiny_data):
+    profile = PROFILES["resnet50"]
     start = fresh(profile.arch)
     fp32 = fit("fp32", replace(profile.fp32, epochs=2, batch_size=16), model=start)
     assert np.isfinite(fp32.history["train_loss"]).all() and not equal(fp32.state, start.state_dict())

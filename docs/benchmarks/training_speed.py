@@ -111,7 +111,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python docs/benchmarks/training_speed.py", description=__doc__.splitlines()[0]
     )
-    parser.add_argument("--profile", choices=PROFILES, default="full" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--profile", choices=PROFILES, default="resnet50" if torch.cuda.is_available() else "cpu"
+    )
     parser.add_argument("--rounds", type=at_least(1), default=5, help="timed rounds")
     parser.add_argument("--batches", type=at_least(1), default=8, help="batches per round")
     parser.add_argument("--workers", type=at_least(1), default=2, help="processes of the DataLoader")

@@ -21,8 +21,8 @@ def summarize_answers(folder: Path, metrics: dict) -> dict:
 
     paired has, by title, those with powers of two that should compute its integers and do not.
     """
-    logits, labels = load_answers(folder / "engines" / "answers.npz")
-    eager = load_logits(folder / "ptq" / "logits.npz")[0]
+    logits, labels, chosen = load_answers(folder / "engines" / "answers.npz")
+    eager = load_logits(folder / "ptq" / "logits.npz")[0][chosen]
     rows = [
         {"engine": title} | summarize(values, labels) | agreement(values, eager)
         for title, values in logits.items()
@@ -119,16 +119,18 @@ def records(table: pd.DataFrame) -> list[dict]:
     return rows.where(rows.notna(), None).to_dict("records")
 
 
-def save_answers(path: Path, logits: dict[str, np.ndarray], labels: np.ndarray) -> None:
-    """Write the logits of all engines by their titles, and the labels."""
-    write_npz(path, labels=labels, engines=np.array(list(logits)), logits=np.stack(list(logits.values())))
+def save_answers(path: Path, logits: dict[str, np.ndarray], labels: np.ndarray, chosen: np.ndarray) -> None:
+    """Write the logits of all engines by their titles, the labels, and which of the test images these are."""
+    by_title = {"engines": np.array(list(logits)), "logits": np.stack(list(logits.values()))}
+    write_npz(path, labels=labels, chosen=chosen, **by_title)
 
 
-def load_answers(path: Path) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Read (logits by title, labels) as `save_answers` took them; LabError where that fails."""
+def load_answers(path: Path) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
+    """Read (logits by title, labels, images) as `save_answers` took them; LabError where that fails."""
     try:
         stored = read_npz(path)
-        return dict(zip(stored["engines"].tolist(), stored["logits"], strict=True)), stored["labels"]
+        by_title = dict(zip(stored["engines"].tolist(), stored["logits"], strict=True))
+        return by_title, stored["labels"], stored["chosen"]
     except UNREADABLE as error:
         raise LabError(f"{path} cannot be read ({error}): run notebook 09 again.") from None
 

@@ -17,6 +17,8 @@ import numpy as np
 from labcore import LabError
 
 ROOT = Path(__file__).resolve().parents[2]
+RECORD = "training.json"  # what decided FP32 weights, where and when they were trained (training/earlier.py)
+WEIGHTS_FILES = ("weights.pt", "history.csv", RECORD)
 
 # What readers of damaged or foreign files raise; MemoryError comes of a forged size.
 UNREADABLE = (OSError, KeyError, ValueError, TypeError, EOFError, MemoryError, OverflowError, RuntimeError)
@@ -89,6 +91,20 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
         if isinstance(stored, np.ndarray):
             raise ValueError("one array instead of several by name")
         return dict(stored)
+
+
+def weights_folder(weights: str, profile: str, root: Path = ROOT) -> Path:
+    """Return the folder that WEIGHTS= names: "committed" is report/<profile>/weights, else a path.
+
+    Raises LabError where the files of a training are not in it.
+    """
+    if weights == "committed":
+        weights = f"report/{profile}/weights"
+    for folder in (Path(weights).expanduser(), root / weights):
+        if all((folder / name).is_file() for name in WEIGHTS_FILES):
+            return folder.resolve()
+    files = ", ".join(WEIGHTS_FILES)
+    raise LabError(f"WEIGHTS: {weights} is no folder with {files}; correct it, or leave it out and train.")
 
 
 def save_logits(path: Path, logits: np.ndarray, labels: np.ndarray) -> None:

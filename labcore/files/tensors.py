@@ -69,6 +69,16 @@ def state_hash(state: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def halved(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state dict in which every tensor whose numbers are all float16's is float16."""
+    return {
+        name: value.half()
+        if value.is_floating_point() and torch.equal(value.half().float(), value)
+        else value
+        for name, value in state.items()
+    }
+
+
 def load_weights(model: nn.Module, state: dict[str, Tensor], source: str = "checkpoint") -> None:
     """Load a state dict strictly; the prefix "module." of DataParallel is accepted.
 

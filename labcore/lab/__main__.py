@@ -1,12 +1,14 @@
-"""The command line behind make: report, studies, data, status, clean; and train, for torchrun."""
+"""The command line behind make: report, studies, data, status, clean, keep, restore; train, for torchrun."""
 
 import argparse
 import sys
 
 from labcore import LabError, nearest
 from labcore.config import NOTEBOOKS, PROFILES, STUDIES
-from labcore.lab import pipeline
+from labcore.lab import kept, pipeline
 from labcore.lab.stale import State
+
+COMMANDS = ("report", "studies", "data", "status", "clean", "keep", "restore", "train")
 
 
 def chosen_studies(text: str) -> list[str]:
@@ -25,16 +27,17 @@ def chosen_studies(text: str) -> list[str]:
 def main(arguments: list[str] | None = None) -> int:
     """Run one command. Return the exit status; an error is one line on stderr."""
     parser = argparse.ArgumentParser(prog="python -m labcore.lab", description=__doc__)
-    parser.add_argument("command", choices=("report", "studies", "data", "status", "clean", "train"))
+    parser.add_argument("command", choices=COMMANDS)
     parser.add_argument("--profile", default="cpu", help=f"one of {', '.join(PROFILES)}")
     parser.add_argument("--data", default=None, help="cifar10, cifar100, digits, or a path to images")
     parser.add_argument("--seed", default="0")
     parser.add_argument("--set", default="", dest="overrides", help="name=value pairs for the profile")
+    parser.add_argument("--weights", default="", help="committed, or a folder with FP32 weights")
     parser.add_argument("--studies", default="", help="which studies, by number: '05 09'; all without it")
     parser.add_argument("--stage", choices=("fp32", "qat"), default="fp32", help="what train trains")
     options = parser.parse_args(arguments)
     try:
-        state = State(options.profile, options.data, options.seed, options.overrides)
+        state = State(options.profile, options.data, options.seed, options.overrides, options.weights)
         studies = chosen_studies(options.studies)
         if options.command == "status":
             for name, reason in state.status().items():
@@ -42,6 +45,12 @@ def main(arguments: list[str] | None = None) -> int:
         elif options.command == "clean":
             for folder in pipeline.clean(state):
                 print(f"removed {folder.relative_to(state.root)}/")
+        elif options.command == "keep":
+            for path in kept.keep(state):
+                print(f"kept {path.relative_to(state.root)}")
+        elif options.command == "restore":
+            if done := kept.restore(state):
+                print(done)
         elif options.command == "data":
             from labcore.images.sources import fetch
 
@@ -50,7 +59,8 @@ def main(arguments: list[str] | None = None) -> int:
             from labcore.lab.launch import train  # imports torch
             from labcore.run import Run
 
-            train(Run(state.profile, state.source, state.seed), options.stage)
+            run = Run(state.profile, state.source, state.seed, state.root, state.weights)
+            train(run, options.stage)
         else:
             pipeline.run(state, studies if options.command == "studies" else ())
     except (LabError, OSError) as error:

@@ -13,14 +13,16 @@ from pathlib import Path
 from labcore import LabError
 from labcore.config import STUDIES
 from labcore.files.artifacts import read_json, sha256_file, write_json
+from labcore.lab.kept import folder_of
 from labcore.lab.stale import STAGES, Stage, State
 
 
 def run(state: State, studies: Collection[str] = ()) -> None:
     """Bring every stage and the report up to date; of the studies those that are asked for."""
     with _lock(state):
+        _say_how_long(state)
         for stage in STAGES:
-            if stage.name in STUDIES and stage.name not in studies:
+            if stage.name in STUDIES and stage.name not in (*studies, *state.profile.studies):
                 continue
             if reason := state.stale(stage.name, state.inputs(stage)):
                 _execute(state, stage, reason)
@@ -31,13 +33,33 @@ def run(state: State, studies: Collection[str] = ()) -> None:
         _build_report(state)
 
 
+def _say_how_long(state: State) -> None:
+    """Begin with how long training will take, where a stage that trains is stale."""
+    stages = [stage for stage in STAGES if stage.name == "qat" or stage.name == "fp32"]
+    stale = [stage.name for stage in stages if state.stale(stage.name, state.inputs(stage))]
+    if state.reuses_weights and "fp32" in stale:
+        stale.remove("fp32")
+    if not stale:
+        return
+    from labcore.lab.estimate import estimate
+
+    if said := estimate(state, stale):
+        less = "PROFILE=smoke, WEIGHTS=committed or SET=fp32.epochs=… take less"
+        print(f"{said}; {less if 'fp32' in stale else 'measuring takes some minutes'}.", flush=True)
+
+
 def clean(state: State) -> list[Path]:
-    """Remove what this profile's runs wrote; the images' cache and the sources stay. Return the folders."""
+    """Remove what this profile's runs wrote; the images' cache and kept weights stay. Return the folders."""
     written = [folder for folder in (state.folder, state.figures, state.report) if folder.exists()]
     with _lock(state):
-        for folder in written:
-            shutil.rmtree(folder)
+        for path in [state.folder, state.figures, *state.report.glob("*")]:
+            if path.is_file():
+                path.unlink()
+            elif path != folder_of(state):
+                shutil.rmtree(path, ignore_errors=True)
     shutil.rmtree(state.folder, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        state.report.rmdir()  # where nothing is kept
     return written
 
 
@@ -63,6 +85,8 @@ def _execute(state: State, stage: Stage, reason: str) -> None:
     state.stamp_path(stage.name).unlink(missing_ok=True)
     name, overrides = state.profile.name, state.overrides
     parameters = {"PROFILE": name, "DATA": state.source, "SEED": state.seed, "SET": overrides}
+    if stage.name == "fp32":
+        parameters["WEIGHTS"] = state.weights
     partial, log = state.folder / f"{stage.notebook}.partial.ipynb", state.folder / "progress.log"
     notebook = execute(state.notebook(stage), partial, parameters, log, state.root)
     write_executed(state.executed(stage), notebook)
@@ -72,7 +96,7 @@ def _execute(state: State, stage: Stage, reason: str) -> None:
             figure.unlink()
     outputs, seconds = _outputs(state, stage), [time.time() - began, train_seconds(state, stage)]
     history = f"runs/{name}/{stage.name}/history.csv"  # holds the seconds of every epoch
-    if history in outputs and before.get("outputs", {}).get(history) == outputs[history]:
+    if train_seconds(state, stage) and before.get("outputs", {}).get(history) == outputs[history]:
         # Training was loaded: the time it took is that of the earlier run.
         seconds.append(before["wall_seconds"])
     stamp = {"inputs": inputs, "outputs": outputs, "prose": state.prose(stage)}
@@ -82,6 +106,8 @@ def _execute(state: State, stage: Stage, reason: str) -> None:
 
 def train_seconds(state: State, stage: Stage) -> float:
     """Return what all epochs of a stage's training took, in whichever process; 0 where nothing trains."""
+    if stage.name == "fp32" and state.reuses_weights:
+        return 0.0
     return read_json(state.folder / stage.name / "metrics.json").get("train_seconds", 0.0)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from labcore import LabError
 from labcore.config import NOTEBOOKS, PROFILES, STUDIES, check_seed, get_profile, parse_overrides
-from labcore.files.artifacts import ROOT, read_json, sha256_file, sha256_json
+from labcore.files.artifacts import ROOT, WEIGHTS_FILES, read_json, sha256_file, sha256_json, weights_folder
 from labcore.files.code import code_hash, module_file, notebook_sources, parse
 from labcore.files.provenance import versions
 
@@ -43,6 +43,7 @@ STAGES = (
     Stage("training", ("fp32", "qat")),
     Stage("engines", ("fp32", "ptq")),
     Stage("robustness", ("fp32", "ptq", "qat")),
+    Stage("parts", ("fp32",)),
     Stage("claims", ("fp32", "ptq", "qat", "compare", *STUDIES)),
 )
 # The first notebook and the report show the reference's hyperparameters beside the profile's.
@@ -116,21 +117,29 @@ class State:
     Raises LabError for an unknown profile or parameter and for values out of range.
     """
 
-    def __init__(self, profile: str, source: str | None = None, seed=0, overrides: str = "", root=ROOT):
+    def __init__(
+        self, profile: str, source: str | None = None, seed=0, overrides: str = "", weights="", root=ROOT
+    ):
         self.profile = get_profile(profile, **parse_overrides(overrides))
         self.source, self.seed, self.overrides = source or None, check_seed(seed), overrides or ""
-        self.root = root
+        self.weights, self.root = weights or None, root
+        if self.profile.fp32.init == "weights" and not self.weights:
+            raise LabError("fp32.init=weights starts from weights trained before: give WEIGHTS= as well.")
         self.folder, self.figures, self.report = (
             root / name / profile for name in ("runs", "figures", "report")
         )
 
+    @property
+    def reuses_weights(self) -> bool:
+        """Whether WEIGHTS= stands for the FP32 training, instead of being what it starts from."""
+        return self.weights is not None and self.profile.fp32.init != "weights"
+
     @cached_property
-    def data_sha256(self) -> str:
-        """The identity of the images; they are read, downloaded or decoded where that has not been done."""
+    def images(self):
+        """The images (labcore.data.ImageData), read, downloaded or decoded where that has not been done."""
         from labcore.data import load_data
 
-        data = load_data(self.source or self.profile.data, self.profile.image_size, root=self.root)
-        return sha256_json([data.sha256, data.label, data.notice])
+        return load_data(self.source or self.profile.data, self.profile.image_size, root=self.root)
 
     def inputs(self, stage: Stage) -> dict[str, str]:
         """Return what the stage depends on: the name a person knows it by -> hash."""
@@ -140,12 +149,15 @@ class State:
         parts |= _code_hashes(*code, name=name, root=self.root)
         parts |= {
             "the profile": sha256_json(asdict(self.profile)),
-            "the images": self.data_sha256,
+            "the images": sha256_json([self.images.sha256, self.images.label, self.images.notice]),
             "SEED": str(self.seed),
             "versions of Python and packages": sha256_json(versions()),
         }
         if stage.name == "fp32":
             parts |= _REFERENCE
+            if self.weights:
+                folder = weights_folder(self.weights, self.profile.name, self.root)
+                parts["WEIGHTS"] = sha256_json([sha256_file(folder / name) for name in WEIGHTS_FILES])
         if stage.name == "engines":
             packages = [p for name in ("openvino", "torchao") for p in distributions(name=name)]
             parts["versions of the engines"] = sha256_json({p.name: p.version for p in packages})
@@ -163,7 +175,8 @@ class State:
     def results_of(self, name: str) -> dict[str, str]:
         """Return the hash of what a stage found; where and when it was made is no part of it."""
         outputs = self.stamp(name).get("outputs", {}).items()
-        results = {p: d for p, d in outputs if p.startswith("runs/") and not p.endswith("provenance.json")}
+        where_and_when = ("provenance.json", "training.json")
+        results = {p: d for p, d in outputs if p.startswith("runs/") and not p.endswith(where_and_when)}
         return {f"the results of stage {name}": sha256_json(results)}
 
     def report_inputs(self) -> dict[str, str]:

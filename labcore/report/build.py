@@ -19,7 +19,7 @@ from labcore.report.tables import fill_template
 # Pipe tables, figures and math as the template writes them; "@" and "[1]" are no citations.
 MARKDOWN = "markdown-citations+lists_without_preceding_blankline"
 # What the results folder takes of each stage.
-KEPT = ("metrics.json", "provenance.json", "*.csv", "logits*.npz", "answers.npz")
+KEPT = ("metrics.json", "provenance.json", "training.json", "*.csv", "logits*.npz", "answers.npz")
 
 
 def collect(profile: str, overrides: str, wall_seconds: dict[str, float], root: Path = ROOT) -> list[Path]:

@@ -26,11 +26,11 @@ SMALL_PP = 0.1  # what the reference calls little accuracy
 MUCH_PP = 1.0  # a drop that is called suffering
 FASTER = 1.02  # a ratio of times whose lower quartile is above it counts as faster
 
-# Claims that nothing is found about where their study has not been run.
+# Claims that nothing is found about where none of these studies has been run.
 NEEDS = {
-    **dict.fromkeys(("R6", "R8", "R10", "R19"), "observers"),
-    **dict.fromkeys(("R12", "R14", "R17"), "training"),
-    "R18": "mixed",
+    "R6": ("parts", "observers"),
+    **dict.fromkeys(("R8", "R10", "R19"), ("observers",)),
+    **dict.fromkeys(("R12", "R14", "R17"), ("training",)),
 }
 
 
@@ -80,8 +80,9 @@ def ledger(
     """
     found = {}
     for name, judge in zip(reference["claims"], JUDGES, strict=True):
-        is_open = name in NEEDS and not measured[NEEDS[name]]
-        found[name] = Found(OPEN, NEEDS[name]) if is_open else judge(measured, checks, reference)
+        needs = NEEDS.get(name, ())
+        is_open = needs and not any(measured[stage] for stage in needs)
+        found[name] = Found(OPEN, needs[0]) if is_open else judge(measured, checks, reference)
     values = {"checks": checks, "reference": reference, "found": found, "is_small": is_small}
     text = fill_template("template_ledger.md", measured | values | {"notebooks": NOTEBOOKS}, root)
     _, *parts = re.split(r"^## (R\d+)$", text, flags=re.MULTILINE)
@@ -176,11 +177,11 @@ def _r6(measured: dict, checks: dict, reference: dict) -> Found:
     costs = checks["rounding"]
     otherwise = CONDITION if is_small(costs["best_ptq"]) else REFUTED
     verdict = decided(is_small(costs["no_clamp"]), no=otherwise)
-    return Found(verdict, "claims", "checks.rounding", "05_rules")
+    return Found(verdict, "claims", "checks.rounding", "11_rules" if measured["parts"] else "05_rules")
 
 
 def _r7(measured: dict, checks: dict, reference: dict) -> Found:
-    study, ptq = measured["observers"], measured["ptq"]
+    study, ptq = measured["parts"] or measured["observers"], measured["ptq"]
     if not study:
         verdict = UNDECIDED if ptq["n_weights_clamped"] > ptq["n_weights"] / 2 else CONFIRMED
         return Found(verdict, "ptq", "n_weights_clamped", "02_exponents")
@@ -188,7 +189,8 @@ def _r7(measured: dict, checks: dict, reference: dict) -> Found:
         verdict = decided(is_small(checks["rounding"]["reference"]), yes=CONDITION)
     else:
         verdict = CONDITION if study["share_channels_below"] > 0.5 else CONFIRMED
-    return Found(verdict, "observers", "n_tensors_below", "05_error")
+    shown = ("parts", "n_tensors_below", "11_layers") if measured["parts"] else ()
+    return Found(verdict, *(shown or ("observers", "n_tensors_below", "05_error")))
 
 
 def _r8(measured: dict, checks: dict, reference: dict) -> Found:
@@ -265,6 +267,8 @@ def _r17(measured: dict, checks: dict, reference: dict) -> Found:
 
 
 def _r18(measured: dict, checks: dict, reference: dict) -> Found:
+    if not measured["mixed"]:
+        return _r18_of_resnet50(measured) if checks["arch"] == "resnet50" else Found(OPEN, "mixed")
     extremes = scheme_extremes(measured["mixed"]["architectures"], checks["arch"])
     suffering = {
         network: best for network, (worst, best) in extremes.items() if worst["acc_drop_pp_low"] > MUCH_PP
@@ -280,6 +284,15 @@ def _r18(measured: dict, checks: dict, reference: dict) -> Found:
         verdict = REFUTED if are_unharmed else UNDECIDED
     facts = {"extremes": extremes, "suffering": suffering, "beyond_repair": beyond_repair}
     return Found(verdict, "mixed", "architectures", facts=facts)
+
+
+def _r18_of_resnet50(measured: dict) -> Found:
+    """Return what one half of the claim comes to: whether ResNet-50 tolerates quantization."""
+    drops = measured["compare"]["paired"]["ptq"], measured["compare"]["recommended"]
+    suffers = [row["acc_drop_pp_low"] > MUCH_PP for row in drops]
+    tolerates = [row["acc_drop_pp_high"] < MUCH_PP for row in drops]
+    verdict = REFUTED if all(suffers) else CONDITION if any(suffers) and any(tolerates) else UNDECIDED
+    return Found(verdict, "compare", "recommended", "04_accuracy")
 
 
 def _r19(measured: dict, checks: dict, reference: dict) -> Found:

@@ -31,6 +31,7 @@ def context(name: str, root: Path = ROOT) -> dict:
         **metrics,
         **(_mixed(metrics["mixed"], profile.arch) if "mixed" in metrics else {}),
         **_scales(folder, root),
+        "trained": read_json(folder / "fp32" / "training.json"),
         "profile": profile,
         "reference": read_json(root / "report" / "template_reference.json"),
         "reference_profile": reference,

@@ -48,8 +48,7 @@ class Results:
 def _ledger(results: Results) -> dict:
     """Return the ledger, from the metrics of the other stages and what notebook 08 measured itself."""
     measured = {stage: results.stages.get(stage) for stage in NOTEBOOKS if stage != "claims"}
-    schemes = measured["observers"]["verdict"] if measured["observers"] else []
-    rounding = statistics.rounding_costs(results.folder, schemes)
+    rounding = statistics.rounding_costs(results.folder, measured)
     checks = results.stages["claims"]["checks"] | {"rounding": rounding}
     reference = read_json(results.root / "report" / "template_reference.json")
     rows = ledger(measured, checks, reference, results.root)
@@ -74,6 +73,7 @@ STATISTICS = {
     "training": [statistics.training],
     "engines": [tables.summarize_answers, tables.summarize_speeds],
     "robustness": [_robustness],
+    "parts": [statistics.parts],
 }
 
 

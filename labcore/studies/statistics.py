@@ -165,13 +165,24 @@ def observers(folder: Path, metrics: dict) -> dict:
     }
 
 
-def rounding_costs(folder: Path, names: Iterable[str]) -> dict[str, dict]:
+def parts(folder: Path, metrics: dict) -> dict:
+    """Return how the networks of notebook 11's verdict do on the test images."""
+    return {"verdict": _beside_fp32(folder, "parts", metrics["verdict"])}
+
+
+def rounding_costs(folder: Path, measured: dict[str, dict | None]) -> dict[str, dict]:
     """Return what rounding a scale costs, and clamping its exponent: schemes of PEERS against their peers.
 
+    They are those of notebook 11's verdict, or else of notebook 05's; empty without either.
+
     Args:
-        names: of notebook 05's verdict.
+        measured: the metrics of these stages, "parts" and "observers".
     """
-    logits, labels = load_networks(folder, "observers", names), load_logits(folder / "fp32" / "logits.npz")[1]
+    stage = next((name for name in ("parts", "observers") if measured.get(name)), None)
+    if not stage:
+        return {}
+    logits = load_networks(folder, stage, measured[stage]["verdict"])
+    labels = load_logits(folder / "fp32" / "logits.npz")[1]
     pairs = [(peer, name) for peer, name in PEERS if name in logits]
     return {name: stats.compare_paired(logits[peer], logits[name], labels) for peer, name in pairs}
 

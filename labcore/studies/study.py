@@ -36,7 +36,7 @@ from labcore.training.device import multiplies_bfloat16
 # What decides the result of a cell.
 MODULES = ("data", "model", "observer", "qconfig", "quantize", "evaluate", "stats")
 MODULES += ("images.transforms", "quantizers.learned", "quantizers.least_error")
-MODULES += tuple(f"studies.{name}" for name in ("errors", "kernels", "mixed", "refine", "study"))
+MODULES += tuple(f"studies.{name}" for name in ("errors", "kernels", "mixed", "parts", "refine", "study"))
 
 
 @dataclass(frozen=True)
@@ -71,18 +71,24 @@ def run_cells(cells: dict[str, Cell], folder: Path, base: dict, description: str
 class Study:
     """The experiments of one stage of a run, on the FP32 network that the run trained.
 
-    `images`: judge on so many of the validation images, evenly spaced; None takes all.
+    `images`: judge on so many of the validation images, evenly spaced; None takes all. `draw`: calibrate on
+    other training images, as many, drawn by this seed.
     """
 
-    def __init__(self, run: Run, stage: str, images: int | None = None):
+    def __init__(self, run: Run, stage: str, images: int | None = None, draw: int | None = None):
         self.run, self.stage = run, stage
         self.data, self.split = run.data, run.split
+        if draw is not None:
+            count, rng = len(self.split.calibration), np.random.default_rng([run.seed, draw])
+            drawn = np.sort(rng.choice(self.split.train, count, replace=False))
+            self.split = replace(self.split, calibration=drawn)
         self.model = load_float(run.path("fp32", "weights.pt"), run.model())
         judges = self.split.validation
         if images and images < len(judges):
             judges = judges[np.linspace(0, len(judges) - 1, images).round().astype(int)]
         self.images, self.labels = self.data.train_images[judges], self.data.train_labels[judges]
         self._calibrated: dict[Scheme, nn.Module] = {}
+        self._answers: dict[tuple[Scheme, Scheme], np.ndarray] = {}
         self.base = {
             "weights": state_hash(self.model.state_dict()),
             "images": [self.data.sha256, self.split.sha256, len(judges), run.seed],
@@ -180,11 +186,17 @@ class Study:
         """Make a cell: the network that `build` gives, judged on validation images."""
         return Cell(key, lambda: self.judge(self.logits(build())))
 
+    def _answered(self, weight: Scheme, activation: Scheme) -> np.ndarray:
+        """Return the logits after PTQ on the validation images, computed once."""
+        if (weight, activation) not in self._answers:
+            self._answers[weight, activation] = self.logits(self.quantized(weight, activation))
+        return self._answers[weight, activation]
+
     def ptq(self, weight: Scheme, activation: Scheme) -> Cell:
         """Make a cell: PTQ, judged, and how many scales the clamp changed."""
 
         def compute() -> dict:
-            judged = self.judge(self.logits(self.quantized(weight, activation)))
+            judged = self.judge(self._answered(weight, activation))
             return judged | count_clamped(self.prepared(weight, activation))
 
         return Cell(_key("ptq", weight, activation), compute)
@@ -208,6 +220,15 @@ class Study:
             return paired_error(self.reference, self.logits(apart), self.logits(fused))
 
         return Cell(_key("fusing", weight, activation), compute)
+
+    def against(self, first: tuple[Scheme, Scheme], second: tuple[Scheme, Scheme]) -> Cell:
+        """Make a cell: PTQ by the second schemes judged, and its logits' error against that of the first."""
+
+        def compute() -> dict:
+            logits = [self._answered(*schemes) for schemes in (first, second)]
+            return self.judge(logits[1]) | paired_error(self.reference, *logits)
+
+        return Cell(_key("against", *first, *second), compute)
 
     def qat(self, weight: Scheme, activation: Scheme, mode: str, recipe: Recipe) -> Cell:
         """Make a cell: QAT, judged (see `after_qat`)."""

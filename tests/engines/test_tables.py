@@ -87,9 +87,9 @@ def test_agreement_counts_answers_and_bits():
 
 def test_answers_come_back_as_they_were_saved(tmp_path):
     logits = {EAGER: np.float32([[1, 2]]), OURS: np.float32([[3, 4]])}
-    tables.save_answers(tmp_path / "answers.npz", logits, np.array([1]))
-    found, labels = tables.load_answers(tmp_path / "answers.npz")
-    assert list(found) == list(logits) and labels.tolist() == [1]
+    tables.save_answers(tmp_path / "answers.npz", logits, np.array([1]), np.array([7]))
+    found, labels, chosen = tables.load_answers(tmp_path / "answers.npz")
+    assert list(found) == list(logits) and (labels.tolist(), chosen.tolist()) == ([1], [7])
     assert all(np.array_equal(found[title], logits[title]) for title in logits)
     (tmp_path / "answers.npz").write_bytes(b"none")
     with pytest.raises(LabError, match="run notebook 09 again"):

@@ -34,7 +34,7 @@ def test_bad_options_are_one_line_and_a_status(arguments, message, capsys):
 @pytest.mark.parametrize(
     ("variables", "status", "message"),
     [
-        (["PROFIL=smoke"], 2, "unknown variable PROFIL: known are PROFILE DATA SEED SET STUDIES"),
+        (["PROFIL=smoke"], 2, "unknown variable PROFIL: known are PROFILE DATA SEED SET WEIGHTS STUDIES"),
         (["SET=fp32.epochs=2 width=16", "DATA=a path/with 'quotes'", "PROFILE=smoke"], 0, ""),
     ],
 )

@@ -12,10 +12,14 @@ import numpy as np
 import onnxruntime
 import pandas as pd
 import pytest
+import torch
 from project import NOTEBOOKS, STUDIES, Project, was_run
 
+from labcore.config import PROFILES, override
+from labcore.files.tensors import load_tensors
 from labcore.lab.pipeline import train_seconds
 from labcore.lab.stale import STAGES
+from labcore.run import Run
 
 pytestmark = pytest.mark.slow
 
@@ -85,8 +89,8 @@ def test_an_engine_needs_nothing_but_the_file_to_give_the_examples_logits(built,
 
 
 def test_without_studies_the_report_says_how_to_run_them(built):
-    assert built.page().count("make studies PROFILE=smoke") == 6
-    assert "ResNet-50, has not been trained here" in built.page()
+    assert built.page().count("make studies PROFILE=smoke") == 7
+    assert "is in the report of profile `resnet50`" in built.page()
     reasons = built.state().status()
     assert {why for name, why in reasons.items() if why} == {"never finished (make studies)"}
     assert sum(map(bool, reasons.values())) == len(STUDIES)
@@ -262,6 +266,65 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_weights(project):
     assert history.exists() and not stamp.exists()
     kill_when(stamp)
     assert (project.root / "runs/smoke/fp32/weights.pt").read_bytes() == weights
+
+
+def test_weights_trained_before_stand_for_the_training_and_the_report_says_so(built, tmp_path):
+    project = built.copy(tmp_path / "lab")
+    results, kept = project.hashes("runs/smoke/ptq", "runs/smoke/qat"), built.root / "runs/smoke/fp32"
+    shutil.rmtree(project.root / "runs/smoke/fp32")
+    result = project.run("report", "--weights", str(kept))
+    assert result.returncode == 0, result.stderr
+    assert "training will take" not in result.stdout and "02_ptq: up to date" in result.stdout
+    page, folder = project.page(), project.root / "runs/smoke/fp32"
+    assert page.count("The FP32 weights were trained before, not in this run.") == 1
+    assert page.count("**The FP32 weights were not trained in this run**") == 1
+    assert not list(folder.glob("checkpoint*")) and project.verify() == []
+    for name in ("weights.pt", "history.csv", "training.json", "logits.npz", "metrics.json"):
+        assert (folder / name).read_bytes() == (kept / name).read_bytes()
+    assert project.hashes("runs/smoke/ptq", "runs/smoke/qat") == results
+    assert project.run("report", "--weights", str(kept)).stdout.startswith("01_fp32_train: up to date")
+    assert project.stale()["fp32"] == "changed: WEIGHTS"
+    assert project.stale(weights=str(kept)) == {}
+    result = project.run("report", "--weights", str(kept), "--seed", "1")
+    assert result.returncode == 1 and "another one (seed is 0 there" in " ".join(result.stderr.split())
+
+
+def test_kept_networks_serve_a_report_and_notebooks_where_nothing_was_run(built, tmp_path):
+    project = built.copy(tmp_path / "lab")
+    kept = project.run("keep").stdout.split()[1::2]
+    names = ("history.csv", "ptq.pt", "qat.pt", "training.json", "weights.pt")
+    assert kept == [f"report/smoke/weights/{name}" for name in names]
+    before = project.hashes("runs/smoke/fp32", "runs/smoke/ptq", "runs/smoke/qat")
+    shutil.rmtree(project.root / "runs/smoke")
+    assert "notebooks use the networks in weights of the report (commit " in project.run("restore").stdout
+    after = project.hashes("runs/smoke/fp32", "runs/smoke/ptq", "runs/smoke/qat")
+    assert set(before) - set(after) <= {
+        name for name in before if "checkpoint" in name or name.endswith(".pt")
+    }
+    assert all(after[name] == before[name] for name in after)
+    assert {"runs/smoke/fp32/weights.pt", "runs/smoke/ptq/int8.pt", "runs/smoke/qat/int8.pt"} <= after.keys()
+    assert project.run("restore").stdout == "", "what was run, or restored, stays"
+    assert project.state().reuses_weights is False
+    assert project.state(weights="committed").inputs(STAGES[0])["WEIGHTS"]
+    assert project.run("clean").returncode == 0
+    assert sorted(path.name for path in (project.root / "report/smoke").iterdir()) == ["weights"]
+
+
+def test_a_training_that_starts_from_weights_needs_them(project, built):
+    result = project.run("report", "--set", "fp32.init=weights")
+    assert result.returncode == 1 and "give WEIGHTS= as well" in result.stderr
+    run = Run(
+        override(PROFILES["smoke"], {"fp32.init": "weights"}),
+        None,
+        0,
+        project.root,
+        str(built.root / "runs/smoke/fp32"),
+    )
+    started = run.fresh_model().state_dict()
+    weights = load_tensors(built.root / "runs/smoke/fp32/weights.pt")
+    assert (
+        all(torch.equal(started[name], value) for name, value in weights.items()) and not run.reuses_weights
+    )
 
 
 def test_two_runs_of_one_profile_do_not_meet(project):

@@ -129,7 +129,10 @@ def test_a_change_is_named_and_what_waits_for_it_is_stale_too(project):
     [
         ("labcore/quantize.py", lambda text: text.replace('"""', '"""Indeed: ', 1)),
         ("labcore/train.py", lambda text: "# a comment\n" + text),
-        ("labcore/config.py", lambda text: re.sub(r'(name="full",.*?epochs=)', r"\g<1>1", text, flags=re.S)),
+        (
+            "labcore/config.py",
+            lambda text: re.sub(r"(_resnet50_recipe = Recipe\(epochs=)30", r"\g<1>31", text),
+        ),
     ],
 )
 def test_explanations_and_other_profiles_make_nothing_stale(project, name, change):

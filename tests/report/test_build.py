@@ -50,7 +50,7 @@ def test_an_unknown_name_is_refused(name):
         source_of("__init__", name)
 
 
-@pytest.mark.parametrize("profile", ["cpu", "cpu-long"])
+@pytest.mark.parametrize("profile", ["cpu", "resnet50"])
 def test_figures_and_headings_of_the_committed_reports_stand_alone(profile):
     text = (ROOT / "report" / profile / "report.md").read_text(encoding="utf-8")
     text = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)

@@ -98,6 +98,7 @@ MEASURED = {
     "training": TRAINING,
     "engines": None,
     "robustness": None,
+    "parts": None,
 }
 RESNET50 = {"fp32_mb": 94.4, "int8_mb": 24.1, "n_dropout": 0, "calibration_seconds": 6.0, "n_calibration": 64}
 CHECKS = {"arch": "resnet9", "n_calibration": 1024, "device": "a processor", "resnet50": RESNET50}

@@ -32,7 +32,7 @@ def test_a_tolerance_is_relative():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("profile", ["cpu", "cpu-long"])
+@pytest.mark.parametrize("profile", ["cpu", "resnet50"])
 def test_the_committed_report_follows_from_its_results(profile):
     assert verify(profile) == []
 

@@ -38,7 +38,7 @@ def test_schemes_are_held_against_their_peers_and_not_against_fp32(tmp_path):
         save_logits(tmp_path / f"{name}.npz", answers, labels)
     expected = {"no_clamp": 5.0, "input_up": 2.0, "best_ptq": -1.0, "reference": 5.0}
     for schemes in (set(right), set(right) - {"input_up"}):
-        costs = statistics.rounding_costs(tmp_path, schemes)
+        costs = statistics.rounding_costs(tmp_path, {"parts": None, "observers": {"verdict": schemes}})
         drops = {name: round(cost["acc_drop_pp"], 9) for name, cost in costs.items()}
         assert drops == {name: points for name, points in expected.items() if name in schemes}
         found = statistics.observers(tmp_path, {"verdict": schemes})

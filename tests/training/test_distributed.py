@@ -18,13 +18,13 @@ from small import counted_updates, network, newest_checkpoint, spoil_weights, st
 from torch.distributed.launcher import api
 
 from labcore import LabError, train
-from labcore.config import PROFILES, Augment, Recipe, get_profile, override
+from labcore.config import PROFILES, Augment, Recipe, override
 from labcore.files.artifacts import ROOT
 from labcore.files.tensors import load_tensors, save_tensors, state_hash
 from labcore.images.transforms import augment, mix
 from labcore.lab.__main__ import main
 from labcore.lab.launch import BUILD
-from labcore.lab.parallel import _one_per_gpu, cpu_notes, pack, train_stage, unpack
+from labcore.lab.parallel import _one_per_gpu, gpu_note, pack, train_stage, unpack
 from labcore.qconfig import CustomQConfig
 from labcore.quantize import prepare_qat
 from labcore.run import Run
@@ -326,8 +326,5 @@ def test_a_wrong_command_is_refused_before_anything_starts(capsys, monkeypatch):
     assert main(["train", "--profile", "smok"]) == 1 and "did you mean 'smoke'?" in capsys.readouterr().err
 
 
-def test_a_training_that_wants_a_gpu_says_so_on_a_cpu(tmp_path):
-    none = tmp_path / "none"
-    assert cpu_notes(get_profile("cpu"), none) == cpu_notes(get_profile("full", width=8), none) == []
-    assert "takes days on a CPU" in cpu_notes(get_profile("full"), none)[0]
-    assert "cannot use" in cpu_notes(get_profile("cpu"), tmp_path)[0]
+def test_a_gpu_that_torch_cannot_use_is_named(tmp_path):
+    assert gpu_note(tmp_path / "none") == "" and "cannot use" in gpu_note(tmp_path)

@@ -1,0 +1,74 @@
+"""How long training will take on this processor, from a trial of a few seconds."""
+
+import contextlib
+import io
+import time
+from collections.abc import Collection
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+import numpy as np
+import torch
+
+from labcore.config import Recipe
+from labcore.lab.stale import State
+from labcore.qconfig import CustomQConfig
+from labcore.quantize import prepare_qat
+from labcore.run import Run
+from labcore.train import Loop, score, training_identity, update
+from labcore.training.checkpoint import Checkpoints
+
+
+def estimate(state: State, stages: Collection[str]) -> str:
+    """Return in a line how long the training of these stages will take; empty where a GPU does it."""
+    if torch.cuda.is_available() or not stages:
+        return ""
+    run = Run(state.profile, state.source, state.seed, state.root, state.weights)
+    # In a process of its own, whose memory goes back to the system.
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        seconds = {stage: pool.submit(seconds_of, run, stage).result() for stage in stages}
+    parts = ", ".join(f"{stage.upper()} {_duration(value)}" for stage, value in seconds.items())
+    return f"training will take about {_duration(sum(seconds.values()))} on this processor ({parts})"
+
+
+def seconds_of(run: Run, stage: str) -> float:
+    """Return how long the epochs that are left of a training will take, scoring included."""
+    recipe: Recipe = getattr(run.profile, stage)
+    model, epochs = run.model(), recipe.epochs
+    if stage == "qat":
+        model = prepare_qat(model, CustomQConfig.POWER2.qat)
+    else:
+        identity = training_identity(recipe, run.data, run.split, run.seed, run.fresh_model())
+        with contextlib.redirect_stdout(io.StringIO()):
+            saved = Checkpoints(run.path(stage), identity).load()
+        epochs -= len(saved["rows"]) if saved else 0
+    model = model.to(memory_format=torch.channels_last).train()
+    loop, rng = Loop(model, recipe, len(run.split.train)), np.random.default_rng(0)
+    batch = run.split.train[: recipe.batch_size]
+    images, labels = (torch.from_numpy(a[batch]) for a in (run.data.train_images, run.data.train_labels))
+    small = max(1, round(recipe.small_size * images.shape[-1]))
+    n_small = min(epochs, max(0, int(np.ceil(recipe.small_share * recipe.epochs)) - (recipe.epochs - epochs)))
+    steps = {0: epochs - n_small, small: n_small}
+    seconds = {
+        side: _seconds(lambda side=side: update(loop, images, labels, rng, side))
+        for side, count in steps.items()
+        if count
+    }
+    judged = min(len(run.split.validation), recipe.epoch_images or len(run.split.train))
+    scoring = _seconds(lambda: score(model, images, labels, run.profile.eval_batch_size))
+    training = sum(loop.steps * steps[side] * each for side, each in seconds.items())
+    return training + epochs * scoring * 2 * judged / len(batch)
+
+
+def _seconds(call) -> float:
+    """Return how long a call takes after one that does not count."""
+    call()
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
