@@ -153,6 +153,7 @@ class Profile:
     eval_batch_size: Count = 64  # images at a time where nothing trains; small ones stay in a CPU's caches
     latency_rounds: Annotated[int, "[3, inf)"] = 20
     latency_runs: Count = 10
+    study_images: CountOrZero = 0  # that judge what is only compared, where all would take long; 0 takes all
     study_seeds: Annotated[int, "[2, 100]"] = 3
     verdict_seeds: Annotated[int, "[2, 100]"] = 5  # where a verdict rests on differences between trainings
     studies: tuple[str, ...] = ()  # that belong to its report: make report runs them too
@@ -222,10 +223,10 @@ _smoke = replace(_few, name="smoke", data="digits", image_size=16, width=8, fp32
 _resnet50_crops = Augment(padding_mode="reflect", cutout=8)
 _resnet50_recipe = Recipe(epochs=30, batch_size=128, lr=0.15, warmup=0.15, weight_decay=5e-4)
 _resnet50_fp32 = replace(_resnet50_recipe, small_share=0.666, small_size=0.5, augment=_resnet50_crops)
-_resnet50_qat = replace(_cpu_qat, epochs=4, epoch_images=2_560, batch_size=64, freeze_at=0.5)
+_resnet50_qat = replace(_cpu_qat, epochs=4, epoch_images=1_280, batch_size=64, freeze_at=0.5)
 _large = replace(_cpu, arch="resnet50", width=64)
-_few_calls = {"latency_rounds": 5, "latency_runs": 3, "studies": ("engines", "parts")}
-_resnet50 = replace(_large, name="resnet50", fp32=_resnet50_fp32, qat=_resnet50_qat, **_few_calls)
+_less = {"latency_rounds": 5, "latency_runs": 3, "study_images": 2_000, "studies": ("engines", "parts")}
+_resnet50 = replace(_large, name="resnet50", fp32=_resnet50_fp32, qat=_resnet50_qat, **_less)
 
 # The reference's own hyperparameters, to the letter (its 300 epochs end in the middle of the third cycle).
 _colours = Augment(brightness=0.3, contrast=0.3, saturation=0.3, hue=0.1, erasing_prob=0.6)

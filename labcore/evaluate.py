@@ -19,7 +19,7 @@ def predict(
     model.eval()
     device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
     if device.type == "cpu":
-        batch_size = min(batch_size, 64)  # more fall out of its caches
+        batch_size = min(batch_size, 32)  # more fall out of its caches
     logits = []
     no_tf32 = torch.backends.cudnn.flags(True, allow_tf32=False)  # float32 on a GPU too
     with progress(len(images), description, unit="image") as bar, no_tf32:

@@ -144,6 +144,20 @@ def calibrate(prepared: nn.Module, batches: Sequence[Tensor]) -> nn.Module:
     return prepared
 
 
+def recalibrate(calibrated: nn.Module, model: nn.Module, qconfig: QConfig) -> nn.Module:
+    """Prepare `model` for PTQ by another configuration, with the ranges that `calibrated` has seen.
+
+    Both must observe alike, in mode and range, and may differ in how scales and zero points follow. Then it
+    equals a calibration with the same images, which takes as long as the network takes for them.
+    """
+    prepared = prepare_ptq(model, qconfig)
+    prepared.load_state_dict(calibrated.state_dict())
+    for module in prepared.modules():
+        if isinstance(module, FakeQuantizeBase):
+            module.scale, module.zero_point = module.calculate_qparams()
+    return prepared
+
+
 def _refuse_not_finite(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     if not torch.isfinite(inputs[0]).all():
         raise LabError(f"{name} met NaN or infinity in calibration: the weights are damaged; train again.")

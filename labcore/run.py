@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from labcore import LabError
 from labcore.config import NOTEBOOKS, Profile, check_seed, get_profile, parse_overrides
-from labcore.data import ImageData, Split, load_data, make_split
+from labcore.data import ImageData, Split, evenly_spaced, load_data, make_split
 from labcore.files.artifacts import ROOT, atomic_path, read_json, weights_folder, write_json, write_npz
 from labcore.files.provenance import provenance
 from labcore.files.tensors import load_weights
@@ -92,6 +92,10 @@ class Run:
         """Replace first weights as the recipe's `init` says, by 500 to 999 evenly spaced images, or all."""
         spaced = self.split.train[:: max(1, len(self.split.train) // 500)]
         initialize(model, init, torch.from_numpy(self.data.train_images[spaced]))
+
+    def judges(self, indices: np.ndarray) -> np.ndarray:
+        """Return those of the images that judge what is only compared: all, or the profile's study_images."""
+        return evenly_spaced(indices, self.profile.study_images or len(indices))
 
     def save_figure(self, figure: Figure, name: str) -> Image:
         """Write figures/P/NAME.png with the data set named at its foot; return that picture for display."""

@@ -20,6 +20,7 @@ from labcore.quantize import (
     layers,
     prepare_ptq,
     prepare_qat,
+    recalibrate,
     simulate,
 )
 from labcore.studies.errors import inspect_qparams, qparams
@@ -45,6 +46,26 @@ def calibrated(batches):
         return calibrate(prepare_ptq(model or network(width=8), qconfig, **options), batches)
 
     return build
+
+
+@pytest.mark.parametrize("mode", ["ptq", "simulated"])
+@pytest.mark.parametrize("range_", ["minmax", "moving_average", "percentile"])
+@pytest.mark.parametrize(
+    "changes",
+    [{"rule": "ceil"}, {"rule": "none", "zero_point": "affine"}, {"zero_point": "unsigned"}, {"bits": 4}],
+)
+def test_ranges_that_were_seen_once_serve_every_scheme_that_observes_alike(mode, range_, changes, batches):
+    before = Scheme(range=range_, max_shift_amount=8)
+    after = make_qconfig(Scheme(), Scheme(**{"range": range_} | changes), mode)
+    seen = calibrate(prepare_ptq(network(), make_qconfig(REFERENCE, before, mode)), batches)
+    kept = snapshot(seen)
+    again, anew = recalibrate(seen, network(), after), calibrate(prepare_ptq(network(), after), batches)
+    expected = anew.state_dict()
+    assert expected.keys() == again.state_dict().keys() and unchanged(seen, kept)
+    assert all(torch.equal(value, expected[name]) for name, value in again.state_dict().items())
+    one, other = (simulate(each) if mode == "simulated" else convert(each) for each in (again, anew))
+    with torch.no_grad():
+        assert torch.equal(one(batches[0]), other(batches[0]))
 
 
 @pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)

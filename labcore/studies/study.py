@@ -24,7 +24,7 @@ from labcore.files.progress import progress
 from labcore.files.provenance import versions
 from labcore.files.tensors import state_hash
 from labcore.qconfig import CustomQConfig, Scheme, has_vnni, make_qconfig
-from labcore.quantize import calibrate, convert, layers, prepare_ptq, prepare_qat, simulate
+from labcore.quantize import calibrate, convert, layers, prepare_ptq, prepare_qat, recalibrate, simulate
 from labcore.run import Run
 from labcore.stats import paired_error, summarize_paired
 from labcore.studies.errors import count_clamped
@@ -71,23 +71,18 @@ def run_cells(cells: dict[str, Cell], folder: Path, base: dict, description: str
 class Study:
     """The experiments of one stage of a run, on the FP32 network that the run trained.
 
-    `images`: judge on so many of the validation images, evenly spaced; None takes all. `draw`: calibrate on
-    other training images, as many, drawn by this seed.
+    `images`: judge on so many of the validation images, evenly spaced; None takes all.
     """
 
-    def __init__(self, run: Run, stage: str, images: int | None = None, draw: int | None = None):
+    def __init__(self, run: Run, stage: str, images: int | None = None):
         self.run, self.stage = run, stage
         self.data, self.split = run.data, run.split
-        if draw is not None:
-            count, rng = len(self.split.calibration), np.random.default_rng([run.seed, draw])
-            drawn = np.sort(rng.choice(self.split.train, count, replace=False))
-            self.split = replace(self.split, calibration=drawn)
         self.model = load_float(run.path("fp32", "weights.pt"), run.model())
         judges = self.split.validation
         if images and images < len(judges):
             judges = judges[np.linspace(0, len(judges) - 1, images).round().astype(int)]
         self.images, self.labels = self.data.train_images[judges], self.data.train_labels[judges]
-        self._calibrated: dict[Scheme, nn.Module] = {}
+        self._calibrated: dict[Scheme | str, nn.Module] = {}
         self._answers: dict[tuple[Scheme, Scheme], np.ndarray] = {}
         self.base = {
             "weights": state_hash(self.model.state_dict()),
@@ -95,6 +90,15 @@ class Study:
             "code": [modules_hash(*MODULES), versions()["torch"]],
             "numbers": [has_vnni(), multiplies_bfloat16()],
         }
+
+    def redrawn(self, draw: int) -> "Study":
+        """Return the study with other images for calibration: as many training images, drawn by a seed."""
+        other, rng = copy.copy(self), np.random.default_rng([self.run.seed, draw])
+        drawn = np.sort(rng.choice(self.split.train, len(self.split.calibration), replace=False))
+        other.split, other._calibrated, other._answers = replace(self.split, calibration=drawn), {}, {}
+        other.base = self.base | {"calibration": other.split.sha256}
+        other.__dict__.pop("batches", None)
+        return other
 
     @cached_property
     def reference(self) -> np.ndarray:
@@ -135,12 +139,12 @@ class Study:
         qconfig = make_qconfig(weight, activation, "simulated")
         if model is not None or options:
             return calibrate(prepare_ptq(model or self.model, qconfig, **options), self.batches)
-        if activation not in self._calibrated:  # it runs in float, so that one serves all weights
-            self._calibrated[activation] = calibrate(prepare_ptq(self.model, qconfig), self.batches)
-        network = copy.deepcopy(self._calibrated[activation])
-        for layer in layers(network).values():
-            layer.qconfig = qconfig
-        return network
+        # It runs in float, so that one serves all weights, and all activations that are observed alike.
+        is_own = activation.rule == "least_error" or activation.range == "histogram"
+        alike = activation if is_own else activation.range
+        if alike not in self._calibrated:
+            self._calibrated[alike] = calibrate(prepare_ptq(self.model, qconfig), self.batches)
+        return recalibrate(self._calibrated[alike], self.model, qconfig)
 
     def allocated(self, bits: dict[str, int], weight: Scheme, activation: Scheme) -> nn.Module:
         """Calibrate for PTQ in simulation, these layers' weights with bits of their own."""

@@ -40,6 +40,20 @@ def study(run) -> Study:
     return Study(run, "observers")
 
 
+def test_other_images_calibrate_and_the_same_ones_judge(study, tiny_split):
+    assert study.reference is study.redrawn(1).reference, "computed once"
+    other, again = study.redrawn(1), study.redrawn(1)
+    drawn = other.split.calibration
+    assert set(drawn) <= set(tiny_split.train) and len(set(drawn)) == len(tiny_split.calibration)
+    assert not np.array_equal(drawn, tiny_split.calibration) and np.array_equal(
+        drawn, again.split.calibration
+    )
+    assert other.base == again.base != study.base and study.split is tiny_split
+    ranges = [one.prepared(Scheme(), Scheme()).state_dict() for one in (study, other)]
+    assert any(not torch.equal(ranges[0][name], value) for name, value in ranges[1].items())
+    assert len(other.batches[0]) == len(study.batches[0])
+
+
 def test_a_grid_has_every_combination_once():
     schemes = grid(Scheme(), bits=(8, 4), rule=("round", "ceil", "floor"))
     expected = itertools.product((8, 4), ("round", "ceil", "floor"))
