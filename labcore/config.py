@@ -29,7 +29,7 @@ NOTEBOOKS = {
     "parts": "11_parts",
     "claims": "08_claims",  # made last, from all the others
 }
-# Those that `make studies` runs, and `make report` only reports.
+# Those that `make studies` runs. `make report` only reports them, but for a profile's own `studies`.
 STUDIES = ("observers", "mixed", "training", "engines", "robustness", "parts")
 
 
@@ -150,17 +150,28 @@ class Profile:
     data: str | None = None
     validation_fraction: Annotated[float, "(0, 1)"] = 0.1
     calibration_images: Count = 1024
-    eval_batch_size: Count = 64  # images at a time where nothing trains; small ones stay in a CPU's caches
+    eval_batch_size: Count = 32  # images at a time where nothing trains; small ones stay in a CPU's caches
     latency_rounds: Annotated[int, "[3, inf)"] = 20
     latency_runs: Count = 10
-    study_images: CountOrZero = 0  # that judge what is only compared, where all would take long; 0 takes all
+    compared_images: CountOrZero = 0  # that judge what is only compared, where all take long; 0 takes all
     study_seeds: Annotated[int, "[2, 100]"] = 3
     verdict_seeds: Annotated[int, "[2, 100]"] = 5  # where a verdict rests on differences between trainings
     studies: tuple[str, ...] = ()  # that belong to its report: make report runs them too
     processes: Annotated[int, "[0, 1024]"] = 0  # that train together; 0 is one for every GPU, or one on a CPU
 
+    def reuses(self, weights: str | None) -> bool:
+        """Return whether WEIGHTS= stands for the FP32 training, instead of being what it starts from.
+
+        Raises LabError where the recipe starts from weights and none are named.
+        """
+        if self.fp32.init == "weights" and not weights:
+            raise LabError("fp32.init=weights starts from weights trained before: give WEIGHTS= as well.")
+        return bool(weights) and self.fp32.init != "weights"
+
     def __post_init__(self):
         _check_types(self)
+        for name in self.studies:
+            _check("studies", self.studies, name in STUDIES, f"some of {', '.join(STUDIES)}")
         if self.arch in ("resnet18", "resnet34"):
             # oneDNN's gradient of 1x1 convolutions with a stride writes past its memory (torch 2.15, AVX2).
             _check("width", self.width, self.width >= 8, f"at least 8 channels for {self.arch}")
@@ -179,7 +190,11 @@ def _convert(name: str, value, current):
         return value
     if isinstance(value, str):
         with contextlib.suppress(ValueError):  # what stays text is refused below
-            value = tuple(map(float, value.strip("()").split(","))) if kind is tuple else kind(value)
+            if kind is tuple:
+                parts = [part.strip() for part in value.strip("()").split(",") if part.strip()]
+                value = tuple(map(type(current[0]), parts)) if current else tuple(parts)
+            else:
+                value = kind(value)
     _check(name, value, isinstance(value, (int, float) if kind is float else kind), kind.__name__)
     return value
 
@@ -225,8 +240,13 @@ _resnet50_recipe = Recipe(epochs=30, batch_size=128, lr=0.15, warmup=0.15, weigh
 _resnet50_fp32 = replace(_resnet50_recipe, small_share=0.666, small_size=0.5, augment=_resnet50_crops)
 _resnet50_qat = replace(_cpu_qat, epochs=4, epoch_images=1_280, batch_size=64, freeze_at=0.5)
 _large = replace(_cpu, arch="resnet50", width=64)
-_less = {"latency_rounds": 5, "latency_runs": 3, "study_images": 2_000, "studies": ("engines", "parts")}
-_resnet50 = replace(_large, name="resnet50", fp32=_resnet50_fp32, qat=_resnet50_qat, **_less)
+_for_a_cpu = {
+    "latency_rounds": 5,
+    "latency_runs": 3,
+    "compared_images": 2_000,
+    "studies": ("engines", "parts"),
+}
+_resnet50 = replace(_large, name="resnet50", fp32=_resnet50_fp32, qat=_resnet50_qat, **_for_a_cpu)
 
 # The reference's own hyperparameters, to the letter (its 300 epochs end in the middle of the third cycle).
 _colours = Augment(brightness=0.3, contrast=0.3, saturation=0.3, hue=0.1, erasing_prob=0.6)

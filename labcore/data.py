@@ -45,8 +45,17 @@ class Split:
     @property
     def sha256(self) -> str:
         """Return a hash of the three parts, in hex."""
-        parts = (np.array([len(part), *part], dtype=np.int64) for part in vars(self).values())
-        return hashlib.sha256(b"".join(parts)).hexdigest()
+        return _hash(self.train, self.validation, self.calibration)
+
+    @property
+    def training_sha256(self) -> str:
+        """Return a hash of the parts that decide a training: without the calibration images."""
+        return _hash(self.train, self.validation)
+
+
+def _hash(*parts: np.ndarray) -> str:
+    """Return the SHA-256 of index arrays and their lengths, in hex."""
+    return hashlib.sha256(b"".join(np.array([len(p), *p], dtype=np.int64) for p in parts)).hexdigest()
 
 
 def evenly_spaced(indices: np.ndarray, count: int) -> np.ndarray:

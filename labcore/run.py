@@ -12,13 +12,10 @@ from matplotlib.figure import Figure
 from labcore import LabError
 from labcore.config import NOTEBOOKS, Profile, check_seed, get_profile, parse_overrides
 from labcore.data import ImageData, Split, evenly_spaced, load_data, make_split
-from labcore.files.artifacts import ROOT, atomic_path, read_json, weights_folder, write_json, write_npz
+from labcore.files.artifacts import ROOT, atomic_path, read_json, write_json, write_npz
 from labcore.files.provenance import provenance
-from labcore.files.tensors import load_weights
 from labcore.model import QuantizableResNet, build_model
-from labcore.train import training_identity
 from labcore.training.device import multiplies_bfloat16
-from labcore.training.earlier import Earlier, read_earlier
 from labcore.training.first_weights import initialize
 
 
@@ -65,28 +62,10 @@ class Run:
         return build_model(self.profile.arch, len(self.data.classes), self.profile.width, self.profile.stem)
 
     def fresh_model(self) -> QuantizableResNet:
-        """Return the network as its FP32 training starts, with the first weights of the recipe.
-
-        Raises LabError where these are weights trained before, and they are not there or of other images.
-        """
+        """Return the network as its FP32 training starts, with the first weights of the recipe."""
         model = self.model()
-        if self.profile.fp32.init == "weights":
-            load_weights(model, self.earlier(model, ("data", "split")).weights, "WEIGHTS")
-        else:
-            self.initialize(model, self.profile.fp32.init)
+        self.initialize(model, self.profile.fp32.init)
         return model
-
-    @property
-    def reuses_weights(self) -> bool:
-        """Whether WEIGHTS= stands for the FP32 training, instead of being what it starts from."""
-        return self.weights is not None and self.profile.fp32.init != "weights"
-
-    def earlier(self, model: QuantizableResNet, same: tuple[str, ...]) -> Earlier:
-        """Return the training that WEIGHTS= names; LabError as in `weights_folder` and `read_earlier`."""
-        if self.weights is None:
-            raise LabError("fp32.init=weights starts from weights trained before: give WEIGHTS= as well.")
-        identity = training_identity(self.profile.fp32, self.data, self.split, self.seed, model)
-        return read_earlier(weights_folder(self.weights, self.profile.name, self.root), identity, same)
 
     def initialize(self, model: QuantizableResNet, init: str) -> None:
         """Replace first weights as the recipe's `init` says, by 500 to 999 evenly spaced images, or all."""
@@ -94,8 +73,8 @@ class Run:
         initialize(model, init, torch.from_numpy(self.data.train_images[spaced]))
 
     def judges(self, indices: np.ndarray) -> np.ndarray:
-        """Return those of the images that judge what is only compared: all, or the profile's study_images."""
-        return evenly_spaced(indices, self.profile.study_images or len(indices))
+        """Return the images that judge what is only compared: all, or compared_images of them."""
+        return evenly_spaced(indices, self.profile.compared_images or len(indices))
 
     def save_figure(self, figure: Figure, name: str) -> Image:
         """Write figures/P/NAME.png with the data set named at its foot; return that picture for display."""
@@ -116,11 +95,12 @@ class Run:
                 "split_sha256": self.split.sha256,
             },
             "profile": self.profile.name,
-            "weights": self.weights,
             "seed": self.seed,
             "training_numbers": "bfloat16" if multiplies_bfloat16() else "float32",
         }
         write_json(self.path(stage, "metrics.json"), metrics)
+        if stage == "fp32":
+            facts["weights"] = self.weights
         write_json(self.path(stage, "provenance.json"), provenance() | facts)
         return metrics
 

@@ -5,6 +5,7 @@ and ends with the same weights as one never killed; on a CPU with as many thread
 """
 
 import copy
+import datetime
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -25,7 +26,7 @@ from labcore.data import ImageData, Split, evenly_spaced
 from labcore.files.artifacts import sha256_json, write_text
 from labcore.files.code import modules_hash
 from labcore.files.progress import progress
-from labcore.files.provenance import versions
+from labcore.files.provenance import provenance, versions
 from labcore.files.tensors import state_hash
 from labcore.images.transforms import augment, mix, normalize
 from labcore.training.checkpoint import Checkpoints, differences
@@ -217,7 +218,7 @@ def training_identity(recipe: Recipe, data: ImageData, split: Split, seed: int, 
     return {
         "recipe": asdict(recipe),
         "data": data.sha256[:16],
-        "split": split.sha256[:16],
+        "split": split.training_sha256[:16],
         "seed": seed,
         "first weights": state_hash(model.state_dict())[:16],
         "network": sha256_json(str(model))[:16],
@@ -240,13 +241,17 @@ def finished(
 class Result:
     """The network in eval mode with the weights of the best epoch, and one row of history per epoch.
 
-    The best is that of the best validation accuracy, in QAT among the epochs that ended frozen.
+    The best is that of the best validation accuracy, in QAT among the epochs that ended frozen. Each epoch
+    was judged on `n_judges` validation images, and on as many training images. `made` says on which day the
+    training finished, and has its provenance; it is that of the run that trained, not of one that loads.
     """
 
     model: nn.Module
     history: pd.DataFrame
     best_epoch: int
     state: dict[str, Tensor]
+    n_judges: int
+    made: dict
 
 
 def fit(
@@ -282,10 +287,11 @@ def fit(
     arrays = data.train_images, data.train_labels, split.train, *judging
     images, labels, train, validation, clean = (torch.from_numpy(array).to(device()) for array in arrays)
     loop, checkpoints = Loop(model, recipe, len(train)), Checkpoints(folder, identity)
-    rows, best = [], None
+    rows, best, made = [], None, None
     if state := from_first(checkpoints.load):
         loop.load(state)
-        rows, best, loop.saved_epoch = state["rows"], state["best"], len(state["rows"])
+        rows, best, made = state["rows"], state["best"], state["made"]
+        loop.saved_epoch = len(rows)
     with progress(recipe.epochs * loop.steps, description, "batch", disable=loop.world.rank > 0) as bar:
         bar.update(len(rows) * loop.steps)
         for epoch in range(len(rows), recipe.epochs):
@@ -322,14 +328,24 @@ def fit(
             bar.set_postfix_str(f"epoch {epoch + 1}/{recipe.epochs} val {val_acc:.2%}")
             # from_first: where the first process cannot write, all say so instead of waiting for it.
             from_first(partial(_write_history, folder, rows))
-            if from_first(checkpoints.due) or epoch + 1 == recipe.epochs:
-                from_first(partial(checkpoints.save, loop.state() | {"rows": rows, "best": best}))
+            if epoch + 1 == recipe.epochs:
+                made = made_now(loop.model)
+            if made or from_first(checkpoints.due):
+                state = loop.state() | {"rows": rows, "best": best, "made": made}
+                from_first(partial(checkpoints.save, state))
                 loop.saved_epoch = epoch + 1
     from_first(partial(_write_history, folder, rows))  # another training's may lie there
     model.load_state_dict(best["model"])
     if is_fake_quantized(model):
         freeze(model)  # what follows only scores it
-    return Result(model.eval(), pd.DataFrame(rows), best["epoch"], best["model"])
+    return Result(model.eval(), pd.DataFrame(rows), best["epoch"], best["model"], len(validation), made)
+
+
+def made_now(model: nn.Module) -> dict:
+    """Return the day on which a training finished, and where: finished, provenance."""
+    numbers = str(autocast_dtype(model)).removeprefix("torch.")
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    return {"finished": today, "provenance": provenance() | {"training_numbers": numbers}}
 
 
 def _write_history(folder: Path, rows: list[dict]) -> None:

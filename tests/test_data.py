@@ -10,7 +10,7 @@ import torch
 from trees import pixels, raising, small_tree, write
 
 from labcore import LabError
-from labcore.data import Split, calibration_batches, load_data, make_split
+from labcore.data import Split, calibration_batches, evenly_spaced, load_data, make_split
 from labcore.images.transforms import normalize
 from labcore.run import open_run
 
@@ -134,3 +134,11 @@ def test_calibration_without_images_or_with_those_that_judge_is_refused(tiny_dat
     data = replace(tiny_data, test_images=tiny_data.train_images[tiny_split.calibration])
     with pytest.raises(LabError, match="16 of 16 calibration images are test images"):
         calibration_batches(data, tiny_split)
+
+
+def test_evenly_spaced_reaches_all_classes_of_sorted_images():
+    labels = np.repeat(np.arange(10), 1000)  # as some archives are ordered
+    chosen = evenly_spaced(np.arange(10_000), 1_000)
+    assert np.array_equal(np.bincount(labels[chosen]), np.full(10, 100))
+    assert chosen[0] == 0 and chosen[-1] == 9999 and len(set(chosen)) == 1000
+    assert np.array_equal(evenly_spaced(np.arange(7), 1_000), np.arange(7))

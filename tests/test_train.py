@@ -265,6 +265,31 @@ def test_the_best_epoch_is_chosen_by_validation_alone(fit, monkeypatch):
     assert fit().best_epoch == 2
 
 
+@pytest.mark.parametrize(("freeze_at", "best"), [(0.5, 4), (1.0, 1)])
+def test_qat_prefers_the_best_of_the_epochs_that_ended_frozen(fit, monkeypatch, freeze_at, best):
+    accuracies = iter([0.9, 0, 0.8, 0, 0.6, 0, 0.7, 0])  # validation, clean training, …
+    monkeypatch.setattr(train, "score", lambda *args: (1.0, next(accuracies)))
+    result = fit(recipe=replace(RECIPE, epochs=4, freeze_at=freeze_at), model=fake_quantized())
+    assert result.best_epoch == best
+
+
+@pytest.mark.parametrize(("epoch_images", "judges"), [(0, 32), (16, 16), (48, 32)])
+def test_an_epoch_of_few_images_is_judged_on_as_many(fit, monkeypatch, epoch_images, judges):
+    counts, score = [], train.score
+    monkeypatch.setattr(
+        train, "score", lambda model, x, *args: counts.append(len(x)) or score(model, x, *args)
+    )
+    result = fit(recipe=replace(RECIPE, epochs=1, epoch_images=epoch_images))
+    assert counts == [judges, judges] and result.n_judges == judges
+
+
+def test_who_trained_is_told_by_the_checkpoint_and_not_by_who_loads_it(fit, monkeypatch):
+    made = fit("a").made
+    assert made["provenance"]["training_numbers"] in ("float32", "bfloat16") and len(made["finished"]) == 10
+    monkeypatch.setattr(train, "made_now", lambda model: pytest.fail("nothing was trained"))
+    assert fit("a").made == made
+
+
 @pytest.mark.parametrize(
     ("number", "spoil", "expected", "saved"),
     [

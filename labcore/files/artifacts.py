@@ -98,13 +98,14 @@ def weights_folder(weights: str, profile: str, root: Path = ROOT) -> Path:
 
     Raises LabError where the files of a training are not in it.
     """
-    if weights == "committed":
-        weights = f"report/{profile}/weights"
-    for folder in (Path(weights).expanduser(), root / weights):
+    committed, path = root / "report" / profile / "weights", Path(os.path.expanduser(weights))
+    for folder in [committed] if weights == "committed" else [path, root / path]:
         if all((folder / name).is_file() for name in WEIGHTS_FILES):
             return folder.resolve()
-    files = ", ".join(WEIGHTS_FILES)
-    raise LabError(f"WEIGHTS: {weights} is no folder with {files}; correct it, or leave it out and train.")
+    there = ", ".join(sorted(path.parts[-2] for path in root.glob("report/*/weights"))) or "no profile"
+    names = f"{', '.join(WEIGHTS_FILES[:-1])} and {WEIGHTS_FILES[-1]}"
+    told = f"report/{profile}/weights" if weights == "committed" else weights
+    raise LabError(f"WEIGHTS: {told} must hold {names}; {there} has committed ones; correct it, or train.")
 
 
 def save_logits(path: Path, logits: np.ndarray, labels: np.ndarray) -> None:

@@ -5,12 +5,14 @@ import io
 import time
 from collections.abc import Collection
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 
 import numpy as np
 import torch
 
 from labcore.config import Recipe
+from labcore.lab.parallel import first_model
 from labcore.lab.stale import State
 from labcore.qconfig import CustomQConfig
 from labcore.quantize import prepare_qat
@@ -20,28 +22,36 @@ from labcore.training.checkpoint import Checkpoints
 
 
 def estimate(state: State, stages: Collection[str]) -> str:
-    """Return in a line how long the training of these stages will take; empty where a GPU does it."""
-    if torch.cuda.is_available() or not stages:
+    """Return in words how long the training of these stages will take; empty where this cannot be told.
+
+    That is on GPUs, with several processes, where the trial fails, and where training is only loaded.
+    """
+    if torch.cuda.is_available() or state.profile.processes > 1:
         return ""
     run = Run(state.profile, state.source, state.seed, state.root, state.weights)
     # In a process of its own, whose memory goes back to the system.
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool, contextlib.suppress(BrokenProcessPool):
         seconds = {stage: pool.submit(seconds_of, run, stage).result() for stage in stages}
-    parts = ", ".join(f"{stage.upper()} {_duration(value)}" for stage, value in seconds.items())
-    return f"training will take about {_duration(sum(seconds.values()))} on this processor ({parts})"
+        seconds = {stage: value for stage, value in seconds.items() if value}
+        if seconds:
+            parts = ", ".join(f"{stage.upper()} {_duration(value)}" for stage, value in seconds.items())
+            return f"training will take about {_duration(sum(seconds.values()))} on this processor ({parts})"
+    return ""
 
 
 def seconds_of(run: Run, stage: str) -> float:
-    """Return how long the epochs that are left of a training will take, scoring included."""
+    """Return how long a training will take, scoring included: of FP32 the epochs that are left."""
     recipe: Recipe = getattr(run.profile, stage)
     model, epochs = run.model(), recipe.epochs
     if stage == "qat":
         model = prepare_qat(model, CustomQConfig.POWER2.qat)
     else:
-        identity = training_identity(recipe, run.data, run.split, run.seed, run.fresh_model())
+        identity = training_identity(recipe, run.data, run.split, run.seed, first_model(run))
         with contextlib.redirect_stdout(io.StringIO()):
             saved = Checkpoints(run.path(stage), identity).load()
         epochs -= len(saved["rows"]) if saved else 0
+    if not epochs:
+        return 0.0
     model = model.to(memory_format=torch.channels_last).train()
     loop, rng = Loop(model, recipe, len(run.split.train)), np.random.default_rng(0)
     batch = run.split.train[: recipe.batch_size]

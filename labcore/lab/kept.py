@@ -7,10 +7,11 @@ import shutil
 from pathlib import Path
 
 from labcore import LabError
-from labcore.files.artifacts import RECORD, WEIGHTS_FILES, atomic_path, read_json
+from labcore.files.artifacts import RECORD, WEIGHTS_FILES, atomic_path, read_json, sha256_file
 from labcore.lab.stale import STAGES, State
 
 LARGEST_INT8 = 10_000_000  # bytes: larger files of int8 networks are not kept, since minutes make them again
+NETWORKS = [stage for stage in STAGES if stage.name in ("fp32", "ptq", "qat")]
 
 
 def folder_of(state: State) -> Path:
@@ -21,48 +22,71 @@ def folder_of(state: State) -> Path:
 def keep(state: State) -> list[Path]:
     """Copy the trained networks of a run to where they are kept: FP32's three files, small int8 files.
 
-    FP32 weights that are float16 numbers, all of them, are written as such. Returns what was written; raises
-    LabError where a stage has not run, or the weights are not those that the record describes.
+    FP32 weights that are float16 numbers, all of a tensor, are written as such. Returns what was written;
+    raises LabError where a stage is stale, and as `read_earlier` does, with what was kept before untouched.
     """
-    from labcore.files.tensors import halved, load_tensors, save_tensors
+    from labcore.files.tensors import halved, save_tensors
+    from labcore.training.earlier import read_earlier
 
+    for stage in NETWORKS:
+        if reason := state.stale(stage.name, state.inputs(stage)):
+            raise LabError(f"{stage.notebook} is stale ({reason}): run make report, with the same options.")
     folder, fp32 = folder_of(state), state.folder / "fp32"
-    weights = halved(load_tensors(fp32 / "weights.pt"))
-    save_tensors(folder / "weights.pt", weights)
-    for name in WEIGHTS_FILES[1:]:
-        _copy(fp32 / name, folder / name)
-    for stage in ("ptq", "qat"):
-        source = state.folder / stage / "int8.pt"
-        if source.stat().st_size <= LARGEST_INT8:
-            _copy(source, folder / f"{stage}.pt")
-    return sorted(folder.iterdir())
+    sources = {folder / name: fp32 / name for name in WEIGHTS_FILES[1:]}
+    sources |= {folder / f"{stage}.pt": state.folder / stage / "int8.pt" for stage in ("ptq", "qat")}
+    large = [target for target, path in sources.items() if path.stat().st_size > LARGEST_INT8]
+    weights = read_earlier(fp32, {}).weights
+    save_tensors(folder / "weights.pt", halved(weights))
+    for target, source in sources.items():
+        if target in large:
+            target.unlink(missing_ok=True)  # of another run
+        else:
+            _copy(source, target)
+    return [folder / "weights.pt", *(target for target in sources if target not in large)]
 
 
 def restore(state: State) -> str:
     """Give notebooks what they read, where nothing was run: kept networks, and the report's results.
 
     Returns what was done or why not, in a sentence; empty where the profile was run here, or keeps nothing.
+    Raises LabError for what is kept and damaged.
     """
+    from labcore.qconfig import has_vnni
+    from labcore.training.earlier import read_earlier
+
     folder, results = folder_of(state), state.report / "results"
-    if any((state.folder / stage.name).exists() for stage in STAGES) or not folder.is_dir():
+    if any((state.folder / stage.name).exists() for stage in STAGES) or not (folder / RECORD).exists():
         return ""
-    record = read_json(folder / RECORD)
-    if record["identity"]["data"] != state.images.sha256[:16]:
-        return f"The kept networks are of other images than {state.images.label}: run notebook 1 first."
-    for stage in (stage.name for stage in STAGES if (results / stage.name).is_dir()):
-        for path in (results / stage).iterdir():
-            _copy(path, state.folder / stage / path.name)
+    record, label = read_earlier(folder, {}).record, state.images[1]
+    metrics = {stage.name: read_json(results / stage.name / "metrics.json") for stage in NETWORKS}
+    if record["identity"].get("data") != state.images[0][:16]:
+        return f"The kept networks are of {record.get('images', 'other images')}, the images here are {label}: run notebook 1 first."
+    if record["weights_sha256"] != metrics["fp32"]["weights_sha256"]:
+        return f"The networks kept in {folder} are not those of the report beside them: run notebook 1 first."
+    stages = [stage.name for stage in STAGES if (results / stage.name).is_dir()]
+    if metrics["ptq"]["has_vnni"] != has_vnni():  # int8 activations have 8 bits with it, 7 without
+        stages = ["fp32"]
+    part = state.folder.with_name(f".{state.profile.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    for stage in stages:
+        shutil.copytree(results / stage, part / stage)
+        kept = folder / f"{stage}.pt"
+        if kept.exists() and sha256_file(kept) == metrics[stage]["int8_sha256"]:
+            _copy(kept, part / stage / "int8.pt")
     for name in WEIGHTS_FILES:
-        _copy(folder / name, state.folder / "fp32" / name)
-    for stage in ("ptq", "qat"):
-        if (folder / f"{stage}.pt").exists():
-            _copy(folder / f"{stage}.pt", state.folder / stage / "int8.pt")
-    made = f"commit {record['provenance']['commit']}, {record['finished']}"
-    return f"Nothing was run here yet: notebooks use the networks in {folder.name} of the report ({made})."
+        _copy(folder / name, part / "fp32" / name)
+    state.folder.mkdir(parents=True, exist_ok=True)
+    for stage in stages:
+        (part / stage).rename(state.folder / stage)
+    part.rmdir()
+    networks = ", ".join(name for name in stages if list((state.folder / name).glob("*.pt"))).upper()
+    return (
+        f"Nothing was run here yet, so notebooks of profile {state.profile.name} read the networks kept in "
+        f"{folder.relative_to(state.root)} ({networks}; commit {record['provenance']['commit']}). "
+        'To run notebook 1 without training, set WEIGHTS = "committed" in it.'
+    )
 
 
 def _copy(source: Path, target: Path) -> None:
-    if not source.exists():
-        raise LabError(f"{source} is missing: run the stage that writes it (make report runs all).")
     with atomic_path(target) as partial:
         shutil.copyfile(source, partial)

@@ -6,7 +6,7 @@ from torch import nn
 
 from labcore import LabError
 from labcore.engines.eager import load_float
-from labcore.lab.parallel import train_worker
+from labcore.lab.parallel import first_model, train_worker
 from labcore.qconfig import CustomQConfig
 from labcore.quantize import prepare_qat
 from labcore.run import Run
@@ -19,7 +19,7 @@ def qat_model(run: Run) -> nn.Module:
     return prepare_qat(model, CustomQConfig.POWER2.qat)
 
 
-BUILD = {"fp32": Run.fresh_model, "qat": qat_model}
+BUILD = {"fp32": first_model, "qat": qat_model}
 
 
 def train(run: Run, stage: str) -> None:

@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import pickle
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 
@@ -18,19 +18,24 @@ from labcore.files.artifacts import RECORD, atomic_path, weights_folder
 from labcore.files.tensors import load_weights
 from labcore.run import Run
 from labcore.train import Result, finished, fit, training_identity
+from labcore.training.device import device
 from labcore.training.distributed import World, first_on_machine, launch, process_group
-from labcore.training.earlier import HISTORY, write_record
+from labcore.training.earlier import HISTORY, Earlier, identity, read_earlier, write_record
 
 
 def train_stage(run: Run, stage: str, model: nn.Module) -> Result:
     """Train a stage from `model`, in as many processes as the profile says; load it where it is finished.
 
-    `stage` names the recipe and the folder. FP32 weights that WEIGHTS= names are taken instead. Raises
-    LabError as `fit`, `launch` and `Run.earlier` do.
+    `stage` names the recipe and the folder. FP32 weights that WEIGHTS= names are taken instead, or trained
+    on. Raises LabError as `fit`, `launch` and `earlier` do.
     """
-    if stage == "fp32" and run.reuses_weights:
+    start = None
+    if stage == "fp32" and run.profile.reuses(run.weights):
         return _trained_before(run, model)
     arguments = _arguments(run, stage)
+    if stage == "fp32" and run.weights:
+        start = earlier(run, ("data", "split"))
+        load_weights(model, start.weights, "WEIGHTS")
     if not finished(model, *arguments):
         if note := gpu_note():
             print(note)
@@ -45,24 +50,52 @@ def train_stage(run: Run, stage: str, model: nn.Module) -> Result:
                 )
     result = fit(model, *arguments, run.profile.eval_batch_size, stage.upper())
     if stage == "fp32":
-        start = run.weights and run.earlier(model, ()).record
-        identity = training_identity(*arguments[:-1], model)
-        write_record(run.path("fp32"), identity, result.state, result.best_epoch, start)
+        decided = training_identity(*arguments[:-1], model) | identity(*arguments[:-1])
+        best = result.state, result.best_epoch, result.made
+        write_record(run.path("fp32"), decided, run.data.label, *best, start and start.record)
     return result
+
+
+def earlier(run: Run, same: Collection[str]) -> Earlier:
+    """Return the training that WEIGHTS= names, which has these entries of the run's `identity`.
+
+    Raises LabError as `weights_folder` and `read_earlier` do, and where training would overwrite it.
+    """
+    folder = weights_folder(run.weights, run.profile.name, run.root)
+    if folder == run.path("fp32").resolve() and not run.profile.reuses(run.weights):
+        raise LabError(
+            f"WEIGHTS: {folder} is where this training writes; copy it elsewhere and name the copy."
+        )
+    expected = identity(run.profile.fp32, run.data, run.split, run.seed)
+    return read_earlier(folder, {name: expected[name] for name in same})
+
+
+def first_model(run: Run) -> nn.Module:
+    """Return the network as its FP32 training starts; LabError as `earlier`, or where none trains."""
+    if run.profile.reuses(run.weights):
+        raise LabError("WEIGHTS stands for this training: leave it out, or set fp32.init=weights.")
+    model = run.fresh_model()
+    if run.weights:
+        load_weights(model, earlier(run, ("data", "split")).weights, "WEIGHTS")
+    return model
 
 
 def _trained_before(run: Run, model: nn.Module) -> Result:
     """Return what WEIGHTS= names as if it had been trained here, and keep its history and record."""
-    earlier = run.earlier(model, ("recipe", "data", "split", "seed"))
-    folder, record = weights_folder(run.weights, run.profile.name, run.root), earlier.record
-    told = f"commit {record['provenance']['commit']}, {record['provenance']['cpu']}, {record['finished']}"
-    print(f"The weights were not trained here: they are those of {folder.name} ({told}).")
-    load_weights(model, earlier.weights, "WEIGHTS")
+    found = earlier(run, ("recipe", "data", "split", "seed"))
+    folder, record = weights_folder(run.weights, run.profile.name, run.root), found.record
+    made = record["provenance"]
+    told = f"commit {made['commit']}, {made['cpu']}, {record['finished']}"
+    print(f"The weights were not trained here: they are those in WEIGHTS={run.weights} ({told}).")
+    load_weights(model, found.weights, "WEIGHTS")
     run.path("fp32").mkdir(parents=True, exist_ok=True)
     for name in (HISTORY, RECORD):
-        with atomic_path(run.path("fp32", name)) as partial:
-            shutil.copyfile(folder / name, partial)
-    return Result(model.eval(), earlier.history, record["best_epoch"], earlier.weights)
+        with atomic_path(run.path("fp32", name)) as part:
+            shutil.copyfile(folder / name, part)
+    model = model.to(device(), memory_format=torch.channels_last).eval()
+    judges = min(len(run.split.validation), run.profile.fp32.epoch_images or len(run.split.train))
+    made = {name: record[name] for name in ("finished", "provenance")}
+    return Result(model, found.history, record["best_epoch"], found.weights, judges, made)
 
 
 def pack(model: nn.Module) -> bytes:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from labcore import LabError
 from labcore.config import STUDIES
-from labcore.files.artifacts import read_json, sha256_file, write_json
+from labcore.files.artifacts import RECORD, read_json, sha256_file, write_json
 from labcore.lab.kept import folder_of
 from labcore.lab.stale import STAGES, Stage, State
 
@@ -35,27 +35,31 @@ def run(state: State, studies: Collection[str] = ()) -> None:
 
 def _say_how_long(state: State) -> None:
     """Begin with how long training will take, where a stage that trains is stale."""
-    stages = [stage for stage in STAGES if stage.name == "qat" or stage.name == "fp32"]
-    stale = [stage.name for stage in stages if state.stale(stage.name, state.inputs(stage))]
-    if state.reuses_weights and "fp32" in stale:
-        stale.remove("fp32")
+    stale = [s.name for s in STAGES if s.name in ("fp32", "qat") and state.stale(s.name, state.inputs(s))]
+    if "fp32" in stale:  # what waits for it will be trained again
+        stale = ["qat"] if state.reuses_weights else ["fp32", "qat"]
     if not stale:
         return
     from labcore.lab.estimate import estimate
 
     if said := estimate(state, stale):
-        less = "PROFILE=smoke, WEIGHTS=committed or SET=fp32.epochs=… take less"
-        print(f"{said}; {less if 'fp32' in stale else 'measuring takes some minutes'}.", flush=True)
+        less = ["SET=fp32.epochs=…"] if "fp32" in stale else []
+        if less and (folder_of(state) / RECORD).exists():
+            less.insert(0, "WEIGHTS=committed")
+        if less and state.profile.name != "smoke":
+            less.insert(0, "PROFILE=smoke")
+        print(said + (f"; {' or '.join(less)} takes less" if less else "") + ".", flush=True)
 
 
 def clean(state: State) -> list[Path]:
     """Remove what this profile's runs wrote; the images' cache and kept weights stay. Return the folders."""
-    written = [folder for folder in (state.folder, state.figures, state.report) if folder.exists()]
+    folders, kept = (state.folder, state.figures, state.report), folder_of(state)
+    written = [folder for folder in folders if any(path != kept for path in folder.glob("*"))]
     with _lock(state):
         for path in [state.folder, state.figures, *state.report.glob("*")]:
             if path.is_file():
                 path.unlink()
-            elif path != folder_of(state):
+            elif path != kept:
                 shutil.rmtree(path, ignore_errors=True)
     shutil.rmtree(state.folder, ignore_errors=True)
     with contextlib.suppress(OSError):

@@ -123,23 +123,21 @@ class State:
         self.profile = get_profile(profile, **parse_overrides(overrides))
         self.source, self.seed, self.overrides = source or None, check_seed(seed), overrides or ""
         self.weights, self.root = weights or None, root
-        if self.profile.fp32.init == "weights" and not self.weights:
-            raise LabError("fp32.init=weights starts from weights trained before: give WEIGHTS= as well.")
+        self.reuses_weights = self.profile.reuses(self.weights)
+        if self.weights and self.weights != "committed":  # a notebook runs in `root`
+            folder = weights_folder(self.weights, profile, root)
+            self.weights = str(folder.relative_to(root) if folder.is_relative_to(root) else folder)
         self.folder, self.figures, self.report = (
             root / name / profile for name in ("runs", "figures", "report")
         )
 
-    @property
-    def reuses_weights(self) -> bool:
-        """Whether WEIGHTS= stands for the FP32 training, instead of being what it starts from."""
-        return self.weights is not None and self.profile.fp32.init != "weights"
-
     @cached_property
-    def images(self):
-        """The images (labcore.data.ImageData), read, downloaded or decoded where that has not been done."""
+    def images(self) -> tuple[str, str, str]:
+        """Hash, label and notice of the images; they are read, downloaded or decoded if need be."""
         from labcore.data import load_data
 
-        return load_data(self.source or self.profile.data, self.profile.image_size, root=self.root)
+        data = load_data(self.source or self.profile.data, self.profile.image_size, root=self.root)
+        return data.sha256, data.label, data.notice
 
     def inputs(self, stage: Stage) -> dict[str, str]:
         """Return what the stage depends on: the name a person knows it by -> hash."""
@@ -149,7 +147,7 @@ class State:
         parts |= _code_hashes(*code, name=name, root=self.root)
         parts |= {
             "the profile": sha256_json(asdict(self.profile)),
-            "the images": sha256_json([self.images.sha256, self.images.label, self.images.notice]),
+            "the images": sha256_json(list(self.images)),
             "SEED": str(self.seed),
             "versions of Python and packages": sha256_json(versions()),
         }
@@ -256,7 +254,7 @@ class State:
                 reason = f"waits for: {', '.join(upstream)}"
             if not reason and self.stamp(stage.name)["prose"] != self.prose(stage):
                 reason = "new prose (nothing will be run)"
-            elif reason and stage.name in STUDIES:
+            elif reason and stage.name in STUDIES and stage.name not in self.profile.studies:
                 reason += " (make studies)"
             elif reason:
                 doubtful.append(stage.name)

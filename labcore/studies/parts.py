@@ -38,7 +38,7 @@ def rules_apart() -> dict[tuple[str, str], tuple[Scheme, Scheme]]:
 
 
 class LayersOf:
-    """A network whose layers come from it or from a twin, which differs in its weights' scales alone."""
+    """A network whose layers come from it or from a twin, which differs in how its weights are rounded."""
 
     def __init__(self, network: nn.Module, twin: nn.Module, names: Collection[str]):
         self.network = network
@@ -59,4 +59,4 @@ def bits_left(inside: pd.DataFrame, clamp: int = 8) -> pd.DataFrame:
     """
     weights = inside[inside["tensor"] == "weight"].set_index("layer")
     wanted = weights["exponent"].astype(int)
-    return pd.DataFrame({"wanted": wanted, "bits": 8 - (-clamp - wanted).clip(lower=0)})
+    return pd.DataFrame({"wanted": wanted, "bits": (8 + (clamp + wanted).clip(upper=0)).clip(lower=0)})

@@ -26,11 +26,6 @@ IMAGES = 1_000  # test images that are corrupted, evenly spaced
 QUANTIZED = ("ptq", "qat")
 
 
-def evenly_spaced(count: int, wanted: int = IMAGES) -> np.ndarray:
-    """Return `wanted` of `count` positions, evenly spaced from the first to the last; at most all of them."""
-    return np.linspace(0, count - 1, min(wanted, count)).round().astype(int)
-
-
 def answers(
     study: Study, networks: dict[str, nn.Module], images: np.ndarray, corruptions: Iterable[str] = CORRUPTIONS
 ) -> pd.DataFrame:

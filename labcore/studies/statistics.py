@@ -18,9 +18,10 @@ from labcore.files.artifacts import load_logits, read_json
 
 STAGES = ("fp32", "ptq", "qat")
 PAIRS = {"ptq": ("fp32", "ptq"), "qat": ("fp32", "qat"), "ptq_qat": ("ptq", "qat")}
-# Schemes of notebook 05 that are held against each other, and not only against FP32.
+# Schemes of notebooks 05 and 11 that are held against each other, and not only against FP32.
 FINALISTS = (
     ("reference", "best_ptq"),
+    ("least_alone", "best_ptq"),
     ("no_clamp", "input_up"),
     ("float_best", "best_ptq"),
     ("torch_default", "best_ptq"),
@@ -147,14 +148,23 @@ def times(folder: Path, metrics: dict) -> dict:
 
 
 def observers(folder: Path, metrics: dict) -> dict:
-    """Return how the networks of notebook 05's verdict do on the test images, and the finalists.
+    """Return how the networks of notebook 05's verdict do on the test images, and the finalists."""
+    return _judged(folder, "observers", metrics["verdict"])
 
-    These are rows before, after, `compare_paired` and `paired_loss`, for FINALISTS that are in the verdict.
+
+def parts(folder: Path, metrics: dict) -> dict:
+    """Return how the networks of notebook 11's verdict do on the test images, and the finalists."""
+    return _judged(folder, "parts", metrics["verdict"])
+
+
+def _judged(folder: Path, stage: str, names: Iterable[str]) -> dict:
+    """Return networks of a stage beside FP32 (verdict), and beside each other (finalists).
+
+    These are rows before, after, `compare_paired` and `paired_loss`, for FINALISTS that are among them.
     """
-    logits = load_networks(folder, "observers", metrics["verdict"])
-    labels = load_logits(folder / "fp32" / "logits.npz")[1]
+    logits, labels = load_networks(folder, stage, names), load_logits(folder / "fp32" / "logits.npz")[1]
     return {
-        "verdict": _beside_fp32(folder, "observers", metrics["verdict"]),
+        "verdict": _beside_fp32(folder, stage, names),
         "finalists": [
             {"before": before, "after": after}
             | stats.compare_paired(logits[before], logits[after], labels)
@@ -163,11 +173,6 @@ def observers(folder: Path, metrics: dict) -> dict:
             if {before, after} <= logits.keys()
         ],
     }
-
-
-def parts(folder: Path, metrics: dict) -> dict:
-    """Return how the networks of notebook 11's verdict do on the test images."""
-    return {"verdict": _beside_fp32(folder, "parts", metrics["verdict"])}
 
 
 def rounding_costs(folder: Path, measured: dict[str, dict | None]) -> dict[str, dict]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from labcore import LabError, train
 from labcore.config import NOTEBOOKS, Recipe
-from labcore.data import calibration_batches
+from labcore.data import calibration_batches, evenly_spaced
 from labcore.engines.eager import load_float
 from labcore.evaluate import predict
 from labcore.files.artifacts import load_logits, read_json, save_logits, sha256_json, write_json
@@ -36,7 +36,7 @@ from labcore.training.device import multiplies_bfloat16
 # What decides the result of a cell.
 MODULES = ("data", "model", "observer", "qconfig", "quantize", "evaluate", "stats")
 MODULES += ("images.transforms", "quantizers.learned", "quantizers.least_error")
-MODULES += tuple(f"studies.{name}" for name in ("errors", "kernels", "mixed", "parts", "refine", "study"))
+MODULES += tuple(f"studies.{name}" for name in ("errors", "kernels", "mixed", "refine", "study"))
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,7 @@ class Study:
         self.data, self.split = run.data, run.split
         self.model = load_float(run.path("fp32", "weights.pt"), run.model())
         judges = self.split.validation
-        if images and images < len(judges):
-            judges = judges[np.linspace(0, len(judges) - 1, images).round().astype(int)]
+        judges = evenly_spaced(judges, images or len(judges))
         self.images, self.labels = self.data.train_images[judges], self.data.train_labels[judges]
         self._calibrated: dict[Scheme | str, nn.Module] = {}
         self._answers: dict[tuple[Scheme, Scheme], np.ndarray] = {}

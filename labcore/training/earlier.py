@@ -4,21 +4,27 @@ They lie in a folder with the history of their training and a record of it: what
 and when they were trained, and the hashes of both files. The fp32 stage leaves such a folder.
 """
 
-import datetime
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pandas as pd
 from torch import Tensor
 
 from labcore import LabError
+from labcore.config import Recipe
+from labcore.data import ImageData, Split
 from labcore.files.artifacts import RECORD, WEIGHTS_FILES, read_json, sha256_file, write_json
-from labcore.files.provenance import provenance
 from labcore.files.tensors import load_tensors, state_hash
 from labcore.training.checkpoint import differences
 
 WEIGHTS, HISTORY, _ = WEIGHTS_FILES
+COLUMNS = {"epoch", "lr", "train_loss", "train_acc", "train_clean_loss", "train_clean_acc", "val_loss"}
+COLUMNS |= {"val_acc", "train_seconds"}
+# What a record must hold, and of which type; of `made` (labcore.train.Result) what is shown.
+TYPES = {"identity": dict, "best_epoch": int, "weights_sha256": str, "history_sha256": str, "finished": str}
+TYPES |= {"provenance": dict}
+SHOWN = ("commit", "cpu", "device", "training_numbers")
 
 
 @dataclass(frozen=True)
@@ -30,59 +36,81 @@ class Earlier:
     record: dict
 
 
-def read_earlier(folder: Path, identity: dict, same: tuple[str, ...]) -> Earlier:
+def identity(recipe: Recipe, data: ImageData, split: Split, seed: int) -> dict:
+    """Return what must be the same of a training and of one that it stands for, as JSON values.
+
+    Images that only calibrate are no part of it.
+    """
+    hashes = {"data": data.sha256[:16], "split": split.training_sha256[:16]}
+    return json.loads(json.dumps({"recipe": asdict(recipe), "seed": seed} | hashes))
+
+
+def read_earlier(folder: Path, expected: dict) -> Earlier:
     """Read what an earlier training left, after checking it.
 
     Args:
-        identity: that of the training which it stands for, or which starts from it (`training_identity`).
-        same: the entries of the identity in which both must agree.
+        expected: what its `identity` must hold; a part of it where not all must be the same.
 
     Raises LabError for a missing or damaged file, for one that the record does not describe, and for a
     training that differs.
     """
     record = read_json(folder / RECORD)
-    try:
-        expected, hashes = record["identity"], (record["weights_sha256"], record["history_sha256"])
-        there = {name: expected[name] for name in same}
-    except (KeyError, TypeError) as error:
-        raise LabError(f"{folder / RECORD} is no record of a training ({error!r}); see WEIGHTS.") from None
-    here = json.loads(json.dumps({name: identity[name] for name in same}))
-    if unlike := differences(there, here):
+    _check_record(folder / RECORD, record)
+    there = {name: record["identity"].get(name, "missing") for name in expected}
+    if isinstance(there.get("recipe"), dict):
+        there["recipe"] = _with_defaults(there["recipe"])
+    if unlike := differences(there, expected):
         raise LabError(
-            f"WEIGHTS: the training in {folder} is another one ({'; '.join(unlike[:3])}); "
-            "give the same profile, images, SEED and SET, or leave WEIGHTS= out and train."
+            f"WEIGHTS: the training in {folder}, of {record.get('images', 'other images')}, is another one "
+            f"({'; '.join(unlike[:3])}); give the same profile, images, SEED and SET, or leave WEIGHTS= out."
         )
     weights = load_tensors(folder / WEIGHTS)
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
         raise LabError(f"{folder / WEIGHTS} holds no state dict; use a folder that the fp32 stage wrote.")
     weights = {name: v.float() if v.is_floating_point() else v for name, v in weights.items()}
-    for name, found, meant in zip(
-        (WEIGHTS, HISTORY), (state_hash(weights), sha256_file(folder / HISTORY)), hashes, strict=True
-    ):
-        if found != meant:
+    found = {WEIGHTS: state_hash(weights), HISTORY: sha256_file(folder / HISTORY)}
+    for name, digest in zip(found, (record["weights_sha256"], record["history_sha256"]), strict=True):
+        if found[name] != digest:
             raise LabError(
-                f"{folder / name} is not what {RECORD} describes: expected hash {meant[:12]}, found "
-                f"{found[:12]}; restore the folder, or leave WEIGHTS= out and train."
+                f"{folder / name} is not what {RECORD} describes: expected hash {digest[:12]}, found "
+                f"{found[name][:12]}; restore the folder, or leave WEIGHTS= out and train."
             )
-    return Earlier(weights, pd.read_csv(folder / HISTORY), record)
+    if bad := [name for name, value in weights.items() if not value.isfinite().all()]:
+        raise LabError(f"{folder / WEIGHTS} holds NaN or infinity in {bad[0]}; train again.")
+    history = pd.read_csv(folder / HISTORY)
+    if not (set(history.columns) >= COLUMNS and 1 <= record["best_epoch"] <= len(history)):
+        raise LabError(
+            f"{folder / HISTORY} must have a row per epoch, up to the best, {record['best_epoch']}, with "
+            f"columns {', '.join(sorted(COLUMNS))}; found {len(history)} rows of {', '.join(history)}."
+        )
+    return Earlier(weights, history, record)
+
+
+def _with_defaults(recipe: dict) -> dict:
+    """Return a recipe, as JSON values, with the defaults of fields that were added after it was written."""
+    defaults = json.loads(json.dumps(asdict(Recipe(epochs=1, batch_size=1, lr=1.0))))
+    return defaults | recipe | {"augment": defaults["augment"] | recipe.get("augment", {})}
+
+
+def _check_record(path: Path, record) -> None:
+    """Raise LabError where a value of the record is missing, or of another type."""
+    ok = isinstance(record, dict) and all(isinstance(record.get(name), kind) for name, kind in TYPES.items())
+    if not ok or not all(isinstance(record["provenance"].get(name), str) for name in SHOWN):
+        names = ", ".join([*TYPES, *(f"provenance.{name}" for name in SHOWN)])
+        raise LabError(f"{path} is no record of a training: it must hold {names}; restore it, or train.")
 
 
 def write_record(
-    folder: Path, identity: dict, weights: dict[str, Tensor], best_epoch: int, start: dict | None
+    folder: Path, decided: dict, images: str, weights: dict[str, Tensor], best_epoch: int, made: dict, start
 ) -> None:
-    """Write the record of a training whose history is in `folder`; one that is there already stays.
+    """Write the record of a training whose history is in `folder`.
 
-    `start` is the record of the training whose weights this one began with.
+    Args:
+        decided: its `identity`, and what else decided the weights.
+        images: what the images are called.
+        made: finished (the day) and provenance, as `labcore.train.fit` gives them.
+        start: the record of the training whose weights this one began with; None without one.
     """
-    facts = {
-        "identity": identity,
-        "best_epoch": best_epoch,
-        "weights_sha256": state_hash(weights),
-        "history_sha256": sha256_file(folder / HISTORY),
-        "started_from": start,
-    }
-    facts = json.loads(json.dumps(facts))
-    if (folder / RECORD).exists() and facts.items() <= read_json(folder / RECORD).items():
-        return  # the training was loaded, not repeated
-    finished = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
-    write_json(folder / RECORD, facts | {"provenance": provenance(), "finished": finished})
+    hashes = {"weights_sha256": state_hash(weights), "history_sha256": sha256_file(folder / HISTORY)}
+    facts = {"identity": decided, "images": images, "best_epoch": best_epoch, "started_from": start}
+    write_json(folder / RECORD, facts | hashes | made)

@@ -11,11 +11,12 @@ from labcore.images.transforms import normalize
 def initialize(model: nn.Module, init: str, images: Tensor) -> None:
     """Replace the first weights that torch drew, in place, with torch's global random generator.
 
-    "he" keeps them. "identity" makes the first filters of every convolution but the stem's the identity, as
-    many as it has inputs (Jordan, 2024, "94% on CIFAR-10 in 3.29 seconds on a single GPU", section 3.3).
-    "whitened" also gives the stem `whitening_filters` of `images`, uint8 (N, 3, H, W) (section 3.2 there).
+    "he" keeps them, and so does "weights", which labcore.lab.parallel loads. "identity" makes the first
+    filters of every convolution but the stem's the identity, as many as it has inputs (Jordan, 2024, "94% on
+    CIFAR-10 in 3.29 seconds on a single GPU", section 3.3). "whitened" also gives the stem
+    `whitening_filters` of `images`, uint8 (N, 3, H, W) (section 3.2 there).
     """
-    if init == "he":
+    if init in ("he", "weights"):
         return
     for module in model.modules():
         if isinstance(module, nn.Conv2d) and module is not model.conv1:

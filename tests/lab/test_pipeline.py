@@ -14,9 +14,13 @@ import pandas as pd
 import pytest
 import torch
 from project import NOTEBOOKS, STUDIES, Project, was_run
+from small import counted_updates, stop
 
+from labcore import LabError
 from labcore.config import PROFILES, override
+from labcore.files.artifacts import read_json
 from labcore.files.tensors import load_tensors
+from labcore.lab.parallel import first_model, train_stage
 from labcore.lab.pipeline import train_seconds
 from labcore.lab.stale import STAGES
 from labcore.run import Run
@@ -296,18 +300,44 @@ def test_kept_networks_serve_a_report_and_notebooks_where_nothing_was_run(built,
     assert kept == [f"report/smoke/weights/{name}" for name in names]
     before = project.hashes("runs/smoke/fp32", "runs/smoke/ptq", "runs/smoke/qat")
     shutil.rmtree(project.root / "runs/smoke")
-    assert "notebooks use the networks in weights of the report (commit " in project.run("restore").stdout
+    said = "read the networks kept in report/smoke/weights (FP32, PTQ, QAT; commit"
+    assert said in project.run("restore").stdout
     after = project.hashes("runs/smoke/fp32", "runs/smoke/ptq", "runs/smoke/qat")
-    assert set(before) - set(after) <= {
-        name for name in before if "checkpoint" in name or name.endswith(".pt")
-    }
-    assert all(after[name] == before[name] for name in after)
+    assert all("checkpoint" in name for name in set(before) - set(after))
+    assert all(after[name] == before[name] for name in after), "the same bytes, of networks too"
     assert {"runs/smoke/fp32/weights.pt", "runs/smoke/ptq/int8.pt", "runs/smoke/qat/int8.pt"} <= after.keys()
     assert project.run("restore").stdout == "", "what was run, or restored, stays"
     assert project.state().reuses_weights is False
     assert project.state(weights="committed").inputs(STAGES[0])["WEIGHTS"]
     assert project.run("clean").returncode == 0
     assert sorted(path.name for path in (project.root / "report/smoke").iterdir()) == ["weights"]
+
+
+def test_a_training_starts_from_weights_and_goes_on_where_it_was_stopped(built, tmp_path, monkeypatch):
+    """Those of another folder: its own would be overwritten."""
+    own, kept = tmp_path / "runs/smoke/fp32", built.root / "runs/smoke/fp32"
+    shutil.copytree(kept, own, ignore=shutil.ignore_patterns("checkpoint*"))
+    profile = override(
+        PROFILES["smoke"], {"fp32.init": "weights", "fp32.epochs": 2, "fp32.epoch_images": 128}
+    )
+
+    def run(weights) -> Run:
+        return Run(profile, None, 0, tmp_path, str(weights))
+
+    with pytest.raises(LabError, match="fp32 is where this training writes: name a copy of it"):
+        train_stage(run(own), "fp32", run(own).fresh_model())
+    calls = counted_updates(monkeypatch, at=3, then=stop)  # two updates make an epoch
+    with pytest.raises(KeyboardInterrupt):
+        train_stage(run(kept), "fp32", run(kept).fresh_model())
+    monkeypatch.undo()
+    result, before = (
+        train_stage(run(kept), "fp32", run(kept).fresh_model()),
+        load_tensors(kept / "weights.pt"),
+    )
+    assert len(calls) == 3 and len(result.history) == 2 and result.history["val_acc"].min() > 0.9
+    assert any(not torch.equal(value, before[name]) for name, value in result.state.items())
+    started = read_json(own / "training.json")["started_from"]
+    assert started == read_json(kept / "training.json") != read_json(own / "training.json")
 
 
 def test_a_training_that_starts_from_weights_needs_them(project, built):
@@ -320,11 +350,9 @@ def test_a_training_that_starts_from_weights_needs_them(project, built):
         project.root,
         str(built.root / "runs/smoke/fp32"),
     )
-    started = run.fresh_model().state_dict()
+    started = first_model(run).state_dict()
     weights = load_tensors(built.root / "runs/smoke/fp32/weights.pt")
-    assert (
-        all(torch.equal(started[name], value) for name, value in weights.items()) and not run.reuses_weights
-    )
+    assert all(torch.equal(started[name], value) for name, value in weights.items())
 
 
 def test_two_runs_of_one_profile_do_not_meet(project):

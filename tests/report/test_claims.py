@@ -74,6 +74,7 @@ FP32 = {"test": {"acc": 0.9, "acc_low": 0.89, "acc_high": 0.91}, "epochs": 15, "
 FP32 |= {"reference_last_lr": 0.044, "reference_lr_min": 1e-4}
 PTQ = {"n_weights": 9, "n_weights_clamped": 7, "n_activations": 12, "n_activations_clamped": 0}
 COMPARE = {"paired": {"ptq": drop(0.05), "qat": drop(0.0), "ptq_qat": drop(-0.05)}, "size_ratio": 3.97}
+COMPARE["recommended"] = drop(0.05)
 COMPARE |= {"latency": {"ptq": speed(1.8), "qat": speed(1.8)}, "ptq_to_float_scales": speed(0.95)}
 OBSERVERS = {"n_tensors": 9, "n_tensors_below": 7, "share_channels_below": 0.8, "n_channels": 600}
 OBSERVERS |= {"overflow": [overflow(8, 1.0), overflow(7, 0.0)], "has_vnni": True, "negative_inputs": 0.5}
@@ -103,6 +104,8 @@ MEASURED = {
 RESNET50 = {"fp32_mb": 94.4, "int8_mb": 24.1, "n_dropout": 0, "calibration_seconds": 6.0, "n_calibration": 64}
 CHECKS = {"arch": "resnet9", "n_calibration": 1024, "device": "a processor", "resnet50": RESNET50}
 CHECKS |= {"n_int8_additions": 2, "prefix": {"refused_as_it_is": True, "loads_stripped": True}}
+PARTS = {"n_tensors": 54, "n_tensors_below": 36, "share_channels_below": 0.9, "n_channels": 26570}
+RESNET50_DROPS = {"mixed": None, "compare.paired.ptq": drop(2.0)}
 CHECKS["rounding"] = {"no_clamp": drop(0.4), "best_ptq": drop(-0.2), "reference": drop(0.1)}
 
 
@@ -171,6 +174,10 @@ def test_a_claim_without_its_study_says_so(study, claims):
         ("R7", {"observers.n_tensors_below": 4, "observers.share_channels_below": 0.4}, {}, CONFIRMED),
         ("R7", {"observers": None}, {"rounding": {}}, UNDECIDED),
         ("R7", {"observers": None, "ptq.n_weights_clamped": 1}, {"rounding": {}}, CONFIRMED),
+        ("R6", {"parts": PARTS, "observers": None}, {}, CONDITION),
+        ("R7", {"parts": PARTS | {"n_tensors_below": 3}}, {}, CONDITION),
+        ("R7", {"parts": PARTS | {"n_tensors_below": 3, "share_channels_below": 0.4}}, {}, CONFIRMED),
+        ("R7", {"parts": PARTS, "observers": None}, {"rounding.reference": drop(0.4)}, REFUTED),
         ("R8", {"observers.overflow": [overflow(8, 0.0), overflow(7, 0.0)]}, {}, CONFIRMED),
         ("R9", {}, {"n_int8_additions": 0}, OPEN),
         ("R10", {"observers.fusing_speed": speed(1.02)}, {}, CONDITION),
@@ -193,6 +200,9 @@ def test_a_claim_without_its_study_says_so(study, claims):
         ("R17", {"training.trained_on": trained_on(-1.0, -0.17)}, {}, REFUTED),
         ("R17", {"training.trained_on": trained_on(-1.0, -0.15)}, {}, UNDECIDED),
         ("R17", {"training.trained_on": trained_on(-1.0, 0.17)}, {}, CONFIRMED),
+        ("R18", RESNET50_DROPS | {"compare.recommended": drop(0.2)}, {"arch": "resnet50"}, CONDITION),
+        ("R18", RESNET50_DROPS | {"compare.recommended": drop(3.0)}, {"arch": "resnet50"}, REFUTED),
+        ("R18", {"mixed": None}, {"arch": "resnet50"}, UNDECIDED),
         ("R18", {"mixed.architectures": mobile(0.1)}, {}, REFUTED),
         ("R18", {"mixed.architectures": mobile(1.1)}, {}, UNDECIDED),
         ("R18", {"mixed.architectures": mobile(5.0, 1.3)}, {}, CONFIRMED),
@@ -213,6 +223,15 @@ def test_a_verdict_follows_from_its_number(claim, changes, checks, verdict):
         ("R4", {}, {}, True, "1.91 and 1.84"),  # 18.276 / 9.563 and 18.276 / 9.933
         ("R6", {}, {}, False, "images rounded up"),
         ("R6", {}, {"rounding.input_up": drop(0.2)}, True, "images rounded up: +0.20 points"),
+        ("R7", {"parts": PARTS}, {}, True, "36 of 54 weight tensors"),
+        (
+            "R18",
+            RESNET50_DROPS | {"compare.recommended": drop(0.2)},
+            {"arch": "resnet50"},
+            True,
+            "depends on the scheme",
+        ),
+        ("R18", {"mixed": None}, {"arch": "resnet50"}, False, "depends on the scheme"),
         ("R11", {}, {}, True, "smaller batch itself changes by +2.50"),
         ("R20", {}, {}, True, "94 ms per image"),
         ("R20", {}, {}, True, "640 to 1,280 images"),

@@ -1,9 +1,17 @@
 """What counts as a difference, and that the committed reports pass. tests/lab changes digits in a report."""
 
+import json
+from dataclasses import asdict
+
 import pytest
 
 from labcore import LabError
+from labcore.config import PROFILES
+from labcore.files.artifacts import ROOT, read_json, sha256_file
+from labcore.files.tensors import load_weights
+from labcore.model import build_model
 from labcore.report.verify import differences, main, verify
+from labcore.training.earlier import read_earlier
 
 
 @pytest.mark.parametrize(
@@ -35,6 +43,23 @@ def test_a_tolerance_is_relative():
 @pytest.mark.parametrize("profile", ["cpu", "resnet50"])
 def test_the_committed_report_follows_from_its_results(profile):
     assert verify(profile) == []
+
+
+@pytest.mark.parametrize("profile", ["cpu", "resnet50"])
+def test_committed_networks_are_those_of_the_committed_report(profile):
+    results, kept = ROOT / "report" / profile / "results", ROOT / "report" / profile / "weights"
+    metrics = {stage: read_json(results / stage / "metrics.json") for stage in ("fp32", "ptq", "qat")}
+    record, data = read_json(kept / "training.json"), read_json(results / "fp32/provenance.json")["data"]
+    weights = read_earlier(kept, record["identity"], ()).weights  # checks the hashes
+    assert record["weights_sha256"] == metrics["fp32"]["weights_sha256"]
+    assert record["identity"]["recipe"] == json.loads(json.dumps(asdict(PROFILES[profile].fp32)))
+    assert data["sha256"].startswith(record["identity"]["data"])
+    assert data["split_sha256"].startswith(record["identity"]["split"])
+    assert (kept / "history.csv").read_bytes() == (results / "fp32/history.csv").read_bytes()
+    model = build_model(PROFILES[profile].arch, 10, PROFILES[profile].width)
+    load_weights(model, weights)
+    for stage in ("ptq", "qat") if profile == "cpu" else ():  # ResNet-50's are too large to be kept
+        assert sha256_file(kept / f"{stage}.pt") == metrics[stage]["int8_sha256"]
 
 
 @pytest.mark.parametrize(

@@ -35,10 +35,11 @@ def test_a_network_takes_some_layers_of_its_twin_and_gives_them_back(twins, batc
 
 
 def test_the_clamp_leaves_as_many_bits_fewer_as_the_exponent_lies_below_it():
-    rows = [("a", "weight", -13), ("b", "weight", -8), ("c", "weight", -7), ("a", "activation", -20)]
+    rows = [("a", "weight", -13), ("b", "weight", -8), ("c", "weight", -7), ("d", "weight", -23)]
+    rows += [("a", "activation", -20)]
     left = bits_left(pd.DataFrame(rows, columns=["layer", "tensor", "exponent"]))
-    assert left["bits"].to_dict() == {"a": 3, "b": 8, "c": 8}
-    assert left["wanted"].to_dict() == {"a": -13, "b": -8, "c": -7}
+    assert left["bits"].to_dict() == {"a": 3, "b": 8, "c": 8, "d": 0}
+    assert left["wanted"].to_dict() == {"a": -13, "b": -8, "c": -7, "d": -23}
 
 
 def test_each_rule_meets_itself_and_floats_and_nothing_twice():

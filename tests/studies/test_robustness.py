@@ -24,14 +24,6 @@ from labcore.studies.study import run_cells
 LABELS = np.array([0, 1, 2, 0])
 
 
-def test_evenly_spaced_reaches_all_classes_of_sorted_images():
-    labels = np.repeat(np.arange(10), 1000)  # as some archives are ordered
-    chosen = robustness.evenly_spaced(len(labels))
-    assert np.array_equal(np.bincount(labels[chosen]), np.full(10, 100))
-    assert chosen[0] == 0 and chosen[-1] == 9999 and len(set(chosen)) == 1000
-    assert np.array_equal(robustness.evenly_spaced(7), np.arange(7))
-
-
 @pytest.fixture
 def found() -> pd.DataFrame:
     """Answers of three networks on four images: clean, and two corruptions at five severities."""

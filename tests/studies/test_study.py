@@ -97,6 +97,28 @@ def test_one_calibration_serves_all_weights_and_allocations_of_bits(rule, study,
     assert len(study._calibrated) == 1 and not torch.equal(outputs[0], outputs[1])
 
 
+def test_schemes_that_observe_otherwise_do_not_share_a_calibration(study):
+    words = [
+        {"rule": "least_error"},
+        {"rule": "least_error", "zero_point": "unsigned"},
+        {"range": "histogram"},
+    ]
+    words += [{"range": "histogram", "bits": 4}, {"range": "percentile"}, {"range": "moving_average"}]
+    for activation in (
+        Scheme(),
+        *(Scheme(**each) for each in words),
+        Scheme(rule="ceil"),
+        Scheme(rule="none"),
+    ):
+        qconfig = make_qconfig(Scheme(), activation, "simulated")
+        fresh = calibrate(prepare_ptq(study.model, qconfig), study.batches)
+        shared = study.prepared(Scheme(), activation)
+        assert inspect_qparams(shared, study.batches).equals(inspect_qparams(fresh, study.batches)), (
+            activation
+        )
+    assert len(study._calibrated) == 7, "the nearest, the next and floats share one"
+
+
 def test_with_its_scale_rounded_up_nothing_of_the_images_is_clipped_and_all_else_stays(study, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)  # the simulation itself
     ceil = make_qconfig(Scheme(), Scheme(rule="ceil"), "simulated")

@@ -318,11 +318,13 @@ def test_as_many_gpus_are_used_as_can_share_a_batch(gpus, batch, mixup, expected
     assert (f"{expected} of {gpus} GPUs are used" in capsys.readouterr().out) == (0 < expected < gpus)
 
 
-def test_a_wrong_command_is_refused_before_anything_starts(capsys, monkeypatch):
+def test_a_wrong_command_is_refused_before_anything_starts(capsys, monkeypatch, tmp_path):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     assert main(["train", "--profile", "smoke"]) == 1
     assert "expected to be started by torchrun" in capsys.readouterr().err
     monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(LabError, match="WEIGHTS stands for this training: leave it out"):
+        BUILD["fp32"](Run(PROFILES["smoke"], None, 0, tmp_path, "committed"))
     assert main(["train", "--profile", "smok"]) == 1 and "did you mean 'smoke'?" in capsys.readouterr().err
 
 
