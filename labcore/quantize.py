@@ -29,7 +29,7 @@ def quietly(call, *args, **kwargs):
 
 def fuse(model: QuantizableResNet, is_qat: bool = False) -> QuantizableResNet:
     """Return a fused copy: BatchNorm folded away (eval mode), or kept trainable for QAT (train mode)."""
-    fused = copy.deepcopy(model).cpu()
+    fused = copy.deepcopy(model).cpu().train(is_qat)  # torch's functions for fusing ask for it
     fused.fuse_model(is_qat)
     return fused.train(is_qat)
 

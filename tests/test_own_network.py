@@ -228,7 +228,9 @@ def test_the_other_configurations_have_powers_of_two_and_the_first_a_clamp(page,
 @pytest.mark.parametrize("fused", [True, False])
 def test_the_labs_own_steps_give_the_same_network(page, fused):
     network = copy.deepcopy(page.float)
-    if not fused:
+    if fused:
+        network.train()  # either mode will do
+    else:
         network.fuse_model(is_qat=False)
     prepared = quantize.prepare_ptq(network, make_qconfig(*RECOMMENDED), fused=fused)
     assert torch.equal(

@@ -60,7 +60,8 @@ def restore(state: State) -> str:
     record, label = read_earlier(folder, {}).record, state.images[1]
     metrics = {stage.name: read_json(results / stage.name / "metrics.json") for stage in NETWORKS}
     if record["identity"].get("data") != state.images[0][:16]:
-        return f"The kept networks are of {record.get('images', 'other images')}, the images here are {label}: run notebook 1 first."
+        theirs = record.get("images", "others")
+        return f"The images here are {label}, those of the kept networks {theirs}: run notebook 1 first."
     if record["weights_sha256"] != metrics["fp32"]["weights_sha256"]:
         return f"The networks kept in {folder} are not those of the report beside them: run notebook 1 first."
     stages = [stage.name for stage in STAGES if (results / stage.name).is_dir()]

@@ -300,6 +300,14 @@ def test_kept_networks_serve_a_report_and_notebooks_where_nothing_was_run(built,
     assert kept == [f"report/smoke/weights/{name}" for name in names]
     before = project.hashes("runs/smoke/fp32", "runs/smoke/ptq", "runs/smoke/qat")
     shutil.rmtree(project.root / "runs/smoke")
+    record, text = project.root / "report/smoke/weights/training.json", "The images here are Digits"
+    assert text in project.run("restore", "--set", "image_size=24").stdout, "other pixels"
+    saved = record.read_text()
+    record.write_text(saved.replace("weights_sha256", "sha256"))
+    failed = project.run("restore")
+    assert failed.returncode == 1 and "training.json is no record of a training" in failed.stderr
+    record.write_text(saved)
+    assert not list((project.root / "runs").glob("*/*/")), "nothing was restored"
     said = "read the networks kept in report/smoke/weights (FP32, PTQ, QAT; commit"
     assert said in project.run("restore").stdout
     after = project.hashes("runs/smoke/fp32", "runs/smoke/ptq", "runs/smoke/qat")
