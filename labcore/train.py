@@ -6,6 +6,7 @@ and ends with the same weights as one never killed; on a CPU with as many thread
 
 import copy
 import datetime
+import io
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -338,7 +339,8 @@ def fit(
     model.load_state_dict(best["model"])
     if is_fake_quantized(model):
         freeze(model)  # what follows only scores it
-    return Result(model.eval(), pd.DataFrame(rows), best["epoch"], best["model"], len(validation), made)
+    history = pd.read_csv(io.StringIO(_history(rows)))  # as anyone will read it
+    return Result(model.eval(), history, best["epoch"], best["model"], len(validation), made)
 
 
 def made_now(model: nn.Module) -> dict:
@@ -348,6 +350,9 @@ def made_now(model: nn.Module) -> dict:
     return {"finished": today, "provenance": provenance() | {"training_numbers": numbers}}
 
 
+def _history(rows: list[dict]) -> str:
+    return pd.DataFrame(rows).to_csv(index=False, float_format="%.6g", lineterminator="\n")
+
+
 def _write_history(folder: Path, rows: list[dict]) -> None:
-    table = pd.DataFrame(rows).to_csv(index=False, float_format="%.6g", lineterminator="\n")
-    write_text(folder / "history.csv", table)
+    write_text(folder / "history.csv", _history(rows))

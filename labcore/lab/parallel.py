@@ -63,9 +63,7 @@ def earlier(run: Run, same: Collection[str]) -> Earlier:
     """
     folder = weights_folder(run.weights, run.profile.name, run.root)
     if folder == run.path("fp32").resolve() and not run.profile.reuses(run.weights):
-        raise LabError(
-            f"WEIGHTS: {folder} is where this training writes; copy it elsewhere and name the copy."
-        )
+        raise LabError(f"WEIGHTS: {folder} is where this training writes: name a copy of it.")
     expected = identity(run.profile.fp32, run.data, run.split, run.seed)
     return read_earlier(folder, {name: expected[name] for name in same})
 
