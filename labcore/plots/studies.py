@@ -62,15 +62,15 @@ def error_split(table: pd.DataFrame) -> Figure:
     return figure
 
 
-def sensitivity(table: pd.DataFrame, title: str) -> Figure:
-    """Return increases of the loss (nats) as bars; index layer, up to four columns, one per experiment."""
+def sensitivity(table: pd.DataFrame, title: str, what: str = "validation loss (nats)") -> Figure:
+    """Return increases of `what` as bars; index layer, up to four columns, one per experiment."""
     figure, ((axis,),) = new_figure(height=0.3 * len(table) + 1.3)
     table.astype(float).plot.barh(ax=axis, width=0.8, color=list(SERIES[: table.shape[1]]))
     axis.autoscale(axis="y")
     axis.set_yticks(range(len(table)), table.index, fontsize=7)
     axis.axvline(0, color="0.3", linewidth=0.8)
     axis.invert_yaxis()
-    axis.set(xlabel="increase of the validation loss (nats)", ylabel="", title=title)
+    axis.set(xlabel=f"increase of the {what}", ylabel="", title=title)
     axis.legend(fontsize=8)
     return figure
 
