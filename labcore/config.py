@@ -240,7 +240,7 @@ _resnet50_recipe = Recipe(epochs=30, batch_size=128, lr=0.15, warmup=0.15, weigh
 _resnet50_fp32 = replace(_resnet50_recipe, small_share=0.666, small_size=0.5, augment=_resnet50_crops)
 _resnet50_qat = replace(_cpu_qat, epochs=4, epoch_images=1_280, batch_size=64, freeze_at=0.5)
 _large = replace(_cpu, arch="resnet50", width=64)
-_resnet50 = replace(_large, name="resnet50", fp32=_resnet50_fp32, qat=_resnet50_qat, compared_images=2_000)
+_resnet50 = replace(_large, name="resnet50", fp32=_resnet50_fp32, qat=_resnet50_qat, compared_images=1_000)
 _resnet50 = replace(_resnet50, latency_rounds=5, latency_runs=3, studies=("engines", "parts"))
 
 # The reference's own hyperparameters, to the letter (its 300 epochs end in the middle of the third cycle).
