@@ -5,7 +5,6 @@ and ends with the same weights as one never killed; on a CPU with as many thread
 """
 
 import copy
-import datetime
 import io
 import time
 from collections.abc import Callable
@@ -27,7 +26,7 @@ from labcore.data import ImageData, Split, evenly_spaced
 from labcore.files.artifacts import sha256_json, write_text
 from labcore.files.code import modules_hash
 from labcore.files.progress import progress
-from labcore.files.provenance import provenance, versions
+from labcore.files.provenance import provenance, today, versions
 from labcore.files.tensors import state_hash
 from labcore.images.transforms import augment, mix, normalize
 from labcore.training.checkpoint import Checkpoints, differences
@@ -328,14 +327,15 @@ def fit(
                 best = {"epoch": epoch + 1, "model": weights, "is_frozen": loop.is_frozen, "val_acc": val_acc}
             bar.set_postfix_str(f"epoch {epoch + 1}/{recipe.epochs} val {val_acc:.2%}")
             # from_first: where the first process cannot write, all say so instead of waiting for it.
-            from_first(partial(_write_history, folder, rows))
+            from_first(partial(write_text, folder / "history.csv", _history(rows)))
             if epoch + 1 == recipe.epochs:
-                made = made_now(loop.model)
+                numbers = str(autocast_dtype(loop.model)).removeprefix("torch.")
+                made = {"finished": today(), "provenance": provenance() | {"training_numbers": numbers}}
             if made or from_first(checkpoints.due):
                 state = loop.state() | {"rows": rows, "best": best, "made": made}
                 from_first(partial(checkpoints.save, state))
                 loop.saved_epoch = epoch + 1
-    from_first(partial(_write_history, folder, rows))  # another training's may lie there
+    from_first(partial(write_text, folder / "history.csv", _history(rows)))  # another's may lie there
     model.load_state_dict(best["model"])
     if is_fake_quantized(model):
         freeze(model)  # what follows only scores it
@@ -343,16 +343,5 @@ def fit(
     return Result(model.eval(), history, best["epoch"], best["model"], len(validation), made)
 
 
-def made_now(model: nn.Module) -> dict:
-    """Return the day on which a training finished, and where: finished, provenance."""
-    numbers = str(autocast_dtype(model)).removeprefix("torch.")
-    today = datetime.datetime.now(datetime.UTC).date().isoformat()
-    return {"finished": today, "provenance": provenance() | {"training_numbers": numbers}}
-
-
 def _history(rows: list[dict]) -> str:
     return pd.DataFrame(rows).to_csv(index=False, float_format="%.6g", lineterminator="\n")
-
-
-def _write_history(folder: Path, rows: list[dict]) -> None:
-    write_text(folder / "history.csv", _history(rows))

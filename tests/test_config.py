@@ -54,6 +54,7 @@ NUMBERS += [("width", 4), ("width", 1024), ("image_size", 512), ("latency_rounds
 READ = [(name, str(value), value) for name, value in WORDS + NUMBERS]
 READ += [("qat.lr", "1e-3", 1e-3), ("fp32.momentum", "0", 0.0), ("fp32.scale_lr", "1", 1.0)]
 READ += [("qat.augment.erasing_scale", "0.1,0.2", (0.1, 0.2))]
+READ += [("studies", "engines,parts", ("engines", "parts")), ("studies", ",", ())]
 READ += [("qat.augment.erasing_ratio", "(0.5,2)", (0.5, 2.0))]
 
 
@@ -104,7 +105,7 @@ OUT_OF_RANGE = """
     fp32.augment.policy=auto fp32.augment.policy=Trivial fp32.augment.hue=0.6 fp32.augment.brightness=1.5
     fp32.augment.translate=-0.1 fp32.augment.rotation_degrees=181 fp32.augment.scale_min=0
     fp32.augment.scale_min=1.1 fp32.augment.scale_max=0.9 fp32.augment.scale_max=inf fp32.augment.cutout=-1
-    fp32.augment.erasing_prob=2
+    fp32.augment.erasing_prob=2 compared_images=-1 studies=enginez
 """
 
 

@@ -1,6 +1,7 @@
 """What a number depends on besides the code: commit, versions, processor, threads."""
 
 import contextlib
+import datetime
 import os
 import platform
 import subprocess
@@ -37,6 +38,11 @@ def git_commit() -> str:
         changes = _output(*git, "status", "--porcelain", "--", "labcore", "notebooks", "requirements.txt")
         return commit + ("+changes" if changes else "")
     return "unknown"
+
+
+def today() -> str:
+    """Return the day in UTC, such as "2026-01-31"."""
+    return datetime.datetime.now(datetime.UTC).date().isoformat()
 
 
 @lru_cache(maxsize=1)  # every training asks
