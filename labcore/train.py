@@ -229,6 +229,11 @@ def training_identity(recipe: Recipe, data: ImageData, split: Split, seed: int, 
     }
 
 
+def n_judges(recipe: Recipe, split: Split) -> int:
+    """Return how many validation images judge an epoch: at most as many as it trains on."""
+    return min(len(split.validation), recipe.epoch_images or len(split.train))
+
+
 def finished(
     model: nn.Module, recipe: Recipe, data: ImageData, split: Split, seed: int, folder: Path
 ) -> bool:
@@ -281,9 +286,7 @@ def fit(
             "use the same code, data, versions and kind of processor."
         )
     model = copy.deepcopy(model).to(device(), memory_format=torch.channels_last)
-    # Training on a part of the images, an epoch is judged on as many at most.
-    judges = recipe.epoch_images or len(split.train)
-    judging = evenly_spaced(split.validation, judges), evenly_spaced(split.train_sample, judges)
+    judging = [evenly_spaced(p, n_judges(recipe, split)) for p in (split.validation, split.train_sample)]
     arrays = data.train_images, data.train_labels, split.train, *judging
     images, labels, train, validation, clean = (torch.from_numpy(array).to(device()) for array in arrays)
     loop, checkpoints = Loop(model, recipe, len(train)), Checkpoints(folder, identity)

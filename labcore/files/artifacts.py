@@ -6,6 +6,7 @@ import hashlib
 import json
 import lzma
 import os
+import shutil
 import tarfile
 import zipfile
 import zlib
@@ -56,6 +57,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
         raise LabError(f"no space left to write {path}: free some and run again; the old is kept.") from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file atomically."""
+    with atomic_path(target) as partial:
+        shutil.copyfile(source, partial)
 
 
 def write_text(path: Path, text: str) -> None:

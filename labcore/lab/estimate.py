@@ -17,7 +17,7 @@ from labcore.lab.stale import State
 from labcore.qconfig import CustomQConfig
 from labcore.quantize import prepare_qat
 from labcore.run import Run
-from labcore.train import Loop, score, training_identity, update
+from labcore.train import Loop, n_judges, score, training_identity, update
 from labcore.training.checkpoint import Checkpoints
 
 
@@ -64,10 +64,9 @@ def seconds_of(run: Run, stage: str) -> float:
         for side, count in steps.items()
         if count
     }
-    judged = min(len(run.split.validation), recipe.epoch_images or len(run.split.train))
     scoring = _seconds(lambda: score(model, images, labels, run.profile.eval_batch_size))
     training = sum(loop.steps * steps[side] * each for side, each in seconds.items())
-    return training + epochs * scoring * 2 * judged / len(batch)
+    return training + epochs * scoring * 2 * n_judges(recipe, run.split) / len(batch)
 
 
 def _seconds(call) -> float:

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from labcore import LabError
-from labcore.files.artifacts import RECORD, WEIGHTS_FILES, atomic_path, read_json, sha256_file
+from labcore.files.artifacts import RECORD, WEIGHTS_FILES, copy_file, read_json, sha256_file
 from labcore.lab.stale import STAGES, State
 
 LARGEST_INT8 = 10_000_000  # bytes: larger files of int8 networks are not kept, since minutes make them again
@@ -41,7 +41,7 @@ def keep(state: State) -> list[Path]:
         if target in large:
             target.unlink(missing_ok=True)  # of another run
         else:
-            _copy(source, target)
+            copy_file(source, target)
     return [folder / "weights.pt", *(target for target in sources if target not in large)]
 
 
@@ -73,9 +73,9 @@ def restore(state: State) -> str:
         shutil.copytree(results / stage, part / stage)
         kept = folder / f"{stage}.pt"
         if kept.exists() and sha256_file(kept) == metrics[stage]["int8_sha256"]:
-            _copy(kept, part / stage / "int8.pt")
+            copy_file(kept, part / stage / "int8.pt")
     for name in WEIGHTS_FILES:
-        _copy(folder / name, part / "fp32" / name)
+        copy_file(folder / name, part / "fp32" / name)
     state.folder.mkdir(parents=True, exist_ok=True)
     for stage in stages:
         (part / stage).rename(state.folder / stage)
@@ -86,8 +86,3 @@ def restore(state: State) -> str:
         f"{folder.relative_to(state.root)} ({networks}; commit {record['provenance']['commit']}). "
         'To run notebook 1 without training, set WEIGHTS = "committed" in it.'
     )
-
-
-def _copy(source: Path, target: Path) -> None:
-    with atomic_path(target) as partial:
-        shutil.copyfile(source, partial)

@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import pickle
-import shutil
 from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
@@ -14,10 +13,10 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from labcore import LabError
 from labcore.config import Recipe
-from labcore.files.artifacts import RECORD, atomic_path, weights_folder
+from labcore.files.artifacts import RECORD, copy_file, weights_folder
 from labcore.files.tensors import load_weights
 from labcore.run import Run
-from labcore.train import Result, finished, fit, training_identity
+from labcore.train import Result, finished, fit, n_judges, training_identity
 from labcore.training.device import device
 from labcore.training.distributed import World, first_on_machine, launch, process_group
 from labcore.training.earlier import HISTORY, Earlier, identity, read_earlier, write_record
@@ -29,13 +28,10 @@ def train_stage(run: Run, stage: str, model: nn.Module) -> Result:
     `stage` names the recipe and the folder. FP32 weights that WEIGHTS= names are taken instead, or trained
     on. Raises LabError as `fit`, `launch` and `earlier` do.
     """
-    start = None
     if stage == "fp32" and run.profile.reuses(run.weights):
         return _trained_before(run, model)
     arguments = _arguments(run, stage)
-    if stage == "fp32" and run.weights:
-        start = earlier(run, ("data", "split"))
-        load_weights(model, start.weights, "WEIGHTS")
+    start = _load_start(run, model) if stage == "fp32" else None
     if not finished(model, *arguments):
         if note := gpu_note():
             print(note)
@@ -52,7 +48,7 @@ def train_stage(run: Run, stage: str, model: nn.Module) -> Result:
     if stage == "fp32":
         decided = training_identity(*arguments[:-1], model) | identity(*arguments[:-1])
         best = result.state, result.best_epoch, result.made
-        write_record(run.path("fp32"), decided, run.data.label, *best, start and start.record)
+        write_record(run.path("fp32"), decided, run.data.label, *best, start)
     return result
 
 
@@ -73,25 +69,30 @@ def first_model(run: Run) -> nn.Module:
     if run.profile.reuses(run.weights):
         raise LabError("WEIGHTS stands for this training: leave it out, or set fp32.init=weights.")
     model = run.fresh_model()
-    if run.weights:
-        load_weights(model, earlier(run, ("data", "split")).weights, "WEIGHTS")
+    _load_start(run, model)
     return model
+
+
+def _load_start(run: Run, model: nn.Module) -> dict | None:
+    """Load the weights that training starts from, and return their record; None where none are named."""
+    if not run.weights:
+        return None
+    start = earlier(run, ("data", "split"))
+    load_weights(model, start.weights, "WEIGHTS")
+    return start.record
 
 
 def _trained_before(run: Run, model: nn.Module) -> Result:
     """Return what WEIGHTS= names as if it had been trained here, and keep its history and record."""
     found = earlier(run, ("recipe", "data", "split", "seed"))
-    folder, record = weights_folder(run.weights, run.profile.name, run.root), found.record
-    made = record["provenance"]
-    told = f"commit {made['commit']}, {made['cpu']}, {record['finished']}"
+    record, where = found.record, found.record["provenance"]
+    told = f"commit {where['commit']}, {where['cpu']}, {record['finished']}"
     print(f"The weights were not trained here: they are those in WEIGHTS={run.weights} ({told}).")
     load_weights(model, found.weights, "WEIGHTS")
-    run.path("fp32").mkdir(parents=True, exist_ok=True)
     for name in (HISTORY, RECORD):
-        with atomic_path(run.path("fp32", name)) as part:
-            shutil.copyfile(folder / name, part)
+        copy_file(found.folder / name, run.path("fp32", name))
     model = model.to(device(), memory_format=torch.channels_last).eval()
-    judges = min(len(run.split.validation), run.profile.fp32.epoch_images or len(run.split.train))
+    judges = n_judges(run.profile.fp32, run.split)
     made = {name: record[name] for name in ("finished", "provenance")}
     return Result(model, found.history, record["best_epoch"], found.weights, judges, made)
 

@@ -31,6 +31,7 @@ SHOWN = ("commit", "cpu", "device", "training_numbers")
 class Earlier:
     """The weights, float32 wherever they are floating point; one row of history per epoch; the record."""
 
+    folder: Path
     weights: dict[str, Tensor]
     history: pd.DataFrame
     record: dict
@@ -83,7 +84,7 @@ def read_earlier(folder: Path, expected: dict) -> Earlier:
             f"{folder / HISTORY} must have a row per epoch, up to the best, {record['best_epoch']}, with "
             f"columns {', '.join(sorted(COLUMNS))}; found {len(history)} rows of {', '.join(history)}."
         )
-    return Earlier(weights, history, record)
+    return Earlier(folder, weights, history, record)
 
 
 def _with_defaults(recipe: dict) -> dict:
