@@ -27,10 +27,12 @@ NOTEBOOKS = {
     "engines": "09_engines",
     "robustness": "10_robustness",
     "parts": "11_parts",
+    "seeds": "12_seeds",
+    "explore": "13_explore",
     "claims": "08_claims",  # made last, from all the others
 }
 # Those that `make studies` runs. `make report` only reports them, but for a profile's own `studies`.
-STUDIES = ("observers", "mixed", "training", "engines", "robustness", "parts")
+STUDIES = ("observers", "mixed", "training", "engines", "robustness", "parts", "seeds", "explore")
 
 
 def _check(name: str, value, ok: bool, expected: str) -> None:

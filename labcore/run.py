@@ -1,6 +1,7 @@
 """One run of the lab as a notebook sees it: profile, seed, images, split, and the files of every stage."""
 
-from dataclasses import dataclass
+import os
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -12,7 +13,15 @@ from matplotlib.figure import Figure
 from labcore import LabError
 from labcore.config import NOTEBOOKS, Profile, check_seed, get_profile, parse_overrides
 from labcore.data import ImageData, Split, evenly_spaced, load_data, make_split
-from labcore.files.artifacts import ROOT, atomic_path, read_json, write_json, write_npz
+from labcore.files.artifacts import (
+    RESTORED,
+    ROOT,
+    atomic_path,
+    read_json,
+    sha256_json,
+    write_json,
+    write_npz,
+)
 from labcore.files.provenance import provenance
 from labcore.model import QuantizableResNet, build_model
 from labcore.training.device import multiplies_bfloat16
@@ -108,18 +117,36 @@ class Run:
         """Return what an earlier stage measured; LabError says which stage to run where it is missing."""
         return read_json(self.path(stage, "metrics.json"))
 
+    def restored_from(self) -> str:
+        """Return a hash of what restored results belong to: profile, seed, images and FP32 weights."""
+        weights = self.metrics("fp32")["weights_sha256"]
+        return sha256_json([asdict(self.profile), self.seed, self.data.sha256, weights])
+
+    def is_restored(self, stage: str) -> bool:
+        """Return whether a stage's results are those committed with the report, of this run and network."""
+        note = self.path(stage, RESTORED)
+        return note.exists() and read_json(note) == self.restored_from()
+
 
 def open_run(
-    profile: str = "cpu",
+    profile: str | None = None,
     data: str | None = None,
-    seed: int = 0,
-    overrides: str = "",
+    seed: int | None = None,
+    overrides: str | None = None,
     weights: str | None = None,
     root: Path = ROOT,
 ) -> Run:
     """Return the run that a notebook starts with: profile by name, DATA, SEED, SET, WEIGHTS as given to make.
 
+    Where no profile is named, what is None is what `make lab` was given (LAB_PROFILE, LAB_DATA, …), then the
+    default: profile cpu, seed 0. With a profile, as make names one, the environment is not read.
+
     Raises LabError for an unknown profile or parameter (with the nearest name) and for values out of range.
     """
-    profile = get_profile(profile, **parse_overrides(overrides))
-    return Run(profile, data or None, check_seed(seed), root, weights or None)
+    given = {"PROFILE": profile, "DATA": data, "SEED": seed, "SET": overrides, "WEIGHTS": weights}
+    if profile is None:
+        given = {
+            name: os.environ.get(f"LAB_{name}") if value is None else value for name, value in given.items()
+        }
+    chosen = get_profile(given["PROFILE"] or "cpu", **parse_overrides(given["SET"]))
+    return Run(chosen, given["DATA"] or None, check_seed(given["SEED"] or 0), root, given["WEIGHTS"] or None)

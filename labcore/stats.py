@@ -7,25 +7,32 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import pandas as pd
 from scipy import stats
+from scipy.optimize import brentq
 from scipy.special import log_softmax, logsumexp, softmax
 from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower
 from statsmodels.stats.proportion import confint_proportions_2indep, proportion_confint
 from statsmodels.stats.weightstats import DescrStatsW
 
 from labcore import LabError
 
+_Z = stats.norm.ppf(0.975)
+
+
+def shared_hits(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Return 1/k for an image whose k largest logits are equal, its class among them, else 0: (N,)."""
+    largest = logits == logits.max(axis=1, keepdims=True)  # (N, classes)
+    return largest[np.arange(len(labels)), labels] / largest.sum(axis=1)
+
 
 def summarize(logits: np.ndarray, labels: np.ndarray) -> dict:
     """Return counts, accuracy with its 95 % interval (Wilson, 1927), mean cross-entropy in nats per image.
 
     Logits of 8 bits can tie, and the lower class then counts as the answer, as everywhere. `n_tied` counts
-    such images. For `acc_ties_shared`, an image whose k largest logits are equal counts 1/k where its class
-    is among them.
+    such images; `acc_ties_shared` is the mean of their `shared_hits`.
     """
     n_seen = len(labels)
-    largest = logits == logits.max(axis=1, keepdims=True)  # (N, classes)
-    shared = largest[np.arange(n_seen), labels] / largest.sum(axis=1)
     n_correct = int((logits.argmax(1) == labels).sum())
     low, high = proportion_confint(n_correct, n_seen, alpha=0.05, method="wilson")
     acc = n_correct / n_seen
@@ -38,9 +45,30 @@ def summarize(logits: np.ndarray, labels: np.ndarray) -> dict:
         "acc_low": min(float(low), acc),  # statsmodels can miss 0 and 1 by one rounding
         "acc_high": max(float(high), acc),
         "loss": float(loss),
-        "n_tied": int((largest.sum(axis=1) > 1).sum()),
-        "acc_ties_shared": float(shared.mean()),
+        "n_tied": int(((logits == logits.max(axis=1, keepdims=True)).sum(axis=1) > 1).sum()),
+        "acc_ties_shared": float(shared_hits(logits, labels).mean()),
     }
+
+
+def tango_interval(only_before: int, only_after: int, n_images: int) -> tuple[float, float]:
+    """Return the 95 % score interval of (only_before - only_after) / n_images (Tango, 1998).
+
+    It holds every d that the score test does not reject: (b - c - n d)^2 <= z^2 n (2 q + d (1 - d)), with q
+    as the likeliest share of `only_after` if d is true. At d = 0 that is McNemar's test, so interval and test
+    agree. Without any discordant image it is z^2 / (n + z^2) to both sides, and not nothing.
+    """
+
+    def lower(b: int, c: int) -> float:
+        n = n_images
+
+        def excess(d: float) -> float:
+            linear = (2 * n - b + c) * d - b - c
+            q = (math.sqrt(max(linear**2 + 8 * n * c * d * (1 - d), 0.0)) - linear) / (4 * n)
+            return b - c - n * d - _Z * math.sqrt(max(n * (2 * q + d * (1 - d)), 0.0))
+
+        return -1.0 if c == n else brentq(excess, -1.0, (b - c) / n - 1e-9, xtol=1e-13)
+
+    return lower(only_before, only_after), -lower(only_after, only_before)
 
 
 def compare_paired(before: np.ndarray, after: np.ndarray, labels: np.ndarray) -> dict:
@@ -49,15 +77,16 @@ def compare_paired(before: np.ndarray, after: np.ndarray, labels: np.ndarray) ->
     Returns:
         both, neither, only_before, only_after: numbers of images that they get right;
         agree: share of equal predictions;
-        acc_drop_pp with its 95 % t interval over images, positive is worse;
-        p_value of McNemar's exact test (1947): how often chance splits the discordant images so unevenly.
+        acc_drop_pp with its 95 % `tango_interval`, positive is worse;
+        acc_drop_pp_ties_shared: the drop of `shared_hits`, which no order of the classes decides;
+        p_value of McNemar's exact test (1947): how often chance splits the discordant images so unevenly;
+        p_value_mid, the same with this very split counted half (Lancaster, 1961): exact is too cautious.
     """
     right_before, right_after = before.argmax(1) == labels, after.argmax(1) == labels
     only_before = int((right_before & ~right_after).sum())
     only_after = int((~right_before & right_after).sum())
     both, neither = int((right_before & right_after).sum()), int((~right_before & ~right_after).sum())
-    drop = DescrStatsW(100.0 * (right_before.astype(float) - right_after))
-    low, high = drop.tconfint_mean(alpha=0.05) if only_before + only_after else (0.0, 0.0)
+    low, high = tango_interval(only_before, only_after, len(labels))
     test = mcnemar([[both, only_before], [only_after, neither]], exact=True)
     return {
         "both": both,
@@ -65,11 +94,39 @@ def compare_paired(before: np.ndarray, after: np.ndarray, labels: np.ndarray) ->
         "only_before": only_before,
         "only_after": only_after,
         "agree": float((before.argmax(1) == after.argmax(1)).mean()),
-        "acc_drop_pp": float(drop.mean),
-        "acc_drop_pp_low": float(low),
-        "acc_drop_pp_high": float(high),
+        "acc_drop_pp": 100 * (only_before - only_after) / len(labels),
+        "acc_drop_pp_low": 100 * low,
+        "acc_drop_pp_high": 100 * high,
+        "acc_drop_pp_ties_shared": float(
+            100 * (shared_hits(before, labels) - shared_hits(after, labels)).mean()
+        ),
         "p_value": max(float(test.pvalue), sys.float_info.min),  # of a great many images it would be 0
+        "p_value_mid": mid_p_value(only_before, only_after),
     }
+
+
+def mid_p_value(only_before: int, only_after: int) -> float:
+    """Return twice the chance of so few in the smaller part, the observed split counted half."""
+    fewer, count = min(only_before, only_after), only_before + only_after
+    tail = 2 * stats.binom.cdf(fewer, count, 0.5) - stats.binom.pmf(fewer, count, 0.5)
+    return min(max(float(tail), sys.float_info.min), 1.0)
+
+
+def differs(row: dict) -> str:
+    """Return "differs", "does not differ" or "borderline", from what says how two networks compare.
+
+    A row of `compare_paired` is judged by its mid-p value at 0.05, any other by its interval (mean, low,
+    high). Borderline are p values from 0.04 to 0.06, and a mid-p value that `tango_interval` contradicts.
+    """
+    if "only_before" not in row:
+        p_value = normal_p_value(row)
+        excludes_zero = p_value < 0.05
+    else:
+        b, c = row["only_before"], row["only_after"]
+        p_value, excludes_zero = mid_p_value(b, c), (b - c) ** 2 > _Z**2 * (b + c)  # of Tango's interval
+    if 0.04 <= p_value <= 0.06 or (p_value < 0.05) != excludes_zero:
+        return "borderline"
+    return "differs" if excludes_zero else "does not differ"
 
 
 def summarize_paired(before: np.ndarray, after: np.ndarray, labels: np.ndarray) -> dict:
@@ -89,6 +146,41 @@ def mean_over_images(values: np.ndarray) -> dict[str, float]:
         return {"mean": mean, "low": mean, "high": mean}
     low, high = DescrStatsW(values).tconfint_mean(alpha=0.05)
     return {"mean": mean, "low": float(low), "high": float(high)}
+
+
+def mean_over_trainings(values: np.ndarray) -> dict[str, float]:
+    """Return the mean of values, (trainings, images), and its 95 % interval for other trainings and images.
+
+    Both are drawn: the variance of the mean is (T + I - R) / size, with the mean squares of a two-way
+    analysis of variance without replication (trainings T, images I at least R, the rest R). Its degrees of
+    freedom are Satterthwaite's (1946). Where trainings scatter no more than the rest, it is I / size. Also
+    `std`, that of the trainings' own means, and `each` of them.
+
+    Raises LabError for fewer than two trainings or two images.
+    """
+    n_trainings, n_images = values.shape
+    if n_trainings < 2 or n_images < 2:
+        raise LabError(
+            f"an interval needs 2 trainings and 2 images, found {n_trainings} and {n_images}; add some."
+        )
+    values = values.astype(np.float64)
+    mean, by_training, by_image = values.mean(), values.mean(axis=1), values.mean(axis=0)
+    rest = values - by_training[:, None] - by_image + mean
+    free = np.array([n_trainings - 1, n_images - 1, (n_trainings - 1) * (n_images - 1)])
+    t = n_images * np.square(by_training - mean).sum() / free[0]
+    i = n_trainings * np.square(by_image - mean).sum() / free[1]
+    r = np.square(rest).sum() / free[2]
+    parts = np.array([t, max(i, r), -r] if t > r else [0.0, max(i, r), 0.0])
+    variance, half = parts.sum(), 0.0
+    if variance > 0:
+        half = stats.t.ppf(0.975, variance**2 / (parts**2 / free).sum()) * math.sqrt(variance / values.size)
+    return {
+        "mean": float(mean),
+        "low": float(mean - half),
+        "high": float(mean + half),
+        "std": float(by_training.std(ddof=1)),
+        "each": by_training.tolist(),
+    }
 
 
 def paired_loss(before: np.ndarray, after: np.ndarray, labels: np.ndarray) -> dict[str, float]:
@@ -114,18 +206,25 @@ def _named(name: str, interval: dict[str, float]) -> dict[str, float]:
     return {name: interval["mean"], f"{name}_low": interval["low"], f"{name}_high": interval["high"]}
 
 
-def normal_p_value(interval: dict[str, float]) -> float:
-    """Return how often chance alone gives such a mean, from its 95 % interval, by a normal distribution."""
-    error = (interval["high"] - interval["low"]) / (2 * stats.norm.ppf(0.975))
-    return float(2 * stats.norm.sf(abs(interval["mean"]) / error)) if error else 1.0
+def normal_p_value(interval: dict[str, float], value: float = 0.0, df: float = math.inf) -> float:
+    """Return how often chance alone gives such a mean if `value` is true, from the mean's 95 % interval.
+
+    By a normal distribution, or Student's t with `df` degrees of freedom. It is 0.05 where the interval ends
+    at `value`, and 1 for an interval without a width, which says that nothing varied and not how sure it is.
+    """
+    mean, low, high = (interval[name] for name in ("mean", "low", "high"))
+    half = mean - low if value < mean else high - mean
+    return float(2 * stats.t.sf(abs(mean - value) / half * stats.t.ppf(0.975, df), df)) if half else 1.0
 
 
 def beyond_chance(rows: list[dict]) -> dict:
     """Return the number of tests, and the rows whose `p_value` chance does not explain in view of it.
 
-    So many tests find something by chance, so the level is 0.05 / tests (Bonferroni).
+    So many tests find something by chance, so the levels are those of Holm (1979): the least p value is held
+    against 0.05 / tests, the next against 0.05 / (tests - 1), and so on up to the first that fails.
     """
-    return {"tests": len(rows), "rows": [row for row in rows if row["p_value"] < 0.05 / len(rows)]}
+    found = multipletests([row["p_value"] for row in rows], method="holm")[0] if rows else []
+    return {"tests": len(rows), "rows": [row for row, is_found in zip(rows, found, strict=True) if is_found]}
 
 
 def paired_by_class(
@@ -162,15 +261,25 @@ def images_needed(
 ) -> int | None:
     """Return how many test images would show a true drop of `drop_pp` points, `power` of the time.
 
-    At the 5 % level, of networks whose answers differ as often as those of these two; statsmodels' power of
-    the paired t test. None where they never differ.
+    Of networks whose answers differ as often as those of these two; None where they never do.
     """
     lost = (before.argmax(1) == labels).astype(float) - (after.argmax(1) == labels)
     spread = np.std(100.0 * lost, ddof=1)
     if spread == 0:
         return None
-    needed = TTestPower().solve_power(drop_pp / spread, alpha=0.05, power=power)
-    return int(np.ceil(float(np.squeeze(needed))))
+    return units_needed(drop_pp, spread, power)
+
+
+def units_needed(distance: float, std: float, power: float = 0.8) -> int:
+    """Return how many units (images, trainings, rounds) a 95 % interval must rest on to leave a value out.
+
+    `power` of the time, where the mean lies `distance` from that value and single units scatter by `std`;
+    statsmodels' power of the t test.
+    """
+    if distance > 3 * std:
+        return 3  # the fewest of which a t interval says much
+    needed = TTestPower().solve_power(distance / std, alpha=0.05, power=power)
+    return math.ceil(float(np.squeeze(needed)))
 
 
 def accuracy_gap(train_acc: float, val_acc: float, n_train: int, n_validation: int) -> dict:
@@ -214,25 +323,57 @@ def class_accuracy(logits: np.ndarray, labels: np.ndarray, classes: Sequence[str
 def latency_table(measured: pd.DataFrame, baseline: str) -> pd.DataFrame:
     """Return a row per model: medians and quartiles (_low, _high) of latency_ms, and of speedup.
 
-    A speedup is the ratio of the time of `baseline` to the model's, within a round.
+    A speedup is the ratio of the time of `baseline` to the model's, within a round. Its `median_interval` is
+    speedup_sure_low, speedup_sure_high; None where the rounds are too few.
     """
     wide = measured.pivot(index="round", columns="model", values="latency_ms")
-    columns = {}
-    for name, table in (("latency_ms", wide), ("speedup", wide[[baseline]].to_numpy() / wide)):
+    speedups, columns = wide[[baseline]].to_numpy() / wide, {}
+    for name, table in (("latency_ms", wide), ("speedup", speedups)):
         columns[name] = table.median()
         columns |= {f"{name}_low": table.quantile(0.25), f"{name}_high": table.quantile(0.75)}
-    return pd.DataFrame(columns).loc[list(dict.fromkeys(measured["model"]))]
+    sure = {model: median_interval(speedups[model].to_numpy()) or (None, None) for model in wide}
+    ends = pd.DataFrame(sure, index=["speedup_sure_low", "speedup_sure_high"], dtype=object).T
+    return pd.DataFrame(columns).join(ends).loc[list(dict.fromkeys(measured["model"]))]
 
 
-def median_interval(values: np.ndarray) -> tuple[float, float]:
+def effective_number(values: np.ndarray) -> float:
+    """Return how many independent values say as much as these, which were measured one after the other.
+
+    With r as the correlation of neighbours, if that is above 0: n (1 - r) / (1 + r) (Bayley and Hammersley,
+    1946).
+    """
+    if len(values) < 3 or np.ptp(values) == 0:
+        return len(values)
+    apart = np.asarray(values) - np.mean(values)
+    r = min(max(float((apart[1:] * apart[:-1]).sum() / np.square(apart).sum()), 0.0), 0.9)
+    return max(len(values) * (1 - r) / (1 + r), 1.0)
+
+
+def median_interval(values: np.ndarray) -> tuple[float, float] | None:
     """Return the 95 % interval of a median by order statistics, which assumes no distribution.
 
-    Quartiles say how far single values scatter; this says how well their median is known. It is infinite to
-    both sides for fewer than six values.
+    Quartiles say how far single values scatter; this says how well their median is known. Values must be in
+    the order in which they were measured: if neighbours are alike, their `effective_number` counts. None for
+    fewer than six.
     """
-    interval = stats.quantile_test(values, p=0.5).confidence_interval(0.95)
-    low, high = float(interval.low), float(interval.high)
-    return (low if math.isfinite(low) else -math.inf), (high if math.isfinite(high) else math.inf)
+    count, ordered = int(effective_number(values)), np.sort(values)
+    out = int(stats.binom.ppf(0.025, count, 0.5))  # of so many values, which end is the interval's
+    rank = math.floor((out - 0.5) / count * len(ordered) + 0.5)
+    return (float(ordered[rank - 1]), float(ordered[-rank])) if out else None
+
+
+def mean_over_rounds(ratios: np.ndarray) -> dict[str, float]:
+    """Return the geometric mean of one ratio (or time) per round with its 95 % interval: mean, low, high.
+
+    Student's t of the logarithms, with the `effective_number` of rounds. Raises LabError for fewer than two.
+    """
+    if len(ratios) < 2:
+        raise LabError(f"an interval needs at least 2 rounds, found {len(ratios)}; raise latency_rounds.")
+    logs = np.log(np.asarray(ratios))
+    count = effective_number(logs)
+    half = stats.t.ppf(0.975, max(count - 1, 1)) * logs.std(ddof=1) / math.sqrt(count)
+    ends = {"mean": 0.0, "low": -half, "high": half}
+    return {name: math.exp(logs.mean() + end) for name, end in ends.items()}
 
 
 def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
@@ -254,28 +395,46 @@ def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def seed_spread(tables: Iterable[list[dict]], name: str = "diff_pp") -> tuple[float, int]:
+def seed_spread(tables: Iterable[list[dict]]) -> tuple[float, int]:
     """Return what one difference scatters by from seed to seed, in points, and its degrees of freedom.
 
-    The first row of a table is what its others are held against. It is pooled over all tables, as if all
-    recipes scattered alike: the few seeds of one would hardly tell its own spread.
+    An accuracy is taken as recipe + seed + rest, fitted to all tables at once, where a recipe of several
+    tables counts once; a difference scatters by sqrt(2) times the rest. Pooling the spreads of differences
+    themselves would count the seeds of the baseline, which all share, as often as there are recipes.
     """
-    rows = [row for table in tables for row in table[1:] if row["seeds"] > 1]
-    free = sum(row["seeds"] - 1 for row in rows)
-    squares = sum((row["seeds"] - 1) * row[f"{name}_std"] ** 2 for row in rows)
-    return math.sqrt(squares / free), int(free)
+    rows = {(row.get("recipe"), *row["accs"]): row["accs"] for table in tables for row in table}
+    padded = pd.DataFrame([dict(enumerate(accs)) for accs in rows.values()])
+    accs = 100 * padded.to_numpy(dtype=float)  # (recipes, seeds), NaN where none
+    recipe, seed = np.nonzero(~np.isnan(accs))
+    design = np.hstack([np.eye(len(accs))[recipe], np.eye(accs.shape[1])[seed]])
+    fitted, _, rank, _ = np.linalg.lstsq(design, accs[recipe, seed])
+    free = len(recipe) - int(rank)
+    return math.sqrt(2 * np.square(accs[recipe, seed] - design @ fitted).sum() / max(free, 1)), free
 
 
-def sure_pp(seeds: int, spread: tuple[float, int]) -> float:
-    """Return half the 95 % interval (Student's t) of a mean difference of so many seeds, in points."""
+def sure_pp(seeds: int, spread: tuple[float, int], comparisons: int = 1) -> float:
+    """Return half the 95 % interval (Student's t) of a mean difference of so many seeds, in points.
+
+    Of several `comparisons` all intervals hold together (Bonferroni), however their shared baseline ties them
+    to each other; Dunnett's (1955), for one shared baseline, are at most a twentieth narrower.
+    """
     std, free = spread
-    return stats.t.ppf(0.975, free) * std / math.sqrt(seeds)
+    return stats.t.ppf(1 - 0.025 / comparisons, free) * std / math.sqrt(seeds) if free else math.inf
 
 
-def with_seed_intervals(rows: list[dict], spread: tuple[float, int], name: str = "diff_pp") -> list[dict]:
-    """Return the rows of a table with the 95 % interval of each difference `name` to the first of them."""
-    halves = [0.0, *(sure_pp(row["seeds"], spread) for row in rows[1:])]
+def with_seed_intervals(
+    rows: list[dict], name: str = "diff_pp", spread: tuple[float, int] | None = None
+) -> list[dict]:
+    """Return the rows of a table with the 95 % interval of each difference `name` to the first of them.
+
+    All of a table hold together (`sure_pp`). Without a `spread` of all recipes each has its own.
+    """
+    first, *others = rows
+    comparisons = max(1, len(others))
+    halves = [
+        sure_pp(row["seeds"], spread or (row[f"{name}_std"], row["seeds"] - 1), comparisons) for row in others
+    ]
     return [
         row | {f"{name}_low": row[name] - half, f"{name}_high": row[name] + half}
-        for row, half in zip(rows, halves, strict=True)
+        for row, half in zip(rows, [0.0, *halves], strict=True)
     ]

@@ -7,10 +7,11 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from scipy.stats import binom, binomtest, norm, t
+from scipy.optimize import minimize_scalar
+from scipy.stats import binom, binomtest, dunnett, norm, t
 from sklearn.metrics import confusion_matrix
 
-from labcore import stats
+from labcore import LabError, stats
 
 
 def scores(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -67,7 +68,7 @@ def test_the_loss_of_extreme_logits(logits, labels, loss):
 
 # both, only before, only after, neither
 @pytest.mark.parametrize("table", [(5, 3, 1, 2), (0, 6, 0, 0), (4, 0, 7, 1), (9, 2, 2, 0), (900, 31, 12, 57)])
-def test_pairs_are_counted_and_their_test_and_interval_are_the_textbooks(table):
+def test_pairs_are_counted_and_tested_as_in_the_textbooks(table):
     both, before, after, neither = table
     first = voting([0] * both + [0] * before + [1] * after + [1] * neither)
     second = voting([0] * both + [1] * before + [0] * after + [2] * neither)
@@ -75,24 +76,80 @@ def test_pairs_are_counted_and_their_test_and_interval_are_the_textbooks(table):
     counts = tuple(found[name] for name in ("both", "only_before", "only_after", "neither"))
     assert counts == table and all(type(count) is int for count in counts)
     assert found["agree"] == pytest.approx(both / sum(table)), "two different mistakes do not agree"
-    assert found["p_value"] == pytest.approx(binomtest(before, before + after).pvalue, rel=1e-9)
-    lost = 100 * np.repeat([1, -1, 0], [before, after, both + neither])
-    assert found["acc_drop_pp"] == pytest.approx(lost.mean())
-    interval = [found["acc_drop_pp_low"], found["acc_drop_pp_high"]]
-    assert interval == pytest.approx(t_interval(lost), abs=1e-9)
+    exact = binomtest(before, before + after).pvalue
+    assert found["p_value"] == pytest.approx(exact, rel=1e-9)
+    split = binom.pmf(before, before + after, 0.5)
+    assert found["p_value_mid"] == pytest.approx(1 if before == after else exact - split)
+    assert found["acc_drop_pp"] == found["acc_drop_pp_ties_shared"] == 100 * (before - after) / sum(table)
+    interval = stats.tango_interval(before, after, sum(table))
+    assert [found["acc_drop_pp_low"], found["acc_drop_pp_high"]] == [100 * end for end in interval]
 
 
-def test_a_network_compared_with_itself_has_no_drop():
+def score(difference: float, b: int, c: int, n: int) -> float:
+    """The score test's statistic for a difference of shares, its nuisance parameter by brute force."""
+
+    def unlikely(q: float) -> float:  # of images that only the second gets right
+        return -b * math.log(q + difference) - c * math.log(q) - (n - b - c) * math.log1p(-2 * q - difference)
+
+    bounds = max(0, -difference) + 1e-12, (1 - difference) / 2 - 1e-12
+    q = minimize_scalar(unlikely, bounds=bounds, method="bounded", options={"xatol": 1e-12}).x
+    return (b - c - n * difference) / math.sqrt(n * (2 * q + difference - difference**2))
+
+
+@pytest.mark.parametrize("counts", [(3, 1, 11), (31, 12, 1000), (0, 7, 12), (0, 0, 20), (1, 1, 10_000)])
+def test_the_interval_of_a_drop_ends_where_the_score_test_rejects(counts):
+    low, high = stats.tango_interval(*counts)
+    assert [score(end, *counts) for end in (low, high)] == pytest.approx([1.959964, -1.959964], abs=1e-3)
+    assert (low, high) == pytest.approx(
+        [-end for end in stats.tango_interval(*counts[1::-1], counts[2])][::-1]
+    )
+
+
+def test_the_interval_of_a_drop_is_the_published_one():
+    # Fagerland, Lydersen and Laake (2014), two trials of medicine: 1 and 7 of 21, 6 and 16 of 161.
+    assert stats.tango_interval(1, 7, 21) == pytest.approx((-0.517, -0.026), abs=5e-4)
+    assert stats.tango_interval(6, 16, 161) == pytest.approx((-0.124, -0.005), abs=5e-4)
+    assert stats.tango_interval(5, 0, 5)[1] == 1 and stats.tango_interval(0, 5, 5)[0] == -1
+
+
+def test_no_discordant_image_of_twenty_is_no_certainty():
     logits, labels = scores()
-    right = int((logits.argmax(1) == labels).sum())
-    nothing = {"both": right, "neither": len(labels) - right, "only_before": 0, "only_after": 0}
-    nothing |= {"agree": 1.0, "acc_drop_pp": 0.0, "acc_drop_pp_low": 0.0, "acc_drop_pp_high": 0.0}
-    assert stats.compare_paired(logits, logits.copy(), labels) == nothing | {"p_value": 1.0}
+    found = stats.compare_paired(logits[:20], logits[:20].copy(), labels[:20])
+    assert (found["only_before"], found["only_after"], found["acc_drop_pp"]) == (0, 0, 0)
+    assert (found["agree"], found["p_value"], found["p_value_mid"]) == (1, 1, 1)
+    end = 100 * 1.959964**2 / (20 + 1.959964**2)
+    assert [found["acc_drop_pp_low"], found["acc_drop_pp_high"]] == pytest.approx([-end, end])
+
+
+def test_ties_are_shared_before_differences_are_taken():
+    before, after = np.array([[2, 2, 0], [1, 3, 0]], np.float32), np.array([[2, 2, 2], [1, 3, 0]], np.float32)
+    found = stats.compare_paired(before, after, np.array([0, 1]))
+    assert found["acc_drop_pp"] == 0 and found["acc_drop_pp_ties_shared"] == pytest.approx(
+        100 * (1 / 2 - 1 / 3) / 2
+    )
+
+
+@pytest.mark.parametrize(
+    ("row", "word"),
+    [
+        ({"only_before": 60, "only_after": 36}, "differs"),  # mid-p 0.015
+        ({"only_before": 58, "only_after": 39}, "borderline"),  # mid-p 0.054
+        ({"only_before": 4, "only_after": 0}, "borderline"),  # mid-p 0.0625, but the interval is above 0
+        ({"only_before": 3, "only_after": 0}, "does not differ"),
+        ({"only_before": 0, "only_after": 0}, "does not differ"),
+        ({"mean": 1.0, "low": 0.2, "high": 1.8}, "differs"),
+        ({"mean": 1.0, "low": 0.01, "high": 1.99}, "borderline"),
+        ({"mean": -1.0, "low": -2.2, "high": 0.2}, "does not differ"),
+        ({"mean": 0.0, "low": 0.0, "high": 0.0}, "does not differ"),
+    ],
+)
+def test_one_word_says_whether_two_networks_differ(row, word):
+    assert stats.differs(row) == word
 
 
 def test_a_chance_too_small_for_a_float_is_never_zero():
     found = stats.compare_paired(voting([0] * 3000), voting([1] * 3000), np.zeros(3000, dtype=int))
-    assert binomtest(3000, 3000).pvalue == 0 < found["p_value"] < 1e-300
+    assert binomtest(3000, 3000).pvalue == 0 < found["p_value_mid"] <= found["p_value"] < 1e-300
 
 
 def test_the_rise_of_the_loss_is_that_of_torchs_cross_entropy_with_its_t_interval():
@@ -122,24 +179,72 @@ def test_each_class_is_compared_alone_and_classes_without_images_have_no_row():
     assert counts == {"cat": [7, 0, 1, 1], "dog": [2, 0, 4, 0]}
 
 
+def test_other_trainings_and_images_fall_into_the_interval_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    for trainings, images, spread in ((5, 200, (1, 0, 5)), (3, 100, (1, 5, 5)), (3, 500, (0, 3, 10))):
+        held = []
+        for _ in range(700):
+            parts = [(trainings, 1), (1, images), (trainings, images)]
+            values = sum(rng.normal(0, std, shape) for std, shape in zip(spread, parts, strict=True))
+            found = stats.mean_over_trainings(values)
+            held.append(found["low"] <= 0 <= found["high"])
+        assert 0.925 < np.mean(held) < 0.985
+    assert found["each"] == pytest.approx(values.mean(axis=1)) and found["mean"] == pytest.approx(
+        values.mean()
+    )
+    assert found["std"] == pytest.approx(np.std(values.mean(axis=1), ddof=1))
+
+
+def test_trainings_that_agree_on_every_image_have_the_interval_of_the_images():
+    lost = np.random.default_rng(1).choice([-100.0, 0.0, 100.0], 400, p=[0.02, 0.95, 0.03])
+    found = stats.mean_over_trainings(np.stack([lost] * 3))
+    assert [found["low"], found["high"]] == pytest.approx(t_interval(lost)) and found["std"] == 0
+    with pytest.raises(LabError, match="an interval needs 2 trainings and 2 images, found 1 and 400"):
+        stats.mean_over_trainings(lost[None])
+
+
 def test_rows_count_beyond_the_chance_of_all_tests_together():
-    rows = [{"p_value": p_value} for p_value in (0.016, 0.017, 1.0)]  # 0.05 / 3 = 0.0167
-    assert stats.beyond_chance(rows) == {"tests": 3, "rows": rows[:1]}
+    rows = [{"p_value": p_value} for p_value in (0.024, 0.016, 1.0, 0.013)]  # 0.05 / 4, 0.05 / 3, 0.05 / 2
+    assert stats.beyond_chance(rows) == {"tests": 4, "rows": []}, "0.013 is above 0.0125"
+    rows[3]["p_value"] = 0.012
+    assert stats.beyond_chance(rows) == {"tests": 4, "rows": [rows[0], rows[1], rows[3]]}
     assert stats.beyond_chance([]) == {"tests": 0, "rows": []}
 
 
 def test_the_chance_of_a_mean_is_read_off_its_interval():
     low, high = norm.interval(0.95, loc=-2.3, scale=1.1)
-    found = stats.normal_p_value({"mean": -2.3, "low": low, "high": high})
-    assert found == pytest.approx(2 * norm.cdf(-2.3 / 1.1))
-    assert stats.normal_p_value({"mean": 0.0, "low": 0.0, "high": 0.0}) == 1
+    found = {"mean": -2.3, "low": low, "high": high}
+    assert stats.normal_p_value(found) == pytest.approx(2 * norm.cdf(-2.3 / 1.1))
+    for df in (math.inf, 3):
+        assert stats.normal_p_value(found, low, df) == pytest.approx(0.05), "it ends there"
+    assert stats.normal_p_value({"mean": 1.0, "low": 1.0, "high": 1.0}) == 1, "nothing varied"
+    uneven = {"mean": 1.0, "low": -1.0, "high": 2.0}
+    assert [stats.normal_p_value(uneven, end) for end in (2.0, -1.0)] == pytest.approx([0.05, 0.05])
 
 
 def test_the_interval_of_a_median_lies_between_the_order_statistics_of_the_binomial():
-    values, low = np.arange(20.0) ** 2, int(binom.ppf(0.025, 20, 0.5))
-    found = stats.median_interval(np.random.default_rng(0).permutation(values))
-    assert found == (values[low - 1], values[20 - low]), "the 6th of both ends leave out 4.1 %"
-    assert stats.median_interval(np.arange(5.0)) == (-np.inf, np.inf), "halves of 5 leave out 6.25 %"
+    values, low = np.random.default_rng(4).permutation(np.arange(20.0) ** 2), int(binom.ppf(0.025, 20, 0.5))
+    assert stats.effective_number(values) == 20, "neighbours are not alike"
+    found = stats.median_interval(values)
+    assert found == (np.sort(values)[low - 1], np.sort(values)[20 - low]), (
+        "the 6th of both ends leave out 4.1 %"
+    )
+    assert stats.median_interval(values[:5]) is None, "halves of 5 leave out 6.25 %"
+    wide = stats.median_interval(np.sort(values))
+    assert wide is None or wide[1] - wide[0] > found[1] - found[0], "neighbours are alike: fewer values"
+
+
+def test_neighbours_that_are_alike_count_as_fewer():
+    rng, correlation = np.random.default_rng(0), 0.4
+    series = rng.normal(size=(2000, 50))
+    for column in range(1, 50):
+        series[:, column] = correlation * series[:, column - 1] + 0.84**0.5 * series[:, column]
+    counts = np.median([stats.effective_number(values) for values in series])
+    assert counts == pytest.approx(1 / series.mean(axis=1).var(), rel=0.15), "of so many independent ones"
+    ratios = np.exp([0.1, -0.1, 0.3, 0.0, 0.2])  # neighbours are no more alike than chance makes them
+    half = t.ppf(0.975, 4) * np.std(np.log(ratios), ddof=1) / 5**0.5
+    expected = [math.exp(0.1 + end) for end in (0, -half, half)]
+    assert list(stats.mean_over_rounds(ratios).values()) == pytest.approx(expected)
 
 
 def test_a_gap_has_the_interval_of_two_shares():
@@ -148,7 +253,7 @@ def test_a_gap_has_the_interval_of_two_shares():
     assert stats.accuracy_gap(0.9, 0.8, 100, 400) == pytest.approx(expected)
 
 
-def test_resampling_agrees_with_the_t_interval_where_there_are_many_images():
+def test_resampling_agrees_with_the_score_interval_where_there_are_many_images():
     first = voting([0] * 8000 + [0] * 60 + [1] * 30 + [1] * 1910)
     second = voting([0] * 8000 + [1] * 60 + [0] * 30 + [2] * 1910)
     labels = np.zeros(10_000, int)
@@ -211,21 +316,51 @@ def test_latencies_have_medians_quartiles_and_the_ratios_within_a_round():
     times, ratios = (table[[f"{name}_low", name, f"{name}_high"]] for name in ("latency_ms", "speedup"))
     assert times.to_numpy().tolist() == [[11, 12, 26], [4, 4, 4.5]]
     assert ratios.to_numpy().tolist() == [[1, 1, 1], [2.5, 3, 6.5]], "of 2, 3, 10"
+    assert table.loc["a", "speedup_sure_low"] is None, "three rounds are too few"
+    rows = [(i, name, ms) for i in range(9) for name, ms in (("z", 10.0 + i % 2), ("a", 5.0 + i % 3))]
+    sure = stats.latency_table(pd.DataFrame(rows, columns=["round", "model", "latency_ms"]), "z").loc["a"]
+    ratios = np.array([(10 + i % 2) / (5 + i % 3) for i in range(9)])
+    assert (sure["speedup_sure_low"], sure["speedup_sure_high"]) == stats.median_interval(ratios)
 
 
-def test_seeds_are_paired_and_their_spread_is_pooled():
+def test_seeds_are_paired_and_their_spread_is_what_recipe_and_seed_leave_over():
     accs = pd.DataFrame([[0.80, 0.82, 0.81], [0.83, 0.84, math.nan]], index=["as it is", "other"])
     rows = stats.over_seeds(accs).to_dict("records")
     assert [row["seeds"] for row in rows] == [3, 2] and rows[1]["accs"] == [0.83, 0.84]
     assert rows[1]["acc"] == pytest.approx(0.835) and rows[1]["diff_pp"] == pytest.approx(2.5)
     assert rows[1]["diff_pp_std"] == pytest.approx(math.sqrt(0.5)), "of 3 and 2 points"
-    third = rows[0] | {"seeds": 4, "diff_pp_std": 0.5}
-    spread = stats.seed_spread([rows, [rows[0], third]])
-    assert spread == (pytest.approx(math.sqrt((0.5 + 3 * 0.25) / 4)), 4)
+    # One difference of two seeds: its own spread. The first row, of two tables, counts once.
+    assert stats.seed_spread([rows, rows[:1]]) == (pytest.approx(math.sqrt(0.5)), 1)
+
+
+def test_the_spread_of_seeds_is_as_sure_as_its_degrees_of_freedom():
+    rng, found = np.random.default_rng(0), []
+    for _ in range(400):
+        accs = 0.8 + rng.normal(0, 0.02, (1, 3)) + rng.normal(0, 0.01, (12, 3))  # seeds differ by two points
+        rows = [{"recipe": f"{number}", "accs": row.tolist()} for number, row in enumerate(accs)]
+        pp, free = stats.seed_spread([[rows[0], *rows[1:6]], [rows[0], *rows[6:]]])
+        found.append(pp**2)
+    assert free == 22, "of 36, less 12 recipes and 2 seeds"
+    assert np.mean(found) == pytest.approx(2, rel=0.05)
+    assert 2 * np.mean(found) ** 2 / np.var(found) == pytest.approx(free, rel=0.2)
+
+
+def test_differences_to_one_first_recipe_hold_together_and_are_hardly_wider_than_dunnetts():
+    rng = np.random.default_rng(0)
+    samples = rng.normal(size=(6, 4))
+    theirs = dunnett(*samples[1:], control=samples[0], rng=np.random.default_rng(0)).confidence_interval()
+    spread = math.sqrt(2 * samples.var(axis=1, ddof=1).mean()), 18  # of six groups of four
+    rows = [{"seeds": 4, "diff_pp": mean} for mean in (0.0, *(samples[1:] - samples[0]).mean(axis=1))]
+    found = stats.with_seed_intervals(rows, spread=spread)
+    for row, low, high in zip(found[1:], theirs.low, theirs.high, strict=True):
+        assert 1 < (row["diff_pp_high"] - row["diff_pp_low"]) / (high - low) < 1.06
+        assert row["diff_pp"] == pytest.approx((low + high) / 2)
+    assert found[0]["diff_pp_low"] == found[0]["diff_pp_high"] == 0
 
 
 def test_a_difference_over_seeds_has_students_interval():
-    rows = [{"seeds": seeds, "diff_pp": mean} for seeds, mean in ((3, 0.0), (3, 0.33), (2, -0.4))]
-    found = stats.with_seed_intervals(rows, (0.2, 4))  # sure to 2.776 * 0.2 / sqrt(seeds)
-    intervals = [(round(row["diff_pp_low"], 2), round(row["diff_pp_high"], 2)) for row in found]
-    assert intervals == [(0.0, 0.0), (0.01, 0.65), (-0.79, -0.01)]
+    rows = [{"seeds": seeds, "diff_pp": mean} for seeds, mean in ((3, 0.0), (3, 0.33))]
+    found = stats.with_seed_intervals(rows, spread=(0.2, 4))  # sure to 2.776 * 0.2 / sqrt(seeds)
+    assert [round(found[1][f"diff_pp_{end}"], 2) for end in ("low", "high")] == [0.01, 0.65]
+    own = [row | {"diff_pp_std": 0.2} for row in rows]
+    assert stats.with_seed_intervals(own)[1]["diff_pp_low"] == pytest.approx(0.33 - 4.302653 * 0.2 / 3**0.5)

@@ -20,6 +20,7 @@ from labcore import LabError
 ROOT = Path(__file__).resolve().parents[2]
 RECORD = "training.json"  # what decided FP32 weights, where and when they were trained (training/earlier.py)
 WEIGHTS_FILES = ("weights.pt", "history.csv", RECORD)
+RESTORED = "restored.json"  # beside results copied from a report: of which run they are (lab/kept.py)
 
 # What readers of damaged or foreign files raise; MemoryError comes of a forged size.
 UNREADABLE = (OSError, KeyError, ValueError, TypeError, EOFError, MemoryError, OverflowError, RuntimeError)

@@ -62,6 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
             run = Run(state.profile, state.source, state.seed, state.root, state.weights)
             train(run, options.stage)
         else:
+            kept.forget(state)
             pipeline.run(state, studies if options.command == "studies" else ())
     except (LabError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,13 +1,22 @@
 """Trained networks kept beside their report, where they can be committed: report/<profile>/weights.
 
-From there `make report WEIGHTS=committed` takes FP32 weights, and `make lab` all that notebooks read.
+From there `make report WEIGHTS=committed` takes FP32 weights, and `make lab` all that notebooks read. What
+make lab copied has no stamps, so it is stale to make, which runs every stage itself.
 """
 
 import shutil
 from pathlib import Path
 
 from labcore import LabError
-from labcore.files.artifacts import RECORD, WEIGHTS_FILES, copy_file, read_json, sha256_file
+from labcore.files.artifacts import (
+    RECORD,
+    RESTORED,
+    WEIGHTS_FILES,
+    copy_file,
+    read_json,
+    sha256_file,
+    write_json,
+)
 from labcore.lab.stale import STAGES, State
 
 LARGEST_INT8 = 10_000_000  # bytes: larger files of int8 networks are not kept, since minutes make them again
@@ -48,10 +57,12 @@ def keep(state: State) -> list[Path]:
 def restore(state: State) -> str:
     """Give notebooks what they read, where nothing was run: kept networks, and the report's results.
 
-    Returns what was done or why not, in a sentence; empty where the profile was run here, or keeps nothing.
-    Raises LabError for what is kept and damaged.
+    A note beside them says of which run they are (`Run.is_restored`). Returns what was done or why not, in a
+    sentence; empty where the profile was run here, or keeps nothing. Raises LabError for what is kept and
+    damaged.
     """
     from labcore.qconfig import has_vnni
+    from labcore.run import Run
     from labcore.training.earlier import read_earlier
 
     folder, results = folder_of(state), state.report / "results"
@@ -62,6 +73,10 @@ def restore(state: State) -> str:
     if record["identity"].get("data") != state.images[0][:16]:
         theirs = record.get("images", "others")
         return f"The images here are {label}, those of the kept networks {theirs}: run notebook 1 first."
+    seed = read_json(results / "fp32" / "provenance.json")["seed"]
+    overrides = read_json(results / "run.json")["overrides"]
+    if (seed, overrides) != (state.seed, state.overrides):
+        return f'The networks kept in {folder} are of SEED={seed} SET="{overrides}": run notebook 1 first.'
     if record["weights_sha256"] != metrics["fp32"]["weights_sha256"]:
         return f"The networks kept in {folder} are not those of the report beside them: run notebook 1 first."
     stages = [stage.name for stage in STAGES if (results / stage.name).is_dir()]
@@ -80,9 +95,19 @@ def restore(state: State) -> str:
     for stage in stages:
         (part / stage).rename(state.folder / stage)
     part.rmdir()
+    run = Run(state.profile, state.source, state.seed, state.root)
+    without = [name for name in ("ptq", "qat") if not run.path(name, "int8.pt").exists()]
+    for stage in (stage for stage in stages if stage not in without):
+        write_json(run.path(stage, RESTORED), run.restored_from())
     networks = ", ".join(name for name in stages if list((state.folder / name).glob("*.pt"))).upper()
     return (
         f"Nothing was run here yet, so notebooks of profile {state.profile.name} read the networks kept in "
         f"{folder.relative_to(state.root)} ({networks}; commit {record['provenance']['commit']}). "
-        'To run notebook 1 without training, set WEIGHTS = "committed" in it.'
+        "Notebook 1 trains, unless WEIGHTS=committed is given."
     )
+
+
+def forget(state: State) -> None:
+    """Remove the notes of `restore`: from here on, a stage counts only where it was run here."""
+    for note in state.folder.glob(f"*/{RESTORED}"):
+        note.unlink()

@@ -13,7 +13,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from labcore import LabError
 from labcore.config import Recipe
-from labcore.files.artifacts import RECORD, copy_file, weights_folder
+from labcore.files.artifacts import RECORD, RESTORED, copy_file, weights_folder
 from labcore.files.tensors import load_weights
 from labcore.run import Run
 from labcore.train import Result, finished, fit, n_judges, training_identity
@@ -45,6 +45,7 @@ def train_stage(run: Run, stage: str, model: nn.Module) -> Result:
                     "give them and this process the same images, code and versions."
                 )
     result = fit(model, *arguments, run.profile.eval_batch_size, stage.upper())
+    run.path(stage, RESTORED).unlink(missing_ok=True)  # these results are of here
     if stage == "fp32":
         decided = training_identity(*arguments[:-1], model) | identity(*arguments[:-1])
         best = result.state, result.best_epoch, result.made

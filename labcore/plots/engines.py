@@ -3,51 +3,71 @@
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator
 
 from labcore.engines.bench import BEST, FLOAT, FP32, OWN, POWER2, parts
-from labcore.plots.style import COLORS, GREEN, GREY, annotate, new_figure
+from labcore.plots.style import COLORS, SERIES, label_points, new_figure
 
+# By the numbers of a network: all differ in lightness.
 LOOKS = {
     FP32: (COLORS["fp32"], "o"),
     POWER2: (COLORS["ptq"], "s"),
-    FLOAT: (COLORS["qat"], "D"),
-    OWN: (GREY, "^"),
-    BEST: (GREEN, "P"),
+    BEST: (COLORS["recommended"], "^"),
+    FLOAT: (SERIES[2], "D"),
+    OWN: ("#d9d9d9", "v"),
 }
-_ROOFS = {"FP32": (COLORS["fp32"], "--"), "INT8": (COLORS["ptq"], ":")}
+
+
+def _lines(table: pd.DataFrame, column: str) -> list[tuple[str, str, str | None]]:
+    """Return (kind, text, engine), kind by kind, each below its name, in falling order of a column."""
+    engines = table.sort_values(column, ascending=False)["engine"]
+    lines = []
+    for kind in LOOKS:
+        own = [(kind, parts(engine)[0], engine) for engine in engines if parts(engine)[1] == kind]
+        lines += [(kind, kind, None), *own] if own else []
+    return lines
 
 
 def engine_bars(tables: dict[str, pd.DataFrame], bounds: dict[str, dict[str, float]]) -> Figure:
     """Return images per second of every engine, and the most that the measured matrix rates allow.
 
     Tables, one per panel, have the same engines and columns engine, images_per_s, latency_ms,
-    latency_ms_low, latency_ms_high. Bounds hold FP32 and INT8 as far as they were measured.
+    latency_ms_low, latency_ms_high. Bounds hold FP32 and INT8 as far as they were measured. Engines of the
+    same numbers stand together, the fastest of the first panel on top.
     """
-    order = list(next(iter(tables.values())).sort_values("images_per_s")["engine"])
-    names, numbers = zip(*map(parts, order), strict=True)
-    figure, axes = new_figure(len(tables), height=0.27 * len(order) + 1.5, width=8.6, sharey=True)
-    places = range(len(order))
-    look = {"fmt": "none", "ecolor": "0.55", "capsize": 2, "zorder": 4, "linewidth": 1}
+    lines = _lines(next(iter(tables.values())), "images_per_s")
+    places = [place for place, (_, _, engine) in enumerate(lines) if engine]
+    order = [lines[place][2] for place in places]
+    figure, axes = new_figure(len(tables), height=0.19 * len(lines) + 1.3, width=8.4, sharey=True)
+    look = {"fmt": "none", "ecolor": "0.5", "capsize": 2, "zorder": 4, "linewidth": 1}
     for axis, (title, table) in zip(axes.flat, tables.items(), strict=True):
         rows = table.set_index("engine").loc[order]
         speed = rows["images_per_s"]
         slowest, fastest = (speed * rows["latency_ms"] / rows[f"latency_ms_{end}"] for end in ("high", "low"))
         errors = np.stack([speed - slowest, fastest - speed]).clip(min=0)
-        axis.barh(places, speed, color=[LOOKS[kind][0] for kind in numbers], zorder=3)
+        axis.barh(places, speed, color=[LOOKS[lines[place][0]][0] for place in places], zorder=3)
         axis.errorbar(speed, places, xerr=errors, **look)
-        for name, bound in bounds[title].items():
-            color, line = _ROOFS[name]
-            axis.axvline(bound, color=color, linestyle=line, zorder=5, label=f"{name} roof")
+        for place, value, end in zip(places, speed, fastest, strict=True):
+            text = {
+                "va": "center",
+                "fontsize": 8,
+                "zorder": 6,
+                "bbox": {"fc": "white", "ec": "none", "pad": 1},
+            }
+            axis.annotate(f"{value:,.0f}", (end, place), (5, 0), textcoords="offset points", **text)
+        for (name, bound), line in zip(bounds[title].items(), ("--", ":")[: len(bounds[title])], strict=True):
+            axis.axvline(bound, color="0.2", linestyle=line, zorder=5, label=f"{name} roof")
         axis.set_title(title, fontsize=10)
         axis.xaxis.set_major_locator(MaxNLocator(5))
         axis.xaxis.set_major_formatter("{x:,.0f}")
-        axis.set(xlabel="images per second", xlim=(0, None))
+        axis.set(xlabel="images per second", xlim=(0, 1.15 * max(fastest.max(), *bounds[title].values())))
         axis.grid(False, axis="y")
-    axes[0, 0].set_yticks(places, names, fontsize=8)
-    roofs, _ = axes[0, 0].get_legend_handles_labels()
-    bars = [axes[0, 0].bar(0, 0, color=LOOKS[kind][0], label=kind) for kind in LOOKS if kind in numbers]
-    figure.legend(handles=[*bars, *roofs], loc="outside upper center", ncols=3, fontsize=8)
+    axes[0, 0].set_yticks(range(len(lines)), [text for _, text, _ in lines], fontsize=8)
+    for label, (_, _, engine) in zip(axes[0, 0].get_yticklabels(), lines, strict=True):
+        label.set_fontweight("normal" if engine else "bold")
+    axes[0, 0].set_ylim(len(lines) - 0.4, -0.6)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2, fontsize=8)
     return figure
 
 
@@ -56,35 +76,32 @@ def engine_front(table: pd.DataFrame) -> Figure:
 
     Columns engine, latency_ms, acc, size_mb.
     """
-    figure, ((axis,),) = new_figure(height=4.4, width=8.6)
-    lowest, highest = table["acc"].min(), table["acc"].max()
-    spread = (highest - lowest) or 0.001
-    kinds = table["engine"].map(lambda engine: parts(engine)[1])
-    areas = 40 + 260 * table["size_mb"] / table["size_mb"].max()
-    for kind, (color, marker) in LOOKS.items():
-        rows = table[kinds == kind]
-        look = {"color": color, "marker": marker, "alpha": 0.75, "edgecolor": "white", "zorder": 3}
-        axis.scatter(rows["latency_ms"], rows["acc"], s=areas[kinds == kind], label=kind, **look)
-    key, placed = [], []
-    for number, row in enumerate(table.sort_values("latency_ms").itertuples(), start=1):
-        x, level = np.log10(row.latency_ms), 0  # a number stands above those of the points close by
-        for other_x, other_acc, other_level in placed:
-            if abs(x - other_x) < 0.03 and abs(other_acc - row.acc) < spread / 20:
-                level = max(level, other_level + 1)
-        placed.append((x, row.acc, level))
-        look = {"ha": "center", "fontsize": 7, "zorder": 4}
-        annotate(axis, str(number), (row.latency_ms, row.acc), (0, 10 + 9 * level), **look)
-        key.append(f"{number}  " + ", ".join(parts(row.engine)))
-    axis.text(1.02, 1.0, "\n".join(key), transform=axis.transAxes, fontsize=7, va="top", linespacing=1.35)
-    axis.set_ylim(lowest - 0.2 * spread, highest + 0.6 * spread)
+    figure, ((axis,),) = new_figure(height=5.2, width=8.4)
+    areas = 40 + 200 * table["size_mb"] / table["size_mb"].max()
+    rows, key, numbers = table.set_index("engine").assign(area=areas.to_numpy()), [], {}
+    for kind, text, engine in _lines(table.assign(speed=1 / table["latency_ms"]), "speed"):
+        color, marker = LOOKS[kind]
+        look = {"color": color, "marker": marker}
+        if engine is None:
+            key.append(Line2D([], [], label=text, markersize=7, linestyle="none", **look))
+            continue
+        numbers[engine] = str(len(numbers) + 1)
+        key.append(Line2D([], [], linestyle="none", label=f"{numbers[engine]}  {text}"))
+        row = rows.loc[engine]
+        look |= {"s": row["area"], "edgecolor": "0.2", "linewidth": 0.4, "zorder": 3}
+        axis.scatter(row["latency_ms"], row["acc"], **look)
     axis.set_xscale("log")
     axis.xaxis.set_major_formatter("{x:.3g}")
     axis.xaxis.set_minor_formatter("{x:.3g}")
     axis.xaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))
     axis.tick_params(axis="x", which="both", labelsize=8)
     axis.set(xlabel="latency of one image (ms)", ylabel="test accuracy")
-    axis.yaxis.set_major_formatter("{x:.1%}")
-    legend = figure.legend(loc="outside upper center", ncols=4, fontsize=8)
-    for handle in legend.legend_handles:
-        handle.set_sizes([50])
+    axis.yaxis.set_major_formatter("{x:.2%}")
+    axis.margins(0.08)
+    legend = figure.legend(handles=key, loc="outside right upper", fontsize=8, handlelength=1, frameon=False)
+    for line, text in zip(key, legend.get_texts(), strict=True):
+        text.set_fontweight("normal" if line.get_marker() == "None" else "bold")
+    rows = rows.loc[list(numbers)]
+    points = list(zip(rows["latency_ms"], rows["acc"], strict=True))
+    label_points(axis, points, list(numbers.values()), np.sqrt(rows["area"]) / 2)
     return figure

@@ -3,18 +3,18 @@
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullFormatter
 
-from labcore.plots.style import COLORS, new_figure
+from labcore.plots.style import SERIES, new_figure
 
-HISTOGRAM = {"color": COLORS["fp32"], "histtype": "stepfilled", "edgecolor": "none", "log": True, "zorder": 3}
+HISTOGRAM = {"color": SERIES[2], "histtype": "stepfilled", "edgecolor": "none", "log": True, "zorder": 3}
 
 
 def scale_staircase(scales: np.ndarray, approximated: np.ndarray) -> Figure:
     """Return the rounding of a scale, and the ratio it causes."""
     figure, ((steps, error),) = new_figure(2)
-    color = COLORS["ptq"]
-    steps.plot(scales, scales, color="0.65", linestyle="--", label="scale as observed")
+    color = SERIES[0]
+    steps.plot(scales, scales, color="0.6", linestyle="--", label="scale as observed")
     steps.plot(scales, approximated, color=color, drawstyle="steps-mid", label="scale_approximate(scale)")
     steps.set(yscale="log", ylabel="scale after rounding", title="The staircase")
     steps.legend(fontsize=8)
@@ -32,18 +32,19 @@ def scale_staircase(scales: np.ndarray, approximated: np.ndarray) -> Figure:
 def exponents(table: pd.DataFrame, max_shift_amount: int) -> Figure:
     """Return the exponent of every tensor of a network, in order; columns layer, tensor, exponent."""
     layers = list(dict.fromkeys(table["layer"]))
-    figure, ((axis,),) = new_figure(height=0.19 * len(layers) + 1.4)
-    for tensor, color, marker in (("weight", COLORS["fp32"], "s"), ("activation", COLORS["ptq"], "o")):
+    figure, ((axis,),) = new_figure(height=min(0.19 * len(layers), 10) + 1.2)
+    for tensor, color, marker in (("weight", SERIES[0], "s"), ("activation", SERIES[2], "o")):
         part = table[table["tensor"] == tensor]
         rows = part["layer"].map(layers.index)
         axis.scatter(part["exponent"], rows, color=color, marker=marker, s=26, label=tensor)
     clamp = f"clamp at 2^-{max_shift_amount}"
     axis.axvline(-max_shift_amount, color="0.4", linewidth=1, linestyle="--", label=clamp)
-    axis.set_yticks(range(len(layers)), layers, fontsize=7)
+    axis.set_yticks(range(len(layers)), layers, fontsize=8 if len(layers) < 50 else 7)
+    axis.margins(y=0.5 / len(layers))
     axis.invert_yaxis()
-    axis.set(xlabel="exponent k of the scale 2^k", title="Exponent map")
+    axis.set(xlabel="exponent k of the scale 2^k")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    figure.legend(loc="outside upper center", ncols=3, fontsize=8)
     return figure
 
 
@@ -53,11 +54,11 @@ def weights_on_grid(weights: dict[str, np.ndarray], scales: dict[str, float], bi
     for axis, (name, values) in zip(axes.flat, weights.items(), strict=True):
         low, high = -(2 ** (bits - 1)) * scales[name], (2 ** (bits - 1) - 1) * scales[name]
         axis.hist(values.ravel(), bins=80, **HISTOGRAM)
-        axis.axvspan(low, high, color=COLORS["qat"], alpha=0.25, label="range of the grid")
+        axis.axvspan(low, high, color="0.88", label="range of the grid")
         axis.set_xlabel("weight")
         axis.set_title(f"{name}: scale 2^{int(np.log2(scales[name]))}", fontsize=9)
     axes[0, 0].set_ylabel("count (log)")
-    axes[0, -1].legend(fontsize=7, loc="upper right")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", fontsize=8)
     return figure
 
 
@@ -77,16 +78,18 @@ def values_on_grids(panels: dict[str, dict[str, tuple[np.ndarray, float, int, tu
             left, right = smallest - margin, largest + margin
             axis.hist(values.ravel(), bins=120, **HISTOGRAM)
             for value in grid[(grid >= left) & (grid <= right)]:
-                axis.axvline(value, color=COLORS["ptq"], linewidth=0.9 if len(grid) < 20 else 0.3, zorder=4)
+                axis.axvline(value, color=SERIES[0], linewidth=0.9 if len(grid) < 20 else 0.3, zorder=4)
             for start, end in ((left, grid[0]), (grid[-1], right)):  # what is clipped
                 if start < end:
-                    axis.axvspan(start, end, color=COLORS["qat"], alpha=0.35, linewidth=0)
+                    axis.axvspan(start, end, color="0.88", linewidth=0)
             axis.set_xlim(left, right)
             axis.xaxis.set_major_locator(MaxNLocator(4))
+            axis.ticklabel_format(axis="x", scilimits=(-2, 3))
+            axis.yaxis.set_minor_formatter(NullFormatter())
             axis.grid(False)
             used = np.count_nonzero((grid >= smallest - scale / 2) & (grid <= largest + scale / 2))
             title = f"{tensor}, {name}: 2^{int(np.log2(scale))}, {used} of {len(grid)} codes"
-            axis.set_title(title, fontsize=7.5)
-            axis.tick_params(labelsize=7)
+            axis.set_title(title, fontsize=8)
+            axis.tick_params(labelsize=8)
         row[0].set_ylabel("count (log)", fontsize=8)
     return figure

@@ -4,9 +4,12 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
+import seaborn as sns
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
-from labcore.plots.style import BARE, COLORS, NAMES, interval_lengths, new_figure, plain
+from labcore.plots.style import BARE, COLORS, NAMES, SHAPES, interval_lengths, new_figure, plain
+from labcore.stats import beyond_chance, normal_p_value
 
 
 def corruption_examples(examples: dict[str, np.ndarray]) -> Figure:
@@ -32,12 +35,13 @@ def severity_curves(table: pd.DataFrame) -> Figure:
     """
     groups = list(dict.fromkeys(table["group"]))
     figure, axes = new_figure(len(groups), 2, height=4.6, width=8.6, sharex=True, sharey="row")
-    styles = {"fp32": ("o", "-", 0.0), "ptq": ("s", "--", -0.12), "qat": ("D", ":", 0.12)}
+    styles = {"fp32": ("-", 0.0), "ptq": ("--", -0.12), "qat": (":", 0.12)}
     for (upper, lower), group in zip(axes.T, groups, strict=True):
         upper.set_title(group)
-        for network, (marker, line, shift) in styles.items():
+        for network, (line, shift) in styles.items():
             part = table[(table["group"] == group) & (table["network"] == network)]
-            look = {"color": COLORS[network], "marker": marker, "markersize": 4, "label": NAMES[network]}
+            look = {"color": COLORS[network], "marker": SHAPES[network], "markersize": 4}
+            look["label"] = NAMES[network]
             upper.plot(part["severity"], part["acc"], linestyle=line, **look)
             if network != "fp32":
                 errors = interval_lengths(part, "drop_pp").clip(min=0)
@@ -46,9 +50,34 @@ def severity_curves(table: pd.DataFrame) -> Figure:
         lower.axhline(0, color="0.3", linewidth=0.8)
         lower.set(xlabel="severity", xticks=range(6))
     axes[0, 0].set_ylabel("accuracy")
-    axes[1, 0].set_ylabel("drop against FP32\n(points)")
+    axes[1, 0].set_ylabel("drop against FP32\n(points, positive is worse)")
     axes[0, 0].yaxis.set_major_formatter("{x:.0%}")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=8)
+    return figure
+
+
+def extra_heatmap(rows: Sequence[dict]) -> Figure:
+    """Return what each corruption adds to a network's drop, in points; positive is worse.
+
+    Rows are `corruption_cost` of the study's metrics. A frame marks what chance does not explain, in view of
+    so many tests (`stats.beyond_chance`).
+    """
+    networks = [name for name in NAMES if name in rows[0]]
+    costs = {(n, row["corruption"]): row[n]["extra_drop_pp"] for n in networks for row in rows}
+    tests = [{"cell": cell, "p_value": normal_p_value(cost)} for cell, cost in costs.items()]
+    extra = pd.Series({cell: cost["mean"] for cell, cost in costs.items()}).unstack(sort=False)
+    limit, names = extra.abs().max(axis=None) or 1, [name.replace(" ", "\n") for name in extra]
+    figure, ((axis,),) = new_figure(height=0.38 * len(networks) + 1.2, width=8.4)
+    look = {"cmap": "PuOr_r", "vmin": -limit, "vmax": limit, "cbar": False, "linewidths": 0.5}
+    look |= {"annot": True, "fmt": "+.1f", "annot_kws": {"fontsize": 8.5}}
+    sns.heatmap(extra.set_axis(names, axis=1).rename(index=NAMES), ax=axis, **look)
+    for found in beyond_chance(tests)["rows"]:
+        row, column = networks.index(found["cell"][0]), extra.columns.get_loc(found["cell"][1])
+        axis.add_patch(Rectangle((column, row), 1, 1, fill=False, edgecolor="0.1", linewidth=2.2, zorder=4))
+    axis.tick_params(labelsize=8, rotation=0)
+    axis.grid(False)
+    title = "what corruption adds to the accuracy drop in points (positive is worse); framed: beyond chance"
+    axis.set_title(title, fontsize=9, fontweight="normal")
     return figure
 
 
@@ -57,9 +86,9 @@ def lost_image_grid(lost: pd.DataFrame, images: np.ndarray, classes: Sequence[st
 
     The rows of `lost` are those of `labcore.studies.robustness.lost_images`; there may be none.
     """
+    names = [plain(name if len(name) <= 12 else name[:11] + "…") for name in map(str, classes)]
     rows = max(1, -(-len(lost) // 6))
     figure, axes = new_figure(6, rows, height=1.5 * rows + 0.3, width=8.6, subplot_kw=BARE)
-    names = [plain(name if len(name) <= 12 else name[:11] + "…") for name in map(str, classes)]
     for axis, row in zip(axes.flat[: len(lost)], lost.itertuples(), strict=True):
         axis.imshow(images[row.image].transpose(1, 2, 0), interpolation="nearest")
         before = f"FP32: {names[row.before]} ({row.margin_before:.2f})"

@@ -6,6 +6,7 @@ The report can be written again from there, and checked (labcore.report.verify).
 
 import ast
 import itertools
+import json
 import shutil
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,15 @@ from labcore.report.tables import fill_template
 # Pipe tables, figures and math as the template writes them; "@" and "[1]" are no citations.
 MARKDOWN = "markdown-citations+lists_without_preceding_blankline"
 # What the results folder takes of each stage.
-KEPT = ("metrics.json", "provenance.json", "training.json", "*.csv", "logits*.npz", "answers.npz")
+KEPT = (
+    "metrics.json",
+    "provenance.json",
+    "training.json",
+    "histograms.json",
+    "*.csv",
+    "logits*.npz",
+    "answers.npz",
+)
 
 
 def collect(profile: str, overrides: str, wall_seconds: dict[str, float], root: Path = ROOT) -> list[Path]:
@@ -79,25 +88,48 @@ def source_of(module: str, name: str, root: Path = ROOT) -> str:
     return "\n".join(line[node.col_offset :] for line in kept)
 
 
+def widget(results: Path, root: Path = ROOT) -> str:
+    """Return the part of the page that can be moved, as a raw block that pandoc hands to HTML alone.
+
+    Empty where stage ptq of a results folder has no histograms, as in older reports.
+    """
+    path = results / "ptq" / "histograms.json"
+    tensors = read_json(path) if path.exists() else None
+    if not tensors:
+        return ""
+    page = (root / "report" / "template_widget.html").read_text(encoding="utf-8")
+    data = json.dumps(tensors, separators=(",", ":"), sort_keys=True).replace("<", "\\u003c")
+    return f"``````{{=html}}\n{page.replace('[[histograms]]', data)}``````\n"
+
+
 def render(values: dict, with_captions: bool = False, root: Path = ROOT) -> str:
     """Return the report as Markdown, from what `context` gives.
 
     Markdown viewers hide a picture's caption, so it stands below the picture as well, unless what comes next
-    sets it itself (`with_captions`).
+    sets it itself (`with_captions`). Only then is the widget in it.
 
     Raises LabError with the name of a value that the template wants and no artifact holds.
     """
     numbers = itertools.count(1)
 
-    def figure(name: str, caption: str) -> str:
+    def figure(name: str, caption: str, percent: int = 100) -> str:  # of the text's width, where it is set
         path = Path("figures") / values["profile"].name / f"{name}.png"
         if not (root / path).exists():
             raise LabError(f"{path} is missing: run the notebook that draws it again.")
         picture = f"![{caption}](../../{path.as_posix()})"
-        return picture if with_captions else f"{picture}\n\n*Figure {next(numbers)}: {caption}*"
+        if with_captions:
+            return f"{picture}{{width={percent}%}}"
+        return f"{picture}\n\n*Figure {next(numbers)}: {caption}*"
 
-    functions = {"figure": figure, "source_of": partial(source_of, root=root)}
-    return fill_template("template.md", values | functions, root)
+    results = root / "report" / values["profile"].name / "results"
+    functions = {
+        "figure": figure,
+        "source_of": partial(source_of, root=root),
+        "has_figure": lambda name: (root / "figures" / values["profile"].name / f"{name}.png").exists(),
+        "page_break": lambda: "```{=typst}\n#pagebreak(weak: true)\n```" if with_captions else "",
+        "widget": lambda: widget(results, root) if with_captions else "",
+    }
+    return fill_template(("template.md", "template_appendix.md"), values | functions, root)
 
 
 def write_pdf(markdown: str, pdf: Path, root: Path = ROOT) -> None:

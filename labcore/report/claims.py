@@ -1,17 +1,23 @@
-"""The ledger: each claim of the reference, the verdict on it, and what was measured.
+"""The ledger: each claim of the reference, a verdict by one rule, and what it rests on.
 
-Verdicts are judged here, from saved results alone; what was found is put into words by
+A claim has parts. A fact holds or does not. A number must lie, with its whole interval, on one side of a
+margin that was chosen before (report/template_reference.json). What was found is put into words by
 report/template_ledger.md.
 """
 
 from __future__ import annotations
 
+import math
 import re
+from collections import Counter
 from operator import itemgetter
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+from statsmodels.stats.multitest import multipletests
+
+from labcore import stats
 from labcore.config import NOTEBOOKS, STUDIES
 from labcore.files.artifacts import ROOT, read_json
 from labcore.report.tables import fill_template, pick
@@ -19,33 +25,121 @@ from labcore.report.tables import fill_template, pick
 if TYPE_CHECKING:  # a run needs torch, the ledger does not
     from labcore.run import Run
 
-CONFIRMED, REFUTED, CONDITION = "confirmed", "refuted", "holds under a condition"
-UNDECIDED = "not decided here"  # measured, but it fits more than one answer
-OPEN = "no evidence here"  # not measured
-SMALL_PP = 0.1  # what the reference calls little accuracy
+CONFIRMED, REFUTED, CONDITION = "confirmed", "refuted", "true under a condition"
+UNDECIDED = "undecided"  # measured, but it fits more than one answer
+OPEN = "no evidence here"  # not measured, or of another network, data set or recipe than the claim's
+INSPECTED, MEASURED = "by inspection or arithmetic", "measured"  # kinds of claims; the third is OPEN
 MUCH_PP = 1.0  # a drop that is called suffering
-FASTER = 1.02  # a ratio of times whose lower quartile is above it counts as faster
+# Claims about a method, whose unit is a training: so many are asked for where there is one.
+TRAININGS = dict.fromkeys(("R2", "R6", "R9", "R10", "R12", "R14", "R15", "R17"), 5) | {"R1": 3, "R18": 3}
+UNITS = {"training": "trainings", "image": "images", "round": "rounds of timing"}
+DIGITS = {"points": "+.2f", "%": ".2f", "times": ".3f", "seconds": ",.0f", "squared": "+.5f"}
 
-# Claims that nothing is found about where none of these studies has been run.
-NEEDS = {
-    "R6": ("parts", "observers"),
-    **dict.fromkeys(("R8", "R10", "R19"), ("observers",)),
-    **dict.fromkeys(("R12", "R14", "R17"), ("training",)),
-}
+
+class Part(NamedTuple):
+    """What a claim says of one thing: a fact that `holds`, or a number between `low` and `high`.
+
+    The number found has mean, low, high, `count` and `of`: how many units were drawn anew, and what they are.
+    Also df (degrees of freedom, or count - 1), and std where trainings were judged by the same images.
+    """
+
+    name: str
+    holds: bool | None = None
+    found: dict | None = None
+    low: float = -math.inf
+    high: float = math.inf
+    unit: str = ""
+    trainings: int = 0  # the fewest of which it must be the mean; 0 where they are not its unit
+
+    @property
+    def is_fact(self) -> bool:
+        """Return whether it is no number."""
+        return not self.unit
+
+    @property
+    def is_of_its_unit(self) -> bool:
+        """Return whether the number was found over what it must be found over."""
+        return bool(self.found) and (not self.trainings or self.found["of"] == "training")
+
+    def margin(self) -> str:
+        """Return between which numbers the claim is true, such as "under 0.1 points"."""
+        if math.isfinite(self.low) and math.isfinite(self.high):
+            ends = f"{self.low:g} to {self.high:g}"
+        else:
+            ends = f"over {self.low:g}" if math.isfinite(self.low) else f"under {self.high:g}"
+        return f"{ends} {self.unit}".replace(" 1 points", " 1 point").removesuffix(" squared")
+
+    def estimate(self) -> str:
+        """Return the number with its interval."""
+        if not self.found:
+            return "no interval"
+        mean, low, high = (format(self.found[key], DIGITS[self.unit]) for key in ("mean", "low", "high"))
+        return f"{mean} {self.unit} ({low} to {high})".replace(" squared", "")
+
+    def p_value(self) -> float:
+        """Return how often chance alone would give a number so far from the margin; 1 if none was found."""
+        if not self.is_of_its_unit:
+            return 1.0
+        df = self.found.get("df", self.found["count"] - 1)
+        ends = [end for end in (self.low, self.high) if math.isfinite(end)]
+        return max(stats.normal_p_value(self.found, end, df) for end in ends)
+
+    def needed(self) -> str:
+        """Return how many units would decide, were what was found true; "" where that says nothing."""
+        if not self.is_of_its_unit:
+            return f"{self.trainings} trainings" if self.trainings else ""
+        mean, count = self.found["mean"], self.found["count"]
+        distance = min(abs(mean - end) for end in (self.low, self.high))
+        error = (self.found["high"] - self.found["low"]) / (2 * 1.96)  # of the mean
+        spread = self.found.get("std", error * math.sqrt(count))
+        # Of trainings that the same images judge, what these leave open stays with more trainings.
+        rest = distance**2 - 2.8**2 * max(error**2 - spread**2 / count, 0)  # 2.8 errors: seen 4 times of 5
+        if distance == 0 or spread == 0 or not math.isfinite(error):
+            return ""
+        if rest <= 0:
+            return "more images"
+        units = stats.units_needed(math.sqrt(rest), spread)
+        return f"{units:,} {UNITS[self.found['of']]}" if units < 1e7 else f"over 10 million {UNITS['image']}"
+
+
+def judge(parts: list[Part]) -> list[str]:
+    """Return what becomes of each part: CONFIRMED, REFUTED or UNDECIDED. This rule gives every verdict.
+
+    A number is decided where its 95 % interval lies wholly on one side of the margin. Of several numbers each
+    must stand out in view of all (Holm, 1979).
+    """
+    numbers = [part for part in parts if not part.is_fact]
+    held = multipletests([part.p_value() for part in numbers], method="holm")[1] if numbers else []
+    is_decided = dict(zip(map(id, numbers), (p_value < 0.05 for p_value in held), strict=True))
+
+    def outcome(part: Part) -> str:
+        holds = part.holds if part.is_fact else None
+        if is_decided.get(id(part)):
+            holds = part.low < part.found["mean"] < part.high
+        return UNDECIDED if holds is None else CONFIRMED if holds else REFUTED
+
+    return [outcome(part) for part in parts]
+
+
+def combine(outcomes: list[str]) -> str:
+    """Return the verdict on a claim of several parts: true in part is true under a condition."""
+    if {CONFIRMED, REFUTED} <= set(outcomes):
+        return CONDITION
+    return outcomes[0] if len(set(outcomes)) == 1 else UNDECIDED
 
 
 class Found(NamedTuple):
-    """The verdict on a claim, and what it rests on.
+    """What a verdict rests on: `parts`, the notebook `stage`, the entry `data` of its metrics, a `figure`.
 
-    `stage` is the notebook that measured it, `data` the entry of its metrics, `figure` what shows it. `facts`
-    are what the verdict was made of, for the ledger's words.
+    `is_its` says whether network, data set and recipe are those of the claim; otherwise it stays open.
     """
 
-    verdict: str
+    parts: list[Part]
     stage: str
     data: str = ""
     figure: str = ""
-    facts: dict | None = None
+    is_its: bool = True
+    if_true: str = CONFIRMED
 
 
 def evidence(run: Run) -> dict[str, dict | None]:
@@ -59,7 +153,7 @@ def evidence(run: Run) -> dict[str, dict | None]:
         return read_json(path)["inputs"]["the results of stage fp32"] if path.exists() else None
 
     measured: dict[str, dict | None] = {}
-    for stage in (stage for stage in NOTEBOOKS if stage != "claims"):
+    for stage in (stage for stage in NOTEBOOKS if stage not in ("claims", "explore")):
         valid = stage not in STUDIES or network(stage) == network("compare") is not None
         measured[stage] = run.metrics(stage) if valid else None
     return measured
@@ -68,49 +162,105 @@ def evidence(run: Run) -> dict[str, dict | None]:
 def ledger(
     measured: dict[str, dict | None], checks: dict, reference: dict, root: Path = ROOT
 ) -> list[dict[str, str]]:
-    """Return every claim, R1 to R20, as rows: id, claim, verdict, value (in words), stage, data, figure.
+    """Return every claim, R1 to R20, as a row of texts.
+
+    Its columns are id, claim, kind, verdict, estimate, margin, value (what was found, in words), stage, data
+    and figure.
 
     Args:
         measured: as `evidence` gives it.
         checks: what notebook 08 measures itself.
-        reference: the reference's own numbers and claims (report/template_reference.json).
+        reference: the reference's own numbers and claims, and the margins.
         root: of the project, whose report/template_ledger.md has the words.
 
     Raises LabError where they want a value that nothing holds.
     """
-    found = {}
-    for name, judge in zip(reference["claims"], JUDGES, strict=True):
-        needs = NEEDS.get(name, ())
-        is_open = needs and not any(measured[stage] for stage in needs)
-        found[name] = Found(OPEN, needs[0]) if is_open else judge(measured, checks, reference)
-    values = {"checks": checks, "reference": reference, "found": found, "is_small": is_small}
-    text = fill_template("template_ledger.md", measured | values | {"notebooks": NOTEBOOKS}, root)
+    rows, found = [], {}
+    for (name, claim), gather in zip(reference["claims"].items(), GATHERERS, strict=True):
+        one = gather(Evidence(name, measured, checks, reference))
+        row, found[name] = _judged(one)
+        rows.append({"id": name, "claim": claim} | row)
+    values = {"checks": checks, "reference": reference, "found": found, "notebooks": NOTEBOOKS}
+    text = fill_template(["template_ledger.md"], measured | values, root)
     _, *parts = re.split(r"^## (R\d+)$", text, flags=re.MULTILINE)
     words = dict(zip(parts[::2], parts[1::2], strict=True))
-    return [
-        {"id": name, "claim": claim, "value": " ".join(words[name].split())}
-        | {key: getattr(found[name], key) for key in ("verdict", "stage", "data", "figure")}
-        for name, claim in reference["claims"].items()
-    ]
+    return [row | {"value": " ".join(words[row["id"]].split())} for row in rows]
 
 
-def decided(answer: bool | None, yes: str = CONFIRMED, no: str = REFUTED) -> str:
-    """Return the verdict for an answer; None, an interval that holds both answers, decides nothing."""
-    return UNDECIDED if answer is None else yes if answer else no
+def counts(rows: list[dict[str, str]]) -> dict[str, dict[str, int]]:
+    """Return how many claims there are of each verdict (counts) and of each kind (kinds)."""
+    columns = {"counts": "verdict", "kinds": "kind"}
+    return {name: dict(Counter(row[column] for row in rows)) for name, column in columns.items()}
 
 
-def is_small(row: dict) -> bool | None:
-    """Return whether a drop is under SMALL_PP; None where its interval holds both answers."""
-    if row["acc_drop_pp_low"] < SMALL_PP <= row["acc_drop_pp_high"]:
-        return None
-    return row["acc_drop_pp_high"] < SMALL_PP
+def _judged(one: Found) -> tuple[dict, dict]:
+    """Return a row of the ledger without its words, and for these what became of every part."""
+    numbers = [part for part in one.parts if not part.is_fact]
+    if one.is_its and one.parts:
+        outcomes = judge(one.parts)
+        verdict, kind = combine(outcomes), MEASURED if numbers else INSPECTED
+        verdict = one.if_true if verdict == CONFIRMED else verdict
+    else:
+        outcomes, verdict, kind = [OPEN] * len(one.parts), OPEN, OPEN
+    margins = [part.margin() for part in numbers]
+    row = {"kind": kind, "verdict": verdict, "stage": one.stage, "data": one.data, "figure": one.figure}
+    row["estimate"] = _listed({part.name: part.estimate() for part in numbers})
+    row["margin"] = _listed(dict(zip((part.name for part in numbers), margins, strict=True)))
+    if len(set(margins)) == 1:
+        row["margin"] = margins[0]
+    told = {part.name: outcome for part, outcome in zip(one.parts, outcomes, strict=True)}
+    needs = {part.name: part.needed() for part in numbers if told[part.name] == UNDECIDED}
+    parts = {part.name: part for part in one.parts}
+    return row, row | {"is_its": one.is_its, "parts": parts, "told": told, "needs": needs}
 
 
-def helps(row: dict, name: str = "diff_pp") -> bool | None:
-    """Return whether a recipe beats the first of its table; None where the interval holds both answers."""
-    if row[f"{name}_low"] <= 0 < row[f"{name}_high"]:
-        return None
-    return row[f"{name}_low"] > 0
+def _listed(texts: dict[str, str]) -> str:
+    """Return texts in one line, by name if there are several."""
+    return "; ".join(f"{name} {text}" if len(texts) > 1 else text for name, text in texts.items())
+
+
+class Evidence(NamedTuple):
+    """What the gatherers below choose from."""
+
+    claim: str
+    measured: dict
+    checks: dict
+    reference: dict
+
+    def __getitem__(self, stage: str) -> dict | None:
+        return self.measured.get(stage)
+
+    def part(self, name: str, found: dict | None, margin: str = "") -> Part:
+        """Return a part with the margin that the reference's file has for it, or for `margin`."""
+        low, high, unit = self.reference["margins"][self.claim][margin or name]
+        low, high = -math.inf if low is None else low, math.inf if high is None else high
+        trainings = 0 if unit == "times" else TRAININGS.get(self.claim, 0)
+        return Part(name, found=found, low=low, high=high, unit=unit, trainings=trainings)
+
+    def over_trainings(self, found: dict) -> dict:
+        """Return what notebook 12 found over trainings as the number of a part."""
+        return found | {"of": "training", "count": self["seeds"]["n_starts"]}
+
+    def drop(self, before: str, after: str, row: dict | None) -> dict | None:
+        """Return a drop over trainings where notebook 12 has it, else `row`'s over images of one training."""
+        if self["seeds"]:
+            return self.over_trainings(pick(self["seeds"]["pairs"], {"before": before, "after": after}))
+        return row and of_images(row)
+
+    @property
+    def is_resnet50(self) -> bool:
+        """Whether the network and the images are the reference's."""
+        return self.checks["arch"] == "resnet50" and self.checks.get("is_cifar10", True)
+
+
+def of_images(row: dict) -> dict:
+    """Return the drop of a row of `compare_paired`, over images."""
+    count = sum(row[name] for name in ("both", "neither", "only_before", "only_after"))
+    return {"of": "image", "count": count} | _drop(row)
+
+
+def _drop(row: dict) -> dict:
+    return {"mean": row["acc_drop_pp"], "low": row["acc_drop_pp_low"], "high": row["acc_drop_pp_high"]}
 
 
 def scheme_extremes(rows: list[dict], arch: str) -> dict[str, tuple[dict, dict]]:
@@ -123,185 +273,187 @@ def scheme_extremes(rows: list[dict], arch: str) -> dict[str, tuple[dict, dict]]
     return {network: (max(rows, key=cost), min(rows, key=cost)) for network, rows in schemes.items()}
 
 
-def _r1(measured: dict, checks: dict, reference: dict) -> Found:
-    verdict = CONFIRMED if measured["fp32"]["test"]["acc_high"] >= reference["fp32"]["acc"] else REFUTED
-    return Found(verdict if checks["arch"] == "resnet50" else OPEN, "fp32", "test", "01_curves")
-
-
-def _r2(measured: dict, checks: dict, reference: dict) -> Found:
-    pair = measured["compare"]["paired"]["ptq_qat"]
-    if pair["acc_drop_pp_high"] < 0:
-        verdict = CONFIRMED
-    elif pair["acc_drop_pp_low"] > 100 * (reference["ptq"]["acc"] - reference["qat"]["acc"]):
-        verdict = REFUTED
+def _r1(e: Evidence) -> Found:
+    if e["seeds"]:
+        accs = 100 * np.array(e["seeds"]["accuracy"]["fp32"])
+        found = e.over_trainings(stats.mean_over_images(accs))
     else:
-        verdict = UNDECIDED
-    return Found(verdict, "compare", "paired.ptq_qat", "04_accuracy")
+        test = {name: e["fp32"]["test"][key] for name, key in zip(("mean", "low", "high"), ACC, strict=True)}
+        found = {name: 100 * acc for name, acc in test.items()}
+        found |= {"of": "image", "count": e["fp32"]["test"]["n_seen"]}
+    is_its = e.is_resnet50 and e.checks.get("is_reference", False)
+    return Found([e.part("accuracy", found)], "fp32", "test", "01_curves", is_its)
 
 
-def _r3(measured: dict, checks: dict, reference: dict) -> Found:
-    ratio = checks["resnet50"]["fp32_mb"] / checks["resnet50"]["int8_mb"]
-    printed = reference["fp32"]["size_mb"] / reference["ptq"]["size_mb"]
-    verdict = CONFIRMED if abs(ratio / printed - 1) < 0.03 else REFUTED
-    return Found(verdict, "claims", "checks.resnet50", "04_costs")
+def _r2(e: Evidence) -> Found:
+    pairs = {"PTQ": ("fp32", "ptq"), "QAT": ("fp32", "qat"), "QAT against PTQ": ("ptq", "qat")}
+    rows = dict(zip(pairs, itemgetter("ptq", "qat", "ptq_qat")(e["compare"]["paired"]), strict=True))
+    parts = [e.part(name, e.drop(*pair, rows[name])) for name, pair in pairs.items()]
+    shown = ("seeds", "pairs", "12_pairs") if e["seeds"] else ("compare", "paired", "04_accuracy")
+    return Found(parts, *shown, e.is_resnet50)
 
 
-def _r4(measured: dict, checks: dict, reference: dict) -> Found:
-    fp32_ms = reference["fp32"]["latency_ms"]
-    speedups = {stage: fp32_ms / reference[stage]["latency_ms"] for stage in ("ptq", "qat")}
-    agrees = {stage: abs(speedup - reference[stage]["speedup"]) < 0.01 for stage, speedup in speedups.items()}
-    verdict = CONDITION if all(agrees.values()) else REFUTED
-    return Found(verdict, "compare", "latency", "04_costs", {"speedups": speedups, "agrees": agrees})
+def _r3(e: Evidence) -> Found:
+    ratio = e.checks["resnet50"]["fp32_mb"] / e.checks["resnet50"]["int8_mb"]
+    printed = e.reference["fp32"]["size_mb"] / e.reference["ptq"]["size_mb"]
+    is_same = abs(ratio / printed - 1) < e.reference["same_size"]
+    return Found([Part("size", is_same)], "claims", "checks.resnet50", "04_costs")
 
 
-def _r5(measured: dict, checks: dict, reference: dict) -> Found:
-    if not measured["engines"]:
-        is_faster = measured["compare"]["ptq_to_float_scales"]["speedup_low"] > FASTER
-        return Found(CONFIRMED if is_faster else REFUTED, "compare", "ptq_to_float_scales")
-    rows = measured["engines"]["pairs"]
-    engines = {row["engine"] for row in rows}
-    not_faster = [row["engine"] for row in rows if row["speedup_low"] <= FASTER]
-    always_faster = sorted(engines.difference(not_faster))
-    facts = {
-        "n_engines": len(engines),
-        "median": median(row["speedup"] for row in rows),
-        "n_faster": len(rows) - len(not_faster),
-        "n_slower": sum(row["speedup_high"] < 1 / FASTER for row in rows),
-        "always_faster": always_faster,
+def _r4(e: Evidence) -> Found:
+    fp32_ms = e.reference["fp32"]["latency_ms"]
+    off = [fp32_ms / row["latency_ms"] - row["speedup"] for row in itemgetter("ptq", "qat")(e.reference)]
+    return Found([Part("printed speed-ups", max(map(abs, off)) < 0.01)], "compare", "latency", "04_costs")
+
+
+def _r5(e: Evidence) -> Found:
+    found = e.checks["shift"] | {"of": "round", "count": e.checks["shift"]["rounds"]}
+    shown = ("engines", "pairs", "09_engines") if e["engines"] else ("compare", "ptq_to_float_scales")
+    return Found([e.part("speed", found)], *shown)
+
+
+def _r6(e: Evidence) -> Found:
+    pairs = {
+        "nearest power": ("float_same", "no_clamp"),
+        "power of the least error": ("float_best", "best_ptq"),
     }
-    verdict = REFUTED if not always_faster else CONDITION if not_faster else CONFIRMED
-    return Found(verdict, "engines", "pairs", "09_engines", facts)
+    costs = e.checks["rounding"]
+    if not costs and not e["seeds"]:
+        return Found([], "parts")
+    parts = [e.part(name, e.drop(*pair, costs.get(pair[1]))) for name, pair in pairs.items()]
+    shown = ("seeds", "pairs", "12_pairs") if e["seeds"] else ("claims", "checks.rounding")
+    return Found(parts, *shown)
 
 
-def _r6(measured: dict, checks: dict, reference: dict) -> Found:
-    costs = checks["rounding"]
-    otherwise = CONDITION if is_small(costs["best_ptq"]) else REFUTED
-    verdict = decided(is_small(costs["no_clamp"]), no=otherwise)
-    return Found(verdict, "claims", "checks.rounding", "11_rules" if measured["parts"] else "05_rules")
+def _r7(e: Evidence) -> Found:
+    stage = "parts" if e["parts"] else "observers"
+    if not (study := e[stage]):
+        return Found([], "ptq", "n_weights_clamped", "02_exponents")
+    most = Part("most tensors", study["n_tensors_below"] <= study["n_tensors"] / 2)
+    cost = e.part("the clamp", e.drop("no_clamp", "ptq", e.checks["rounding"].get("reference")))
+    figure = {"parts": "11_layers", "observers": "05_error"}[stage]
+    return Found([most, cost], stage, "n_tensors_below", figure, e.is_resnet50)
 
 
-def _r7(measured: dict, checks: dict, reference: dict) -> Found:
-    study, ptq = measured["parts"] or measured["observers"], measured["ptq"]
-    if not study:
-        verdict = UNDECIDED if ptq["n_weights_clamped"] > ptq["n_weights"] / 2 else CONFIRMED
-        return Found(verdict, "ptq", "n_weights_clamped", "02_exponents")
-    if study["n_tensors_below"] > study["n_tensors"] / 2:
-        verdict = decided(is_small(checks["rounding"]["reference"]), yes=CONDITION)
+def _r8(e: Evidence) -> Found:
+    if not (sums := e.checks.get("overflow")):
+        return Found([], "claims")
+    prevented = sums["prevented"] | {"of": "image", "count": sums["n_images"]}
+    parts = [Part("largest codes", not sums["largest_is_wrong"]), e.part("prevented", prevented)]
+    return Found(parts, "claims", "checks.overflow")
+
+
+def _r9(e: Evidence) -> Found:
+    if not e["seeds"]:
+        return Found([], "claims", "checks.n_int8_additions")
+    found = e.drop("int_additions", "float_additions", None)
+    return Found([e.part("float additions", found)], "seeds", "pairs", "12_pairs")
+
+
+def _r10(e: Evidence) -> Found:
+    study, error, speed = e["observers"], None, None
+    if e["seeds"]:
+        error = e.over_trainings(e["seeds"]["fusing"]["reference"])
+    elif study and "fusing_errors" in study:
+        first, count = next(iter(study["fusing_errors"].values())), study["fp32_validation"]["n_seen"]
+        ends = {name: first[f"error_rise_{name}"] for name in ("low", "high")}
+        error = {"mean": first["error_rise"], "of": "image", "count": count} | ends
+    if study and study["fusing_speed"].get("speedup_sure_low"):
+        row = study["fusing_speed"]
+        speed = {"mean": row["speedup"], "low": row["speedup_sure_low"], "high": row["speedup_sure_high"]}
+        speed |= {"of": "round", "count": e.checks["latency_rounds"]}
+    if not (error or study):
+        return Found([], "seeds")
+    return Found(
+        [e.part("error", error), e.part("speed", speed)], "seeds" if e["seeds"] else "observers", "fusing"
+    )
+
+
+def _r11(e: Evidence) -> Found:
+    (rate, new_rate), (batch, new_batch) = e.reference["scaled"]["lr"], e.reference["scaled"]["batch_size"]
+    shown = ("training", "tables.batch", "07_recipes") if e["training"] else ("training",)
+    return Found([Part("linear scaling", math.isclose(rate * new_batch / batch, new_rate))], *shown)
+
+
+def _r12(e: Evidence) -> Found:
+    if not e["training"]:
+        return Found([], "training")
+    spread, parts = e["training"]["seed_spread"], []
+    for name in ("stopped in mid-cycle", "ending with a cycle"):
+        row = pick(e["training"]["tables"]["schedule"], {"recipe": f"restarts, {name}"})
+        half = stats.sure_pp(row["seeds"], (spread["pp"], spread["df"]))
+        found = {"mean": -row["diff_pp"], "low": -row["diff_pp"] - half, "high": -row["diff_pp"] + half}
+        found |= {"of": "training", "count": row["seeds"], "df": spread["df"]}
+        parts.append(e.part(name, found))
+    return Found(parts, "training", "tables.schedule", "07_recipes")
+
+
+def _r13(e: Evidence) -> Found:
+    dropout = Part("dropout", e.checks["resnet50"]["n_dropout"] > 0)
+    if e["seeds"]:
+        gap = e.over_trainings(e["seeds"]["gap"]["fp32_on"])
     else:
-        verdict = CONDITION if study["share_channels_below"] > 0.5 else CONFIRMED
-    shown = ("parts", "n_tensors_below", "11_layers") if measured["parts"] else ()
-    return Found(verdict, *(shown or ("observers", "n_tensors_below", "05_error")))
+        gap = e["fp32"]["test_gap"] | {"of": "image", "count": e["fp32"]["test_gap"]["n_test"]}
+    return Found([dropout, e.part("gap", gap)], "seeds" if e["seeds"] else "fp32", "test_gap", "01_curves")
 
 
-def _r8(measured: dict, checks: dict, reference: dict) -> Found:
-    rows = measured["observers"]["overflow"]
-    worst = {bits: pick(rows, {"case": "worst case", "bits": bits}) for bits in (8, 7)}
-    is_refuted = worst[8]["wrong sums"] > 0 and worst[7]["wrong sums"] == 0
-    return Found(REFUTED if is_refuted else CONFIRMED, "observers", "overflow", facts=worst)
+def _r14(e: Evidence) -> Found:
+    if not e["seeds"]:
+        return Found([], "training")
+    hidden = {"mixup": "mixup", "fake quantization": "rounding"}
+    parts = [e.part(name, e.over_trainings(e["seeds"]["hidden"][key])) for name, key in hidden.items()]
+    return Found(parts, "seeds", "hidden")
 
 
-def _r9(measured: dict, checks: dict, reference: dict) -> Found:
-    return Found(REFUTED if checks["n_int8_additions"] else OPEN, "claims", "checks.n_int8_additions")
+def _r15(e: Evidence) -> Found:
+    if not e["seeds"]:
+        return Found([], "qat", "batchnorm_kept")
+    folded = e.part("BatchNorm folded", e.drop("qat", "qat_folded", None))
+    return Found([Part("train mode", e.checks.get("needs_train_mode")), folded], "seeds", "pairs", "12_pairs")
 
 
-def _r10(measured: dict, checks: dict, reference: dict) -> Found:
-    study = measured["observers"]
-    rises = study.get("fusing_errors", {}).values()  # of several schemes, by image
-    error = {name: row["logit_mse"] for name, row in study["fusing"].items()}
-    held = [
-        error["fused"] < error["not fused"] and all(rise["error_rise_high"] < 0 for rise in rises),
-        study["fusing_speed"]["speedup_low"] > FASTER,
-    ]
-    return Found(CONFIRMED if all(held) else CONDITION if any(held) else REFUTED, "observers", "fusing")
+def _r16(e: Evidence) -> Found:
+    return Found([Part("prefix", all(e.checks["prefix"].values()))], "claims", "checks.prefix")
 
 
-def _r11(measured: dict, checks: dict, reference: dict) -> Found:
-    shown = ("tables.batch", "07_recipes") if measured["training"] else ()
-    return Found(REFUTED, "training", *shown)
-
-
-def _r12(measured: dict, checks: dict, reference: dict) -> Found:
-    rows = {row["recipe"]: row for row in measured["training"]["tables"]["schedule"]}
-    stopped, ended = rows["restarts, stopped in mid-cycle"], rows["restarts, ending with a cycle"]
-    answers = [helps(stopped), helps(ended)]
-    if any(answers):
-        verdict = CONFIRMED if all(answers) else CONDITION
-    else:
-        verdict = UNDECIDED if None in answers else REFUTED
-    facts = {"stopped": stopped, "ended": ended, "helps": answers}
-    return Found(verdict, "training", "tables.schedule", "07_recipes", facts)
-
-
-def _r13(measured: dict, checks: dict, reference: dict) -> Found:
-    return Found(OPEN if checks["resnet50"]["n_dropout"] else REFUTED, "fp32", "gap_pp", "01_curves")
-
-
-def _r14(measured: dict, checks: dict, reference: dict) -> Found:
-    study = measured["training"]
-    acc = {view: row["with"] for view, row in study["hidden"].items()}
-    if "mixup alone" in acc:
-        mixup_pp = 100 * acc["as they are"] - 100 * acc["mixup alone, counted by shares"]
-    else:
-        mixup_pp = 100 * acc["augmented as in the reference"] - 100 * acc["… and its mixup"]
-    hide = [mixup_pp > 1, study["hidden_by_rounding_pp"] > 1]
-    verdict = CONFIRMED if all(hide) else CONDITION if any(hide) else UNDECIDED
-    return Found(verdict, "training", "hidden", facts={"mixup_pp": mixup_pp})
-
-
-def _r15(measured: dict, checks: dict, reference: dict) -> Found:
-    shown = ("training", "trained_on") if measured["training"] else ("qat", "batchnorm_kept")
-    return Found(CONDITION, *shown)
-
-
-def _r16(measured: dict, checks: dict, reference: dict) -> Found:
-    return Found(CONFIRMED if all(checks["prefix"].values()) else REFUTED, "claims", "checks.prefix")
-
-
-def _r17(measured: dict, checks: dict, reference: dict) -> Found:
-    qat = measured["training"]["trained_on"]["qat"]
-    if "diff_unrounded_pp" in qat:
-        verdict = decided(helps(qat, "diff_unrounded_pp"))
-    else:
-        verdict = CONFIRMED if helps(qat) else UNDECIDED
-    return Found(verdict, "training", "trained_on")
-
-
-def _r18(measured: dict, checks: dict, reference: dict) -> Found:
-    if not measured["mixed"]:
-        return _r18_of_resnet50(measured) if checks["arch"] == "resnet50" else Found(OPEN, "mixed")
-    extremes = scheme_extremes(measured["mixed"]["architectures"], checks["arch"])
-    suffering = {
-        network: best for network, (worst, best) in extremes.items() if worst["acc_drop_pp_low"] > MUCH_PP
+def _r17(e: Evidence) -> Found:
+    if not e["seeds"]:
+        return Found([], "seeds")
+    gaps = [np.array(e["seeds"]["gap"][kind]["each"]) for kind in ("qat_unrounded", "fp32_on")]
+    found = {
+        "drop": e.drop("fp32_on", "qat_unrounded", None),
+        "gap": e.over_trainings(stats.mean_over_images(gaps[0] - gaps[1])),
     }
-    beyond_repair = [network for network, best in suffering.items() if best["acc_drop_pp_low"] > MUCH_PP]
-    if beyond_repair:
-        verdict = CONFIRMED
-    elif suffering:
-        are_repaired = all(best["acc_drop_pp_high"] < MUCH_PP for best in suffering.values())
-        verdict = CONDITION if are_repaired else UNDECIDED
-    else:
-        are_unharmed = all(worst["acc_drop_pp_high"] < MUCH_PP for worst, _ in extremes.values())
-        verdict = REFUTED if are_unharmed else UNDECIDED
-    facts = {"extremes": extremes, "suffering": suffering, "beyond_repair": beyond_repair}
-    return Found(verdict, "mixed", "architectures", facts=facts)
+    return Found([e.part(name, one) for name, one in found.items()], "seeds", "pairs", "12_pairs")
 
 
-def _r18_of_resnet50(measured: dict) -> Found:
-    """Return what one half of the claim comes to: whether ResNet-50 tolerates quantization."""
-    drops = measured["compare"]["paired"]["ptq"], measured["compare"]["recommended"]
-    suffers = [row["acc_drop_pp_low"] > MUCH_PP for row in drops]
-    tolerates = [row["acc_drop_pp_high"] < MUCH_PP for row in drops]
-    verdict = REFUTED if all(suffers) else CONDITION if any(suffers) and any(tolerates) else UNDECIDED
-    return Found(verdict, "compare", "recommended", "04_accuracy")
+def _r18(e: Evidence) -> Found:
+    parts = []  # by the reference's scheme
+    if e.is_resnet50:
+        parts.append(e.part("ResNet-50", e.drop("fp32", "ptq", e["compare"]["paired"]["ptq"])))
+    for row in e["mixed"]["architectures"] if e["mixed"] else ():
+        if row["scheme"] == "reference" and row["network"] != e.checks["arch"]:
+            count = row.get("trainings", 1)  # then the interval is for other trainings
+            found = {"of": "training", "count": count} | _drop(row) if count > 1 else of_images(row)
+            parts.append(e.part(row["network"], found, "another"))
+    shown = ("mixed", "architectures") if e["mixed"] else ("compare", "paired.ptq", "04_accuracy")
+    return Found(parts, *shown) if parts else Found([], "mixed")
 
 
-def _r19(measured: dict, checks: dict, reference: dict) -> Found:
-    return Found(CONDITION, "observers", "zero_point_gain_db")
+def _r19(e: Evidence) -> Found:
+    middle = {name: (low + high + 1) // 2 for name, (low, high) in e.reference["codes"].items()}
+    return Found([Part(name, code == 0) for name, code in middle.items()], "ptq", "activation_range")
 
 
-def _r20(measured: dict, checks: dict, reference: dict) -> Found:
-    return Found(CONDITION, "claims", "checks.resnet50")
+def _r20(e: Evidence) -> Found:
+    found = None
+    if each := e.checks["resnet50"].get("seconds_per_image"):
+        found = {key: each[key] * e.reference["n_train"] for key in ("mean", "low", "high")}
+        found |= {"of": "round", "count": each["rounds"]}
+    part = e.part("all training images", found)
+    return Found([part], "claims", "checks.resnet50", if_true=CONDITION)
 
 
-JUDGES = (_r1, _r2, _r3, _r4, _r5, _r6, _r7, _r8, _r9, _r10)
-JUDGES += (_r11, _r12, _r13, _r14, _r15, _r16, _r17, _r18, _r19, _r20)
+ACC = ("acc", "acc_low", "acc_high")
+GATHERERS = (_r1, _r2, _r3, _r4, _r5, _r6, _r7, _r8, _r9, _r10)
+GATHERERS += (_r11, _r12, _r13, _r14, _r15, _r16, _r17, _r18, _r19, _r20)

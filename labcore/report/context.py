@@ -56,11 +56,15 @@ def _shown(history: pd.DataFrame) -> pd.DataFrame:
 
 
 def _side_by_side(settings: dict[str, object], title: str) -> list[dict]:
-    """Return a row for each field of recipes or augmentations, with the value that each of them has."""
+    """Return a row for each field of recipes or augmentations, with the value that each of them has.
+
+    `is_off` says that it is switched off in all of them.
+    """
     fields = [name for name in vars(next(iter(settings.values()))) if name != "augment"]
+    rows = [{name: str(getattr(one, field)) for name, one in settings.items()} for field in fields]
     return [
-        {title: field} | {name: str(getattr(one, field)) for name, one in settings.items()}
-        for field in fields
+        {title: field, "is_off": set(row.values()) <= {"0", "0.0", "none"}} | row
+        for field, row in zip(fields, rows, strict=True)
     ]
 
 

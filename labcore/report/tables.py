@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import reduce
 from operator import getitem
 from pathlib import Path
@@ -11,6 +11,7 @@ import jinja2
 import pandas as pd
 
 from labcore import LabError
+from labcore.stats import differs
 
 _DIGITS = {
     ".2%": "acc acc_std acc_unrounded fp32_acc train_acc train_clean_acc val_acc agree identical",
@@ -37,8 +38,10 @@ FORMATS = {
 FILTERS = {"pct": ".2%", "signed": "+.2f", "n": ",", "f1": ".1f", "f2": ".2f", "f4": ".4f", "g2": ".2g"}
 
 
-def fill_template(name: str, values: Mapping, root: Path) -> str:
-    """Return a template of report/ with values filled in, by the filters and functions of this module.
+def fill_template(names: Sequence[str], values: Mapping, root: Path) -> str:
+    """Return templates of report/, one after the other, with values filled in.
+
+    They may use the filters and functions of this module.
 
     Raises LabError with the name of a value that it wants and nobody gives.
     """
@@ -47,14 +50,14 @@ def fill_template(name: str, values: Mapping, root: Path) -> str:
     )
     for short, digits in FILTERS.items():
         environment.filters[short] = lambda value, digits=digits: format(value, digits)
-    environment.filters |= {"md": escaped, "titled": titled, "leave_out_zero": leave_out_zero}
+    environment.filters |= {"md": escaped, "titled": titled, "differs": differs}
     environment.globals |= {"table": pipe_table, "filled": filled, "pick": pick, "sqrt": math.sqrt}
-    text = (root / "report" / name).read_text(encoding="utf-8")
+    text = "".join((root / "report" / name).read_text(encoding="utf-8") for name in names)
     try:
         return environment.from_string(text).render(values)
     except jinja2.TemplateError as error:
         raise LabError(
-            f"report/{name} cannot be filled: {error}; the value must come from an artifact."
+            f"report/{', '.join(names)} cannot be filled: {error}; the value must come from an artifact."
         ) from error
 
 
@@ -73,11 +76,6 @@ def filled(template: str, row: Mapping, titles: Mapping[str, str] | None = None)
         text = format(value, digits or FORMATS.get(keys[-1], ""))
         texts.append((titles or {}).get(text, text))
     return re.sub(r"\{[^{}]+\}", "{}", template).format(*texts)
-
-
-def leave_out_zero(rows: Iterable[dict], name: str) -> list[dict]:
-    """Return the rows in which the interval of a value lies on one side of zero."""
-    return [row for row in rows if row[f"{name}_low"] > 0 or row[f"{name}_high"] < 0]
 
 
 def pick(rows: Iterable[dict], values: dict) -> dict | None:

@@ -9,7 +9,6 @@ import math
 import os
 import shutil
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,7 @@ from labcore.config import NOTEBOOKS, PROFILES
 from labcore.engines import tables
 from labcore.files.artifacts import ROOT, UNREADABLE, read_json, sha256_file, write_json
 from labcore.report.build import build
-from labcore.report.claims import ledger
+from labcore.report.claims import counts, ledger
 from labcore.studies import statistics
 
 
@@ -48,11 +47,13 @@ class Results:
 def _ledger(results: Results) -> dict:
     """Return the ledger, from the metrics of the other stages and what notebook 08 measured itself."""
     measured = {stage: results.stages.get(stage) for stage in NOTEBOOKS if stage != "claims"}
-    rounding = statistics.rounding_costs(results.folder, measured)
-    checks = results.stages["claims"]["checks"] | {"rounding": rounding}
+    checks = results.stages["claims"]["checks"] | {
+        "rounding": statistics.rounding_costs(results.folder, measured),
+        "shift": statistics.shift_speed(results.folder, measured),
+    }
     reference = read_json(results.root / "report" / "template_reference.json")
     rows = ledger(measured, checks, reference, results.root)
-    return {"rows": rows, "checks": checks, "counts": dict(Counter(row["verdict"] for row in rows))}
+    return {"rows": rows, "checks": checks} | counts(rows)
 
 
 def _robustness(folder: Path, metrics: dict) -> dict:
@@ -74,6 +75,8 @@ STATISTICS = {
     "engines": [tables.summarize_answers, tables.summarize_speeds],
     "robustness": [_robustness],
     "parts": [statistics.parts],
+    "seeds": [statistics.seeds],
+    "explore": [],  # what is only looked at
 }
 
 
@@ -100,13 +103,18 @@ def differences(name: str, saved, computed, tolerance: float = 1e-9) -> Iterator
 
 def _numbers(results: Results, stage: str) -> Iterator[str]:
     """Yield the numbers of a stage that its raw results do not give."""
-    metrics = results.stages[stage]
+    for computed, tolerance in _computed(results, stage):
+        yield from differences(stage, results.stages[stage], computed, tolerance)
+
+
+def _computed(results: Results, stage: str) -> Iterator[tuple[dict, float]]:
+    """Yield what the raw results of a stage give, and how far its metrics may be from that."""
     if stage == "claims":
-        yield from differences(stage, metrics, _ledger(results))
+        yield _ledger(results), 1e-9
         return
     for compute in STATISTICS[stage]:
         tolerance = 1e-3 if compute is statistics.times else 1e-9  # latency.csv has five digits
-        yield from differences(stage, metrics, compute(results.folder, metrics), tolerance)
+        yield compute(results.folder, results.stages[stage]), tolerance
 
 
 def _files(results: Results) -> Iterator[str]:
@@ -166,13 +174,34 @@ def verify(profile: str, root: Path = ROOT) -> list[str]:
     return faults
 
 
+def renewed(saved, computed, tolerance: float = 1e-9):
+    """Return a JSON value with what was computed again in place of what differs from it (`differences`)."""
+    if isinstance(computed, dict) and isinstance(saved, dict):
+        return saved | {
+            key: renewed(saved[key], value, tolerance) if key in saved else value
+            for key, value in computed.items()
+        }
+    if isinstance(computed, list | tuple) and isinstance(saved, list) and len(computed) == len(saved):
+        return [renewed(*pair, tolerance) for pair in zip(saved, computed, strict=True)]
+    return computed if list(differences("", saved, computed, tolerance)) else saved
+
+
 def write_again(profile: str, root: Path = ROOT) -> None:
-    """Write the ledger and the pages again, as after a change of its rules or of the report's template."""
+    """Write statistics, ledger and pages again, as after a change of a statistic, a rule or the template.
+
+    Metrics that are not those of the run, by their hash, stay as they are, and the check names them.
+    """
     results = Results(profile, root)
-    path = results.folder / "claims" / "metrics.json"
-    again = _ledger(results)
-    write_json(path, results.stages["claims"] | {part: again[part] for part in ("rows", "counts")})
-    results.run["files"]["claims/metrics.json"] = sha256_file(path)
+    for stage in [*(stage for stage in results.stages if stage != "claims"), "claims"]:
+        path, name = results.folder / stage / "metrics.json", f"{stage}/metrics.json"
+        if stage != "claims" and sha256_file(path) != results.run["files"].get(name):
+            continue
+        for computed, tolerance in _computed(results, stage):
+            results.stages[stage] = renewed(results.stages[stage], computed, tolerance)
+        if stage == "claims":
+            results.stages[stage] |= counts(results.stages[stage]["rows"])  # no verdict that is gone
+        write_json(path, results.stages[stage])
+        results.run["files"][name] = sha256_file(path)
     write_json(results.folder / "run.json", results.run)
     build(profile, root=root)
 

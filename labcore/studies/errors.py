@@ -13,6 +13,8 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from labcore.observer import PowerOfTwoObserver
 from labcore.quantize import layers, observer_of
 
+_N_BINS = 512  # of a histogram
+
 
 def qparams(model: nn.Module) -> pd.DataFrame:
     """Return one row per quantized tensor of an int8 network.
@@ -140,6 +142,66 @@ def values_and_grid(calibrated: nn.Module, layer: str, tensor: str, batch: Tenso
     smallest = int(rows.abs().amax(1).argmin())
     limits = int(observer.quant_min), int(observer.quant_max)
     return rows[smallest].numpy(), float(scale[smallest]), int(zero_point[smallest]), limits
+
+
+@torch.no_grad()
+def histograms(calibrated: nn.Module, batches: list[Tensor], tensors: pd.DataFrame) -> list[dict]:
+    """Return the histograms of some tensors of a calibrated network, computed in float.
+
+    Args:
+        tensors: rows of `inspect_qparams`, of the same batches: layer, tensor, min and max are used.
+
+    A row has layer, tensor, min, max, zeros (how many values are 0), and counts of the others in 512 bins of
+    equal width from min(min, 0) to max(max, 0). Values beyond count in the outer bins.
+    """
+    network = in_float(calibrated)
+    modules = {(name, tensor): module for name, tensor, _, module in _observed(network)}
+    rows = []
+    for name, tensor, low, high in tensors[["layer", "tensor", "min", "max"]].itertuples(index=False):
+        counts = np.zeros(_N_BINS, np.int64)
+        row = {"layer": name, "tensor": tensor, "min": low, "max": high, "zeros": 0, "counts": counts}
+
+        def add(values: Tensor, row: dict = row, limits: tuple = (min(low, 0.0), max(high, 0.0))) -> None:
+            others = values[values != 0].clamp(*limits).numpy()
+            row["zeros"] += values.numel() - others.size
+            row["counts"] += np.histogram(others, _N_BINS, limits)[0]
+
+        if tensor == "weight":
+            add(modules[name, tensor].weight)
+        else:
+            observer = modules[name, tensor].activation_post_process
+            observer.register_forward_pre_hook(lambda _, inputs, add=add: add(inputs[0]))
+        rows.append(row)
+    for batch in batches:
+        network(batch)
+    return [row | {"counts": row["counts"].tolist()} for row in rows]
+
+
+def histogram_errors(
+    histogram: dict, scale: float, zero_point: int, quant_min: int, quant_max: int
+) -> dict[str, float]:
+    """Return what quantizing does to a tensor of which only its histogram (a row of `histograms`) is known.
+
+    Keys, defined as in `inspect_qparams`: share_clipped, mse_rounding, mse_clipping and snr_db. Values lie
+    evenly within their bin, so each sum over values is a difference of antiderivatives at the bin's edges.
+    """
+    low, high = (quant_min - zero_point) * scale, (quant_max - zero_point) * scale
+    start, end = min(histogram["min"], 0.0), max(histogram["max"], 0.0)
+    counts, width = np.array(histogram["counts"]), (end - start) / _N_BINS or 1.0
+    edges = start + width * np.arange(_N_BINS + 1)
+    inside = edges.clip(low, high)
+    steps = inside / scale
+    nearest = np.round(steps)
+    antiderivatives = {
+        "share_clipped": edges - edges.clip(low - scale / 2, high + scale / 2),
+        "mse_rounding": scale**3 * (nearest / 12 + (steps - nearest) ** 3 / 3),
+        "mse_clipping": (edges - inside) ** 3 / 3,
+        "power": edges**3 / 3,
+    }
+    n = max(1, counts.sum() + histogram["zeros"])
+    means = {key: counts @ np.diff(values) / width / n for key, values in antiderivatives.items()}
+    power, error = means.pop("power"), means["mse_rounding"] + means["mse_clipping"]
+    return means | {"snr_db": 10 * np.log10(power / error) if error and power else float("inf")}
 
 
 @torch.no_grad()

@@ -1,72 +1,137 @@
-"""Two small networks of torchvision's quantizable blocks with depthwise convolutions, for 32×32 images.
+"""Claim R18: torchvision's MobileNetV2 and EfficientNet-B0 on small images, several trainings of each.
 
-Each filter sees one channel: ranges differ more than a scale per tensor can hold (Krishnamoorthi, 2018, 3).
+Each filter of a depthwise convolution sees one channel, and channels differ in range more than one scale per
+tensor can hold (Krishnamoorthi, 2018, 3). Trainings are what was drawn anew; test images judge, and no choice
+is made on them.
 """
 
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.ao.nn.quantized import FloatFunctional
+from torch.ao.quantization import DeQuantStub, QuantStub, fuse_modules, fuse_modules_qat
+from torchvision.models import efficientnet
 from torchvision.models import quantization as tv
-from torchvision.models.mobilenetv3 import InvertedResidualConfig
-from torchvision.models.quantization.mobilenetv2 import QuantizableInvertedResidual as MobileBlock
-from torchvision.models.quantization.mobilenetv3 import QuantizableInvertedResidual as SqueezedBlock
+from torchvision.models.quantization.mobilenetv2 import QuantizableInvertedResidual
 from torchvision.models.quantization.utils import _replace_relu
+from torchvision.ops.misc import Conv2dNormActivation, SqueezeExcitation
 
 from labcore import LabError
-from labcore.config import Recipe
-from labcore.studies.study import Study
+from labcore.config import Profile, Recipe
+from labcore.evaluate import predict
+from labcore.files.artifacts import UNREADABLE, read_npz, write_npz
+from labcore.files.code import modules_hash
+from labcore.files.tensors import state_hash
+from labcore.qconfig import FLOAT, RECOMMENDED, REFERENCE, Scheme
+from labcore.quantize import RoundedAverage, simulate
+from labcore.stats import mean_over_trainings
+from labcore.studies.study import Cell, Study
+from labcore.train import fit
+
+# Of weights and of activations. The claim is judged by the first, the others are held beside it.
+SCHEMES = {
+    "reference": (REFERENCE, REFERENCE),
+    "no clamp": (Scheme(), Scheme()),
+    "float scales": (FLOAT, FLOAT),
+    "best power of two": RECOMMENDED,
+}
+TORCH = "torch's default"
 
 
-class _Mobile:  # what both networks change in torchvision's
+class _Small:  # what both networks change in torchvision's
+    def _keep_resolution(self) -> None:
+        """Take away the first and the last of five strides, and nothing else: 32×32 images end at 4×4."""
+        strided = [module for module in self.modules() if getattr(module, "stride", 0) == (2, 2)]
+        for convolution in (strided[0], strided[-1]):
+            convolution.stride = (1, 1)
+
     def forward(self, x: Tensor) -> Tensor:
         # In float32: a CPU's bfloat16 gradients of depthwise convolutions take up to 100 times as long.
         with torch.autocast("cpu", enabled=False):
             return super().forward(x.float())
 
-    def fuse_model(self, is_qat: bool = False) -> None:
-        self.train(is_qat)
-        super().fuse_model(is_qat)
 
+class MobileNetV2(_Small, tv.QuantizableMobileNetV2):
+    """MobileNetV2 (Sandler et al., 2018) without dropout; features are (B, 1280, H/8, W/8).
 
-class MobileNetV2(_Mobile, tv.QuantizableMobileNetV2):
-    """MobileNetV2 (Sandler et al., 2018) with fewer strides; features are (B, 1280, H/8, W/8)."""
-
-    # expansion, channels, blocks, stride of the first
-    SETTING = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 2, 1), (6, 64, 2, 2), (6, 96, 1, 1))
-
-    def __init__(self, num_classes: int, width_mult: float):
-        super().__init__(num_classes, width_mult, self.SETTING, block=MobileBlock, dropout=0.0)
-        _replace_relu(self)  # ReLU fuses with its convolution, ReLU6 does not
-        self.classifier = self.classifier[1]  # no dropout: it would be observed as a layer of its own
-
-
-class EfficientNet(_Mobile, tv.QuantizableMobileNetV3):
-    """EfficientNet-B0 (Tan and Le, 2019) with fewer blocks and strides; features are (B, C, H/8, W/8).
-
-    Its blocks are MobileNetV3's. Hard swish and hard sigmoid have int8 kernels; swish and sigmoid have none.
+    ReLU stands for ReLU6, as in torchvision's quantizable network: it fuses with its convolution.
     """
 
-    # expansion, kernel size, channels, blocks, stride of the first
-    SETTING = ((1, 3, 16, 1, 1), (6, 3, 24, 2, 2), (6, 5, 40, 1, 1), (6, 3, 80, 2, 2), (6, 5, 112, 1, 1))
+    def __init__(self, num_classes: int, width_mult: float = 1.0):
+        super().__init__(num_classes, width_mult, block=QuantizableInvertedResidual, dropout=0.0)
+        _replace_relu(self)
+        self._keep_resolution()
+        self.avgpool = nn.AdaptiveAvgPool2d(1)  # a module, so that its mean can be rounded
 
-    def __init__(self, num_classes: int, width_mult: float):
-        adjust = InvertedResidualConfig.adjust_channels
-        channels, blocks = adjust(32, width_mult), []
-        for expansion, kernel, planes, count, stride in self.SETTING:
-            for step in (stride, *[1] * (count - 1)):
-                inner, out = expansion * channels, adjust(planes, width_mult)
-                blocks.append(InvertedResidualConfig(channels, kernel, inner, out, True, "HS", step, 1, 1.0))
-                channels = out
-        # MobileNetV3's own BatchNorm averages over 100 batches: too slow for short trainings.
-        super().__init__(blocks, 1, num_classes, block=SqueezedBlock, norm_layer=nn.BatchNorm2d)
-        self.classifier = nn.Linear(self.classifier[0].in_features, num_classes)
+    def _forward_impl(self, x: Tensor) -> Tensor:
+        return self.classifier(self.avgpool(self.features(x)).flatten(1))
+
+    def means(self) -> list[tuple[nn.Module, nn.Module]]:
+        """Return what averages, with the module whose quantized output it takes in."""
+        return [(self, self.features[-1][0])]
 
 
-MOBILE = {"mobilenet_v2": MobileNetV2, "efficientnet": EfficientNet}
+class EfficientNet(_Small, efficientnet.EfficientNet):
+    """EfficientNet-B0 (Tan and Le, 2019) without dropout; features are (B, 1280, H/8, W/8).
+
+    Made quantizable: FloatFunctional adds and multiplies; SiLU and sigmoid compute in float between
+    quantized tensors.
+    """
+
+    def __init__(self, num_classes: int, width_mult: float = 1.0):
+        setting, _ = efficientnet._efficientnet_conf("efficientnet_b0", width_mult=width_mult, depth_mult=1.0)
+        for stage in setting:
+            stage.block = _Block
+        super().__init__(setting, dropout=0.0, stochastic_depth_prob=0.0, num_classes=num_classes)
+        for module in list(self.modules()):
+            for name, child in module.named_children():
+                if type(child) in (nn.SiLU, nn.Sigmoid):
+                    setattr(module, name, nn.Sequential(DeQuantStub(), type(child)(), QuantStub()))
+        self._keep_resolution()
+        self.quant, self.dequant = QuantStub(), DeQuantStub()
+
+    def _forward_impl(self, x: Tensor) -> Tensor:
+        return self.dequant(super()._forward_impl(self.quant(x)))
+
+    def fuse_model(self, is_qat: bool = False) -> None:
+        """Fuse every convolution with its BatchNorm, in place."""
+        fuse = fuse_modules_qat if is_qat else fuse_modules
+        for module in self.modules():
+            if type(module) is Conv2dNormActivation:
+                fuse(module, ["0", "1"], inplace=True)
+
+    def means(self) -> list[tuple[nn.Module, nn.Module]]:
+        """Return what averages, with the module whose quantized output it takes in."""
+        blocks = [module.block for module in self.modules() if isinstance(module, _Block)]
+        return [(block[-2], block[-3][-1][-1]) for block in blocks] + [(self, self.features[-1][-1][-1])]
 
 
-def build_mobile(arch: str, num_classes: int, width_mult: float = 0.5) -> nn.Module:
+class _Block(efficientnet.MBConv):
+    def __init__(self, *args):
+        super().__init__(*args, se_layer=_Squeeze)
+        self.skip_add = FloatFunctional()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.block(x)
+        return self.skip_add.add(out, x) if self.use_res_connect else out
+
+
+class _Squeeze(SqueezeExcitation):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.skip_mul = FloatFunctional()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.skip_mul.mul(x, self._scale(x))
+
+
+MOBILE = {"mobilenet_v2": MobileNetV2, "efficientnet_b0": EfficientNet}
+
+
+def build_mobile(arch: str, num_classes: int, width_mult: float = 1.0) -> nn.Module:
     """Return a network with fresh weights by its name; `width_mult`, in (0, 4], multiplies its channels."""
     if arch not in MOBILE:
         raise LabError(f"arch must be one of {', '.join(MOBILE)}, found {arch!r}; change it.")
@@ -75,12 +140,110 @@ def build_mobile(arch: str, num_classes: int, width_mult: float = 0.5) -> nn.Mod
     return MOBILE[arch](num_classes, width_mult)
 
 
-def mobile_recipe(fp32: Recipe) -> Recipe:
-    """Return a profile's FP32 recipe with a third of its epochs, without what is ResNet-9's alone."""
-    return replace(fp32, epochs=max(1, fp32.epochs // 3), init="he", bias_lr=1.0)
+def mobile_recipe(profile: Profile, train_images: int) -> tuple[Recipe, float]:
+    """Return how both networks are trained, and what multiplies their channels: 1, or less in small profiles.
+
+    That is half the profile's epochs, at most eight, each of a third of the images: on CIFAR-10 at most about
+    eight minutes of two cores. Weight decay is torchvision's for MobileNetV2.
+    """
+    fp32, size = profile.fp32, min(64, profile.fp32.batch_size)
+    recipe = Recipe(
+        epochs=min(8, max(1, fp32.epochs // 2)),
+        epoch_images=max(size, train_images // 3),
+        batch_size=size,
+        lr=0.05,
+        weight_decay=4e-5,
+        **{name: getattr(fp32, name) for name in ("small_share", "small_size", "augment")},
+    )
+    return recipe, min(1.0, profile.width / 32)
 
 
-def train_mobile(study: Study, arch: str, recipe: Recipe) -> nn.Module:
-    """Return the network trained on the run's images; loaded where it has been trained."""
-    torch.manual_seed(study.run.seed)
-    return study.train(build_mobile(arch, len(study.data.classes)), recipe, f"networks/{arch}", arch)
+class Mobile(Study):
+    """A study's experiments on a network of MOBILE, trained from the run's seed + `number` if need be."""
+
+    def __init__(self, study: Study, arch: str, number: int):
+        self.__dict__ |= {name: value for name, value in vars(study).items() if name != "reference"}
+        self._calibrated, self._answers, self.name = {}, {}, f"{arch}, training {number + 1}"
+        seed = study.run.seed + number
+        recipe, width_mult = mobile_recipe(study.run.profile, len(study.split.train))
+        torch.manual_seed(seed)
+        model = build_mobile(arch, len(study.data.classes), width_mult)
+        folder = study.run.path(study.stage, f"networks/{arch}-{seed}")
+        split = replace(study.split, validation=study.split.validation[::5])  # they choose the epoch
+        self.model = fit(model, recipe, study.data, split, seed, folder, description=self.name).model.cpu()
+        code = modules_hash("studies.mobile")
+        self.base = study.base | {"weights": state_hash(self.model.state_dict()), "mobile": code}
+
+    def simulated(self, scheme: str) -> nn.Module:
+        """Quantize by one of SCHEMES, in float with rounded numbers: int8 arithmetic with exact sums.
+
+        Not on int8 kernels: fbgemm's for depthwise convolutions adds pairs of products in saturating 16 bits
+        also where a processor has VNNI.
+        """
+        network = simulate(self.prepared(*SCHEMES[scheme]))
+        for parent, source in network.means():
+            parent.avgpool = RoundedAverage(parent.avgpool, source.activation_post_process)
+        return network
+
+    def answers(self) -> dict[str, np.ndarray]:
+        """Return what FP32 and each quantized network answer to the test images: (N,) by scheme."""
+        networks = {"fp32": lambda: self.model}
+        networks |= {scheme: lambda scheme=scheme: self.simulated(scheme) for scheme in SCHEMES}
+        networks[TORCH] = self.torch_default
+        cells = {
+            scheme: Cell({"mobile": scheme}, lambda build=build: {"answers": self._answer(build())})
+            for scheme, build in networks.items()
+        }
+        table = self.cells(cells, f"{self.name}, quantized")
+        return {scheme: np.array(table.loc[scheme, "answers"]) for scheme in networks}
+
+    def _answer(self, model: nn.Module) -> list[int]:
+        return predict(model, self.data.test_images, description=f"{self.name}, test").argmax(1).tolist()
+
+
+def save_answers(path: Path, answers: dict[str, list[dict[str, np.ndarray]]], labels: np.ndarray) -> None:
+    """Write `Mobile.answers` of trainings by network, int16: "network/scheme" (trainings, N), labels (N,)."""
+    arrays = {
+        f"{network}/{scheme}": np.stack([training[scheme] for training in trainings]).astype(np.int16)
+        for network, trainings in answers.items()
+        for scheme in trainings[0]
+    }
+    write_npz(path, labels=labels.astype(np.int16), **arrays)
+
+
+def load_answers(path: Path) -> dict[str, np.ndarray]:
+    """Return what `save_answers` wrote; LabError where it is missing or damaged."""
+    try:
+        return read_npz(path)
+    except UNREADABLE as error:
+        raise LabError(f"{path} cannot be read ({error}): run notebook 06 again.") from None
+
+
+def compare_architectures(saved: dict[str, np.ndarray]) -> dict[str, list[dict]]:
+    """Return architectures: a row per network and scheme, from what `save_answers` wrote.
+
+    acc and fp32_acc are means over trainings. acc_drop_pp, _low and _high are the points lost against the
+    same training's FP32, with the 95 % interval for other trainings and images (`mean_over_trainings`).
+    `each` is the drop per training, `trainings` their number.
+    """
+    rows, labels = [], saved["labels"]
+    for name, answers in saved.items():
+        network, _, scheme = name.partition("/")
+        if scheme in ("", "fp32"):
+            continue
+        right, before = answers == labels, saved[f"{network}/fp32"] == labels  # (trainings, N)
+        drop = mean_over_trainings(100.0 * (before.astype(float) - right))
+        rows.append(
+            {
+                "network": network,
+                "scheme": scheme,
+                "fp32_acc": float(before.mean()),
+                "acc": float(right.mean()),
+                "acc_drop_pp": drop["mean"],
+                "acc_drop_pp_low": drop["low"],
+                "acc_drop_pp_high": drop["high"],
+                "each": drop["each"],
+                "trainings": len(answers),
+            }
+        )
+    return {"architectures": rows}

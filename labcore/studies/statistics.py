@@ -4,7 +4,6 @@ A notebook calls it before it saves its metrics, labcore.report.verify calls it 
 with a profile's stages (runs/<profile>, or report/<profile>/results) and what the stage has measured.
 """
 
-import math
 from collections.abc import Iterable
 from operator import itemgetter
 from pathlib import Path
@@ -14,7 +13,8 @@ import pandas as pd
 from scipy.stats import spearmanr
 
 from labcore import stats
-from labcore.files.artifacts import load_logits, read_json
+from labcore.engines.bench import DOT, FLOAT, POWER2
+from labcore.files.artifacts import load_logits, read_json, read_npz
 
 STAGES = ("fp32", "ptq", "qat")
 PAIRS = {"ptq": ("fp32", "ptq"), "qat": ("fp32", "qat"), "ptq_qat": ("ptq", "qat")}
@@ -35,6 +35,19 @@ PEERS = (
     ("float_best", "best_ptq"),
     ("no_clamp", "reference"),
 )
+# Networks of notebook 12 that are held against each other, and not only against FP32.
+OVER_TRAININGS = (
+    ("ptq", "qat"),
+    ("best_ptq", "best_qat"),
+    ("fp32_on", "qat"),
+    ("fp32_on", "best_qat"),
+    ("fp32_on", "qat_unrounded"),
+    ("float_same", "no_clamp"),
+    ("float_best", "best_ptq"),
+    ("no_clamp", "ptq"),
+    ("qat", "qat_folded"),
+    ("int_additions", "float_additions"),
+)
 
 
 def load_stages(folder: Path) -> tuple[dict[str, np.ndarray], np.ndarray]:
@@ -54,12 +67,19 @@ def load_classes(folder: Path) -> list[str]:
 
 
 def fp32(folder: Path, metrics: dict) -> dict:
-    """Return the test accuracy of FP32, and the interval of its gap to training images."""
+    """Return the test accuracy of FP32, and the intervals of its gaps to training images.
+
+    Validation images chose the epoch, so `test_gap` (mean, low, high, n_test) is against test images.
+    """
     logits, labels = load_logits(folder / "fp32" / "logits.npz")
-    images = metrics["gap"]["n_train"], metrics["gap"]["n_validation"]
+    test, train_acc = stats.summarize(logits, labels), metrics["train_clean_acc"]
+    n_train, n_validation = metrics["gap"]["n_train"], metrics["gap"]["n_validation"]
+    gap = stats.accuracy_gap(train_acc, test["acc"], n_train, len(labels))
     return {
-        "test": stats.summarize(logits, labels),
-        "gap": stats.accuracy_gap(metrics["train_clean_acc"], metrics["val_acc"], *images),
+        "test": test,
+        "gap": stats.accuracy_gap(train_acc, metrics["val_acc"], n_train, n_validation),
+        "test_gap": {"mean": 100 * (train_acc - test["acc"]), "n_test": len(labels)}
+        | {name: float(gap[name]) for name in ("low", "high")},
     }
 
 
@@ -136,15 +156,43 @@ def times(folder: Path, metrics: dict) -> dict:
     speeds = []
     for network in ("ptq", "qat", "float_scales"):
         ratios = (wide["affine"] / wide[network]).to_numpy()
-        low, high = stats.median_interval(ratios)
-        if math.isfinite(high - low):
-            speeds.append({"network": network, "speed": float(np.median(ratios)), "low": low, "high": high})
+        if ends := stats.median_interval(ratios):
+            speed = {"speed": float(np.median(ratios)), "low": ends[0], "high": ends[1]}
+            speeds.append({"network": network} | speed)
     tables = {f"ptq_to_{name}": stats.latency_table(rounds, model) for name, model in baselines.items()}
     return {
         "latency": stats.latency_table(rounds, "fp32").T.to_dict(),
         **{name: table.loc["ptq"].to_dict() for name, table in tables.items()},
         "middle_zero_point": {"rows": speeds, "slower": sum(row["high"] < 1 for row in speeds)},
     }
+
+
+def shift_speed(folder: Path, measured: dict[str, dict | None]) -> dict[str, float]:
+    """Return how many times as fast powers of two are as float scales: mean, low, high (`mean_over_rounds`).
+
+    A round gives the median ratio of its `comparisons`, each an engine and a batch size; `rounds` and
+    `engines` are numbers as well. They are those of notebook 09, or else of notebook 04, whose engine is one.
+
+    Args:
+        measured: the metrics of stage "engines", or None.
+    """
+    if measured.get("engines"):
+        times = pd.read_csv(folder / "engines" / "latency.csv")
+        times[["engine", "numbers"]] = times["engine"].str.split(DOT, n=1, expand=True)
+        times = times[times["numbers"].isin([FLOAT, POWER2])]
+        wide = times.pivot(
+            index=["threads", "round"], columns=["numbers", "engine", "batch"], values="latency_ms"
+        )
+        ratios = (wide[FLOAT] / wide[POWER2]).dropna(axis=1, how="all")
+        engines = ratios.columns.get_level_values("engine").nunique()
+    else:
+        wide = pd.read_csv(folder / "compare" / "latency.csv").pivot(
+            index="round", columns="model", values="latency_ms"
+        )
+        ratios, engines = (wide["float_scales"] / wide["ptq"]).to_frame(), 1
+    by_round = ratios.median(axis=1).to_numpy()
+    counts = {"rounds": len(by_round), "comparisons": ratios.shape[1], "engines": engines}
+    return stats.mean_over_rounds(by_round) | counts
 
 
 def observers(folder: Path, metrics: dict) -> dict:
@@ -239,7 +287,8 @@ def size_correlation(layers: dict[str, dict], sizes: dict[str, int]) -> float:
 def training(folder: Path, metrics: dict) -> dict:
     """Return differences over seeds of notebook 07 with their 95 % intervals, and what they scatter by.
 
-    The spread is pooled over its tables; that of trained_on, and that of longer, over their own rows.
+    The tables share one spread (`seed_spread`). In trained_on and longer each row has its own: all of these
+    go on from one FP32 network, so they tell nothing about another.
 
     Returns:
         tables, trained_on and longer with the ends of the intervals; seed_spread: pp, df (degrees of
@@ -249,7 +298,9 @@ def training(folder: Path, metrics: dict) -> dict:
     spread = stats.seed_spread(tables.values())
     counts = sorted({int(row["seeds"]) for rows in tables.values() for row in rows})
     statistics = {
-        "tables": {question: stats.with_seed_intervals(rows, spread) for question, rows in tables.items()},
+        "tables": {
+            question: stats.with_seed_intervals(rows, spread=spread) for question, rows in tables.items()
+        },
         "seed_spread": {
             "pp": spread[0],
             "df": spread[1],
@@ -262,14 +313,63 @@ def training(folder: Path, metrics: dict) -> dict:
             rows = _over_seeds(list(metrics[name].values()))
             for difference in ("diff_pp", "diff_unrounded_pp"):
                 if difference in rows[0]:
-                    rows = stats.with_seed_intervals(rows, stats.seed_spread([rows], difference), difference)
+                    rows = stats.with_seed_intervals(rows, difference)
             statistics[name] = dict(zip(metrics[name], rows, strict=True))
     return statistics
 
 
 def _over_seeds(rows: list[dict]) -> list[dict]:
-    """Return the rows, computed again from the accuracy of each seed where all have it (accs)."""
-    if any("accs" not in row for row in rows):
-        return rows
-    again = stats.over_seeds(pd.DataFrame([row["accs"] for row in rows])).to_dict("records")
+    """Return the rows, computed again from the accuracy of each seed (accs)."""
+    accs = pd.DataFrame([dict(enumerate(row["accs"])) for row in rows])
+    again = stats.over_seeds(accs).to_dict("records")
     return [row | values for row, values in zip(rows, again, strict=True)]
+
+
+def seeds(folder: Path, metrics: dict) -> dict:
+    """Return what holds over the trainings of notebook 12, from its answers and what `metrics` says of each.
+
+    Args:
+        metrics: train_acc, accuracies on training images by kind; fusing, with each training's rise of the
+            logits' error.
+
+    Returns:
+        accuracy: by kind, one per training;
+        pairs: rows before, after, and the drop of `after` in points (`mean_over_trainings`);
+        gap: by kind, training minus test accuracy in points;
+        hidden: by cause, points of training accuracy that it hides in the reference's own QAT recipe;
+            "counting" is the part of mixup that even a perfect classifier would lose;
+        fusing: by scheme, the rise of the squared error of the logits.
+    """
+    saved = read_npz(folder / "seeds" / "answers.npz")
+    labels = saved.pop("labels")
+    hits = {
+        name.removeprefix("hits_"): saved.pop(name).astype(float) for name in list(saved) if "hits_" in name
+    }
+    right = {kind: (answers == labels).astype(float) for kind, answers in saved.items()}
+    accuracy = {kind: values.mean(axis=1).tolist() for kind, values in right.items()}
+    pairs = [("fp32", kind) for kind in right if kind != "fp32"] + list(OVER_TRAININGS)
+    hidden = {
+        "mixup": hits["augmented"] - hits["mixed"],
+        "counting": 1 - hits["counted"],
+        "augmentation": hits["plain"] - hits["augmented"],
+        "rounding": hits["unrounded"] - hits["plain"],
+    }
+    return {
+        "accuracy": accuracy,
+        "pairs": [
+            {"before": one, "after": other} | stats.mean_over_trainings(100 * (right[one] - right[other]))
+            for one, other in pairs
+        ],
+        "gap": {
+            kind: _each(100 * (np.array(values) - accuracy[kind]))
+            for kind, values in metrics["train_acc"].items()
+        },
+        "hidden": {cause: stats.mean_over_trainings(100 * values) for cause, values in hidden.items()},
+        "fusing": {scheme: _each(row["each"]) for scheme, row in metrics["fusing"].items()},
+    }
+
+
+def _each(values: Iterable[float]) -> dict:
+    """Return the mean of one value per training with its 95 % t interval: mean, low, high, each."""
+    values = np.asarray(values, dtype=float)
+    return stats.mean_over_images(values) | {"each": values.tolist()}

@@ -10,7 +10,7 @@ from labcore.config import PROFILES
 from labcore.files.artifacts import ROOT, read_json, sha256_file
 from labcore.files.tensors import load_weights
 from labcore.model import build_model
-from labcore.report.verify import differences, main, verify
+from labcore.report.verify import differences, main, renewed, verify
 from labcore.training.earlier import read_earlier
 
 
@@ -37,6 +37,21 @@ def test_what_differs_is_named(saved, computed, named):
 def test_a_tolerance_is_relative():
     assert not list(differences("ms", 1000.5, 1000.0, 1e-3))
     assert list(differences("ms", 1002.0, 1000.0, 1e-3))
+
+
+@pytest.mark.parametrize(
+    ("saved", "computed", "again"),
+    [
+        ({"a": 1, "extra": 2}, {"a": 3, "new": 4}, {"a": 3, "extra": 2, "new": 4}),
+        ({"a": 1.0 + 1e-12}, {"a": 1.0}, {"a": 1.0 + 1e-12}),  # the same, to the tolerance
+        ([{"a": 1, "extra": 2}, 5], ({"a": 3}, 5), [{"a": 3, "extra": 2}, 5]),
+        ([1], [1, 2], [1, 2]),
+        ({"a": None}, {"a": 3}, {"a": 3}),
+    ],
+)
+def test_what_is_written_again_keeps_what_cannot_be_computed(saved, computed, again):
+    assert renewed(saved, computed) == again
+    assert not list(differences("row", renewed(saved, computed), computed))
 
 
 @pytest.mark.slow

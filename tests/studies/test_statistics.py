@@ -75,11 +75,49 @@ def test_trainings_that_go_on_have_a_spread_of_their_own(tmp_path):
         return [{"accs": values} for values in accs]
 
     tables = {"init": rows([0.5, 0.6], [0.6, 0.5]), "batch": rows([0.5, 0.6], [0.5, 0.6])}
-    continued = dict(zip("ab", rows([0.8, 0.8], [0.7, 0.7]), strict=True))
+    continued = dict(zip("ab", rows([0.8, 0.82], [0.7, 0.73]), strict=True))
     found = statistics.training(tmp_path, {"tables": tables, "trained_on": continued})
-    # Differences of +10 and -10 points, and of 0 and 0: variances 200 and 0, with a degree of freedom each.
-    assert found["seed_spread"]["pp"] == pytest.approx(10) and found["seed_spread"]["df"] == 2
-    assert found["seed_spread"]["sure"] == [{"seeds": 2, "pp": pytest.approx(4.302653 * 10 / 2**0.5)}]
+    # Of two recipes, differences of +10 and -10 points: the same accuracies count once.
+    spread = 200**0.5
+    assert found["seed_spread"]["pp"] == pytest.approx(spread) and found["seed_spread"]["df"] == 1
+    assert found["seed_spread"]["sure"] == [{"seeds": 2, "pp": pytest.approx(12.7062 * spread / 2**0.5)}]
     assert found["seed_spread"]["comparisons"] == 2
-    assert found["trained_on"]["b"]["diff_pp_high"] == pytest.approx(-10), "its own spread is none"
+    row = found["trained_on"]["b"]
+    assert row["diff_pp"] == pytest.approx(-9.5) and row["diff_pp_std"] == pytest.approx(0.5**0.5)
+    assert row["diff_pp_high"] == pytest.approx(-9.5 + 12.7062 * 0.5, rel=1e-4)
     assert "longer" not in found
+
+
+def test_the_gap_is_also_that_to_images_that_chose_no_epoch(tmp_path):
+    save_logits(tmp_path / "fp32/logits.npz", np.eye(2)[[0] * 80 + [1] * 20], np.zeros(100, dtype=np.int64))
+    metrics = {"train_clean_acc": 0.9, "val_acc": 0.85, "gap": {"n_train": 200, "n_validation": 100}}
+    gap, half = statistics.fp32(tmp_path, metrics)["test_gap"], 196 * (0.09 / 200 + 0.16 / 100) ** 0.5
+    assert gap == pytest.approx({"mean": 10, "low": 10 - half, "high": 10 + half, "n_test": 100}, abs=1e-3)
+
+
+def test_a_round_gives_one_ratio_however_many_engines_ran_in_it(tmp_path):
+    ratios = {"a": (1.2, 0.8, 1.0), "b": (1.1, 0.9, 1.0), "c": (3.0, 0.9, 1.0)}  # by round
+    rows = [(2, i, "a", "FP32", 9.0) for i in range(3)]
+    for engine, by_round in ratios.items():
+        for i, ratio in enumerate(by_round):
+            rows += [(2, i, engine, "INT8, power of two", 1.0), (2, i, engine, "INT8, float scales", ratio)]
+    table = pd.DataFrame(rows, columns=["threads", "round", "name", "numbers", "latency_ms"])
+    table["engine"], table["batch"] = table["name"] + " · " + table["numbers"], 1
+    (tmp_path / "engines").mkdir()
+    table.drop(columns=["name", "numbers"]).to_csv(tmp_path / "engines/latency.csv", index=False)
+    found = statistics.shift_speed(tmp_path, {"engines": {"pairs": []}})
+    logs = np.log([1.2, 0.9, 1.0])  # the medians
+    half = 4.302653 * logs.std(ddof=1) / 3**0.5
+    ends = [np.exp(logs.mean() + end) for end in (0, -half, half)]
+    assert [found[name] for name in ("mean", "low", "high")] == pytest.approx(ends)
+    assert (found["rounds"], found["comparisons"], found["engines"]) == (3, 3, 3)
+
+
+def test_without_engines_one_network_is_timed_in_rounds(tmp_path):
+    times = {"ptq": (1.0, 1.0, 1.0), "float_scales": (1.1, 0.9, 1.0)}
+    rows = [(i, name, ms) for name, by_round in times.items() for i, ms in enumerate(by_round)]
+    (tmp_path / "compare").mkdir()
+    table = pd.DataFrame(rows, columns=["round", "model", "latency_ms"])
+    table.to_csv(tmp_path / "compare/latency.csv", index=False)
+    found = statistics.shift_speed(tmp_path, {"engines": None})
+    assert found["mean"] == pytest.approx((1.1 * 0.9) ** (1 / 3)) and found["rounds"] == 3

@@ -1,0 +1,176 @@
+"""Study 7: PTQ, QAT, and FP32 trained on for as long, from several FP32 networks of one recipe.
+
+The unit is the training of an FP32 network: what continues the same one says nothing about another.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import asdict, replace
+
+import numpy as np
+import torch
+from torch import nn
+from torch.ao import quantization as tq
+
+from labcore.config import PROFILES, Recipe
+from labcore.evaluate import predict
+from labcore.files.artifacts import sha256_json
+from labcore.files.code import modules_hash
+from labcore.files.provenance import versions
+from labcore.files.tensors import state_hash
+from labcore.images.transforms import augment, mix, normalize
+from labcore.model import QuantizableBasicBlock, QuantizableBottleneck, build_model
+from labcore.qconfig import FLOAT, RECOMMENDED, REFERENCE, Scheme, has_vnni, make_qconfig
+from labcore.quantize import calibrate, convert, prepare_qat, simulate
+from labcore.run import Run
+from labcore.studies.study import Cell, Study
+from labcore.train import MODULES, QAT_MODULES, fit
+
+# What decides the answers of a network.
+CODE = ("data", "evaluate", "studies.kernels", "studies.seeds", "studies.study", *MODULES, *QAT_MODULES)
+# Post-training quantization, of weights and of activations.
+PTQ = {
+    "ptq": (REFERENCE, REFERENCE),
+    "no_clamp": (Scheme(), Scheme()),
+    "float_same": (FLOAT, FLOAT),
+    "best_ptq": RECOMMENDED,
+    "float_best": tuple(replace(one, rule="none") for one in RECOMMENDED),
+}
+# How training images are shown to QAT that was trained as in the reference (`Starts._hits`).
+VIEWS = ("plain", "unrounded", "augmented", "mixed", "counted")
+
+
+class Starts(Study):
+    """The run's FP32 network as a start, and by `start` others: trained alike, from another seed."""
+
+    def __init__(self, run: Run):
+        super().__init__(run, "seeds")
+        self.seed, qat = run.seed, run.profile.qat
+        # Frozen after its first epoch, so that one more than the profile's is chosen among frozen ones.
+        self.recipe = replace(qat, epochs=qat.epochs + 1, freeze_at=1 / (qat.epochs + 1))
+        self.base["code"] = [modules_hash(*CODE), versions()["torch"]]
+
+    def start(self, number: int) -> "Starts":
+        """Return the study on another FP32 network; number 0 is the run's own.
+
+        It is trained by the profile's recipe on the same images, or goes on where it was killed.
+        """
+        if number == 0:
+            return self
+        run, profile, other = self.run, self.run.profile, copy.copy(self)
+        other.seed = run.seed + number
+        torch.manual_seed(other.seed)
+        first = build_model(profile.arch, len(self.data.classes), profile.width, profile.stem)
+        run.initialize(first, profile.fp32.init)
+        other.model = other._fit(first, profile.fp32, f"starts/{other.seed}", "FP32")
+        other._calibrated, other._answers = {}, {}
+        other.base = self.base | {"weights": state_hash(other.model.state_dict())}
+        other.__dict__.pop("reference", None)
+        return other
+
+    def _fit(self, model: nn.Module, recipe: Recipe, folder: str, title: str) -> nn.Module:
+        path, split = self.run.path(self.stage, folder), self.split
+        if folder.startswith("fits/"):
+            split = replace(split, validation=split.validation[::5])  # they choose the epoch
+        return fit(
+            model, recipe, self.data, split, self.seed, path, description=f"{title}, seed {self.seed}"
+        ).model.cpu()
+
+    def experiments(self) -> dict[str, Cell]:
+        """Return a cell per network of this start: its answers on the test images, and what else it says."""
+        reference = PROFILES["reference"].qat
+        theirs = {name: getattr(reference, name) for name in ("augment", "mixup_alpha", "mixup_prob")}
+        floats, qat = lambda: self.model, self._prepared
+        todo = {"fp32": self._cell("fp32", lambda: {"answers": self._answer(self.model)})}
+        for name, schemes in PTQ.items():
+            build = lambda schemes=schemes: self.quantized(*schemes)  # noqa: E731
+            todo[name] = self._cell(name, lambda build=build: {"answers": self._answer(build())})
+        todo["additions"] = self._cell("additions", self._additions)
+        for name, schemes in {"reference": PTQ["ptq"], "recommended": RECOMMENDED}.items():
+            fusing = lambda schemes=schemes: self._fusing(*schemes)  # noqa: E731
+            todo[f"fusing, {name}"] = self._cell(f"fusing, {name}", fusing)
+        todo["fp32_on"] = self._trained("fp32_on", floats, self.recipe, self._with_training_images)
+        todo["qat"] = self._trained("qat", lambda: qat(*PTQ["ptq"]), self.recipe, self._with_training_images)
+        todo["best_qat"] = self._trained("best_qat", lambda: qat(*RECOMMENDED), self.recipe)
+        folded = lambda: qat(*PTQ["ptq"], keep_batchnorm=False)  # noqa: E731
+        todo["qat_folded"] = self._trained("qat_folded", folded, self.recipe)
+        recipe = replace(self.recipe, **theirs)
+        todo["qat_theirs"] = self._trained("qat_theirs", lambda: qat(*PTQ["ptq"]), recipe, self._hits)
+        return todo
+
+    def _cell(self, name: str, compute: Callable[[], dict]) -> Cell:
+        return Cell({"start": self.seed, "network": name}, compute)
+
+    def _answer(self, model: nn.Module) -> list[int]:
+        size = self.run.profile.eval_batch_size
+        return predict(model, self.data.test_images, size, "test").argmax(1).tolist()
+
+    def _prepared(self, weight: Scheme, activation: Scheme, **options) -> nn.Module:
+        qconfig = make_qconfig(weight, activation, "qat", full_range=True)
+        return calibrate(prepare_qat(self.model, qconfig, **options), self.batches)
+
+    def _trained(self, name: str, build, recipe: Recipe, more: Callable = lambda _: {}) -> Cell:
+        """Make a cell: a network trained on, converted where kernels add exactly; `more` says what else."""
+
+        def compute() -> dict:
+            key = sha256_json([self.base, name, asdict(recipe)])
+            model = self._fit(build(), recipe, f"fits/{key[:24]}", name)
+            is_int8 = name != "fp32_on" and has_vnni()
+            return {"answers": self._answer(convert(model) if is_int8 else model)} | more(model)
+
+        return self._cell(name, compute)
+
+    def _fusing(self, weight: Scheme, activation: Scheme) -> dict:
+        """Return how much larger the logits' squared error is fused than apart, on validation images."""
+        networks = [convert(self.eager(weight, activation, fused=fused)) for fused in (False, True)]
+        apart, fused = (np.square(self.logits(one) - self.reference).mean() for one in networks)
+        return {"error_rise": float(fused - apart), "apart": float(apart), "fused": float(fused)}
+
+    def _additions(self) -> dict:
+        """Return the answers of the reference's scheme, simulated, with int8 and with float additions.
+
+        In the second neither the sums nor the branch that was computed for them are rounded.
+        """
+        simulated = simulate(self.prepared(*PTQ["ptq"]))
+        answers = {"answers": self._answer(simulated)}
+        for block in simulated.modules():
+            if isinstance(block, QuantizableBasicBlock | QuantizableBottleneck):
+                last = block.conv3 if isinstance(block, QuantizableBottleneck) else block.conv2
+                for part in (block.add_relu, last, block.downsample or nn.Identity()):
+                    part.apply(tq.disable_fake_quant)
+        return answers | {"floats": self._answer(simulated)}
+
+    def _with_training_images(self, model: nn.Module) -> dict:
+        """Return what the weights answer without rounding, and on training images."""
+        model.apply(tq.disable_fake_quant)
+        sample = self.split.train_sample
+        logits = predict(model, self.data.train_images[sample], description="training images")
+        hits = logits.argmax(1) == self.data.train_labels[sample]
+        return {"unrounded": self._answer(model), "train_acc": float(hits.mean())}
+
+    @torch.no_grad()
+    def _hits(self, model: nn.Module, batch_size: int = 64) -> dict:
+        """Return hits on training images, one number per image, as they are shown: see `VIEWS`.
+
+        plain, as they are; unrounded, without fake quantization; augmented and mixed as in the reference, a
+        mixed image's answer counted by its labels' shares; counted, what a perfect answer would get of these.
+        """
+        reference, rng = PROFILES["reference"].qat, np.random.default_rng(self.seed)
+        sample, hits = self.split.train_sample, {view: [] for view in VIEWS}
+        for rows in np.array_split(sample, max(1, len(sample) // batch_size)):
+            images = torch.from_numpy(self.data.train_images[rows])
+            labels = torch.from_numpy(self.data.train_labels[rows])
+            augmented = augment(images, reference.augment, rng)
+            mixed, partner, share = mix(augmented, reference, rng)
+            with_rounding = {"plain": normalize(images), "augmented": augmented, "mixed": mixed}
+            answers = {view: model(x).argmax(1) for view, x in with_rounding.items()}
+            model.apply(tq.disable_fake_quant)
+            answers["unrounded"] = model(with_rounding["plain"]).argmax(1)
+            model.apply(tq.enable_fake_quant)
+            right = {view: (answer == labels).float() for view, answer in answers.items()}
+            other = labels[partner]
+            right["mixed"] = share * right["mixed"] + (1 - share) * (answers["mixed"] == other).float()
+            right["counted"] = torch.where(other == labels, 1.0, torch.maximum(share, 1 - share))
+            for view in VIEWS:
+                hits[view] += [round(value, 4) for value in right[view].tolist()]
+        return {"hits": hits}

@@ -1,0 +1,125 @@
+"""Several trainings: what each gives, and what holds over them."""
+
+import numpy as np
+import pytest
+import torch
+from small import network
+
+from labcore.config import get_profile
+from labcore.files.artifacts import write_npz
+from labcore.files.tensors import save_tensors
+from labcore.quantize import simulate
+from labcore.run import Run
+from labcore.studies import seeds, statistics
+from labcore.studies.seeds import PTQ, VIEWS, Starts
+
+
+@pytest.fixture
+def study(tiny_data, tiny_split, tmp_path, monkeypatch):
+    """The study of a run whose FP32 network is the small one, as if it had been trained."""
+    sizes = {"image_size": 16, "width": 4, "calibration_images": 16}
+    recipe = {"epochs": 1, "batch_size": 32, "epoch_images": 64, "small_share": 0.0}
+    values = sizes | {f"{part}.{name}": value for part in ("fp32", "qat") for name, value in recipe.items()}
+    run = Run(get_profile("cpu", **values), None, 0, tmp_path)
+    monkeypatch.setitem(run.__dict__, "data", tiny_data)
+    monkeypatch.setitem(run.__dict__, "split", tiny_split)
+    save_tensors(run.path("fp32", "weights.pt"), network().state_dict())
+    return Starts(run)
+
+
+def test_another_start_is_another_network_and_the_first_is_the_runs_own(study):
+    other = study.start(1)
+    assert study.start(0) is study and other.seed == 1
+    assert not torch.equal(other.model.conv1.weight, study.model.conv1.weight)
+    assert other.base != study.base, "cells of one start are not those of another"
+    again = study.start(1)
+    assert all(
+        torch.equal(a, b) for a, b in zip(other.model.parameters(), again.model.parameters(), strict=True)
+    )
+    assert not np.array_equal(other.reference, study.reference)
+
+
+def test_the_networks_of_a_start_answer_every_test_image(study, tiny_data):
+    cells = study.experiments()
+    table = study.cells({name: cells[name] for name in ("fp32", "ptq", "additions", "fp32_on", "qat")}, "few")
+    n_test = len(tiny_data.test_labels)
+    for name, column in (
+        ("fp32", "answers"),
+        ("ptq", "answers"),
+        ("additions", "floats"),
+        ("qat", "unrounded"),
+    ):
+        assert len(table.loc[name, column]) == n_test
+    assert table.loc["fp32_on", "answers"] == table.loc["fp32_on", "unrounded"], "nothing is rounded in FP32"
+    assert study.recipe.epochs == 2 and study.recipe.freeze_at == 0.5, (
+        "one epoch more, frozen after the first"
+    )
+    assert set(cells) >= {*PTQ, "best_qat", "qat_folded", "qat_theirs", "fusing, reference"}
+
+
+def test_float_additions_leave_every_other_rounding(study):
+    simulated = simulate(study.prepared(*PTQ["ptq"]))
+    seen = []
+    study._answer = lambda model: seen.append(
+        {name for name, part in model.named_modules() if getattr(part, "fake_quant_enabled", [0])[0]}
+    )
+    study._additions()
+    every = {name for name, part in simulated.named_modules() if hasattr(part, "fake_quant_enabled")}
+    off = {f"layer{n}.{part}" for n in ("2.2", "4.2") for part in ("add_relu", "conv2")}
+    assert seen[0] == every
+    assert {name.removesuffix(".activation_post_process") for name in every - seen[1]} == off
+
+
+def test_hits_are_those_of_the_same_images_and_a_mixed_one_counts_by_shares(study, tiny_data, monkeypatch):
+    labels = torch.from_numpy(tiny_data.train_labels)
+
+    class Perfect(torch.nn.Module):
+        """Knows what it is shown first: the labels of the rows of a batch, in their order."""
+
+        def forward(self, x):
+            return torch.nn.functional.one_hot(self.rows, 4).float()
+
+    model, mixing = Perfect(), seeds.mix
+
+    def in_order(images, augmentation, rng):
+        model.rows = next(batches)
+        return images.float()
+
+    sample = study.split.train_sample
+    batches = iter([labels[rows] for rows in np.array_split(sample, max(1, len(sample) // 64))])
+    monkeypatch.setattr(seeds, "augment", in_order)
+    shares = []
+
+    def mixed(x, recipe, rng):
+        images, partner, share = mixing(x, recipe, rng)
+        shares.append(torch.where(labels[sample][partner] == labels[sample], 1.0, share))
+        return images, partner, share
+
+    monkeypatch.setattr(seeds, "mix", mixed)
+    hits = study._hits(model)["hits"]
+    assert set(hits) == set(VIEWS) and all(len(values) == len(sample) for values in hits.values())
+    assert np.mean(hits["plain"]) == np.mean(hits["augmented"]) == np.mean(hits["unrounded"]) == 1
+    assert hits["mixed"] == pytest.approx(torch.cat(shares).tolist(), abs=1e-4)
+    assert all(perfect >= own for perfect, own in zip(hits["counted"], hits["mixed"], strict=True))
+
+
+def test_drops_add_up_gaps_and_causes_are_those_of_the_arrays(tmp_path):
+    rng, labels = np.random.default_rng(0), np.arange(40) % 4
+    kinds = {name for pair in statistics.OVER_TRAININGS for name in pair} | {"fp32"}
+    answers = {kind: np.where(rng.random((3, 40)) < 0.8, labels, 9) for kind in sorted(kinds)}
+    hits = {f"hits_{view}": rng.integers(0, 2, (3, 30)).astype(float) for view in VIEWS}
+    write_npz(tmp_path / "seeds/answers.npz", labels=labels, **answers, **hits)
+    fusing = {"reference": {"each": [-0.1, -0.2, -0.3]}}
+    found = statistics.seeds(tmp_path, {"train_acc": {"fp32_on": [0.9, 0.8, 1.0]}, "fusing": fusing})
+    drops = {(row["before"], row["after"]): row["mean"] for row in found["pairs"]}
+    assert set(drops) == {("fp32", kind) for kind in kinds - {"fp32"}} | set(statistics.OVER_TRAININGS)
+    acc = found["accuracy"]
+    assert acc["qat"] == (answers["qat"] == labels).mean(axis=1).tolist()
+    assert drops["ptq", "qat"] == pytest.approx(100 * (np.mean(acc["ptq"]) - np.mean(acc["qat"])))
+    assert drops["ptq", "qat"] == pytest.approx(drops["fp32", "qat"] - drops["fp32", "ptq"])
+    gap = 100 * (np.array([0.9, 0.8, 1.0]) - acc["fp32_on"])
+    assert found["gap"]["fp32_on"]["each"] == pytest.approx(gap.tolist())
+    expected = 100 * (hits["hits_unrounded"] - hits["hits_plain"]).mean()
+    assert found["hidden"]["rounding"]["mean"] == pytest.approx(expected)
+    rise = found["fusing"]["reference"]  # t of two degrees of freedom is 4.303
+    assert (rise["mean"], rise["high"]) == pytest.approx((-0.2, -0.2 + 4.303 * 0.1 / 3**0.5), abs=1e-4)
