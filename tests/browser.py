@@ -91,9 +91,14 @@ def wait_for(call, seconds: float):
 @contextlib.contextmanager
 def opened(root: Path, notebook: str, folder: Path, **environment: str):
     """Open a notebook of a project in JupyterLab, run all its cells, and give the browser."""
-    settings = folder / "settings" / "@jupyterlab" / "notebook-extension" / "tracker.jupyterlab-settings"
-    settings.parent.mkdir(parents=True)
-    settings.write_text('{"windowingMode": "none"}')  # what is out of sight is in the page, too
+    settings = {  # what is out of sight is in the page, too; and no news
+        "notebook-extension/tracker": '{"windowingMode": "none"}',
+        "apputils-extension/notification": '{"fetchNews": "false", "checkForUpdates": false}',
+    }
+    for name, text in settings.items():
+        path = folder / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
+        path.parent.mkdir(parents=True)
+        path.write_text(text)
     homes = ("JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_DATA_DIR", "IPYTHONDIR")
     environment |= {name: str(folder / name) for name in homes} | {"PYTHONPATH": str(root)}
     environment |= {"JUPYTERLAB_SETTINGS_DIR": str(folder / "settings")}

@@ -94,7 +94,7 @@ def pareto(points: pd.DataFrame, reference: float) -> Figure:
 def differences(tables: dict[str, pd.DataFrame]) -> Figure:
     """Return drops against a baseline in points, one panel per question: means over seeds with intervals.
 
-    Index recipe, the baseline first; columns diff_pp, of which more is better, and sure_pp (half an interval).
+    Index recipe, the baseline first; columns diff_pp (more is better) and sure_pp (half an interval).
     """
     heights = [len(table) + 1.5 for table in tables.values()]
     total = 0.24 * sum(heights) + 0.5

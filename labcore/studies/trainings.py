@@ -1,27 +1,22 @@
-"""Study 3: many short trainings, by recipes that differ in a thing or two, and why QAT's accuracy is low."""
+"""Study 3: many short trainings, by recipes that differ in a thing or two, and longer QAT."""
 
 import itertools
 import math
 import shutil
 from dataclasses import replace
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import nn
-from torch.ao import quantization as tq
 
 from labcore.config import PROFILES, Profile, Recipe
-from labcore.evaluate import predict
 from labcore.files.artifacts import sha256_json
 from labcore.files.code import modules_hash
-from labcore.files.progress import progress
-from labcore.images.transforms import augment, mix, normalize
 from labcore.model import build_model
 from labcore.qconfig import CustomQConfig
 from labcore.quantize import prepare_qat
 from labcore.run import Run
-from labcore.stats import over_seeds, summarize
+from labcore.stats import over_seeds
 from labcore.studies.study import Cell, Study
 from labcore.train import Diverged, fit, training_identity
 
@@ -71,14 +66,11 @@ class Trainings(Study):
     def continued(self, kind: str, seed: int, times: int = 1) -> Cell:
         """Return a cell: the run's FP32 network trained on by the QAT recipe, `times` its epochs, unfrozen.
 
-        Of kind "fp32" it goes on as it was; "qat" is fake-quantized by the reference's scheme, BatchNorm
-        kept; "qat_folded" has BatchNorm folded away before.
-        The cell holds acc and loss of the best epoch's network in float32, and acc_last of the last epoch's.
-        What training did to the weights is in acc_unrounded and, on training images, train_acc_unrounded.
+        Of kind "fp32" it goes on as it was; "qat" is fake-quantized by the reference's scheme.
         """
         model, qat = self.model, self.run.profile.qat
-        if kind != "fp32":
-            model = prepare_qat(model, CustomQConfig.POWER2.qat, keep_batchnorm=kind == "qat")
+        if kind == "qat":
+            model = prepare_qat(model, CustomQConfig.POWER2.qat)
         recipe = replace(qat, freeze_at=1.0, epochs=times * qat.epochs)
         return self._fit(kind, model, recipe, seed)
 
@@ -94,20 +86,9 @@ class Trainings(Study):
                 classes = len(self.data.classes)
                 return {"acc": 1 / classes, "loss": math.log(classes)}
             last = result.history.iloc[-1]
-            if kind == "short":
-                return {"acc": last["val_acc"], "loss": last["val_loss"]}
-            return {"acc_last": last["val_acc"]} | self._with_and_without_rounding(result.model)
+            return {"acc": last["val_acc"], "loss": last["val_loss"]}
 
         return Cell(key, compute, cleanup=lambda: shutil.rmtree(folder, ignore_errors=True))
-
-    def _with_and_without_rounding(self, model: nn.Module) -> dict:
-        rounded, sample = summarize(self.logits(model), self.labels), self.split.train_sample
-        model.apply(tq.disable_fake_quant)
-        unrounded = summarize(self.logits(model), self.labels)
-        on_training = predict(model, self.data.train_images[sample], description="training images")
-        in_training = summarize(on_training, self.data.train_labels[sample])
-        unrounded = {"acc_unrounded": unrounded["acc"], "train_acc_unrounded": in_training["acc"]}
-        return {"acc": rounded["acc"], "loss": rounded["loss"]} | unrounded
 
     def compare(self, recipes: dict[str, Recipe], description: str, verdict: bool = False) -> pd.DataFrame:
         """Return `over_seeds` of recipes held against the first; those less than a point away get more seeds.
@@ -129,44 +110,6 @@ class Trainings(Study):
         pairs = itertools.product(recipes, seeds)
         cells = {(name, seed): self.trained(recipes[name], seed) for name, seed in pairs}
         return self.cells(cells, description)["acc"].astype(float).unstack(sort=False)
-
-    @torch.no_grad()
-    def hidden_by_training(self, fake_quantized: nn.Module, batch_size: int = 64) -> pd.DataFrame:
-        """Return a fake-quantized network's accuracy on training images, as trainings show them (claim R14).
-
-        Rows: how images are shown; of mixed ones the larger share's label counts, or "counted by shares" each
-        label as much as its share. Columns: with fake quantization, and without.
-        """
-        reference = PROFILES["reference"].qat
-        views = {  # augmentation, and whether images are mixed then
-            "as they are": (None, False),
-            "augmented as here": (self.run.profile.qat.augment, False),
-            "augmented as in the reference": (reference.augment, False),
-            "… and its mixup": (reference.augment, True),
-            "mixup alone": (None, True),
-        }
-        device, sample = next(fake_quantized.parameters()).device, self.split.train_sample
-        images = torch.from_numpy(self.data.train_images[sample]).to(device)
-        labels = torch.from_numpy(self.data.train_labels[sample]).to(device)
-        right = {"with": {}, "without": {}}
-        for column, (view, (augmentation, mixes)) in itertools.product(right, views.items()):
-            fake_quantized.apply(tq.enable_fake_quant if column == "with" else tq.disable_fake_quant).eval()
-            rng, by_larger, by_shares = np.random.default_rng(self.run.seed), 0.0, 0.0
-            with progress(len(images), f"{view}, {column}", unit="image") as bar:
-                for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
-                    x = augment(x, augmentation, rng) if augmentation else normalize(x)
-                    other, share = y, torch.ones(len(y), device=device)
-                    if mixes:
-                        x, partner, share = mix(x, reference, rng)
-                        other = y[partner]
-                    answer = fake_quantized(x).argmax(1)
-                    hits, other_hits = (answer == y).float(), (answer == other).float()
-                    by_larger += torch.where(share >= 0.5, hits, other_hits).sum().item()
-                    by_shares += (share * hits + (1 - share) * other_hits).sum().item()
-                    bar.update(len(x))
-            right[column] |= {view: by_larger, f"{view}, counted by shares": by_shares}
-        fake_quantized.apply(tq.enable_fake_quant)
-        return pd.DataFrame(right).loc[[*views, "mixup alone, counted by shares"]] / len(images)
 
 
 def recipes_of(base: Recipe) -> dict[str, dict[str, Recipe]]:

@@ -4,15 +4,10 @@ import dataclasses
 
 import numpy as np
 import pytest
-import torch
 
 from labcore.config import PROFILES, Recipe, get_profile
-from labcore.data import calibration_batches
 from labcore.files.artifacts import ROOT
 from labcore.files.tensors import save_tensors
-from labcore.images.transforms import mix, normalize
-from labcore.qconfig import CustomQConfig
-from labcore.quantize import calibrate, prepare_qat
 from labcore.run import Run
 from labcore.studies import trainings
 from labcore.studies.study import Cell
@@ -128,26 +123,3 @@ def test_what_a_verdict_rests_on_gets_its_seeds_whatever_they_show(study):
     table = compare(study, accuracies, verdict=True)
     assert table["seeds"].tolist() == [4, 4] and len(study.trainings) == 8
     assert table.loc["far", "diff_pp"] == pytest.approx(14.75)
-
-
-@torch.no_grad()
-def test_what_training_hides_is_counted_on_the_same_images(study):
-    study.split = dataclasses.replace(study.split, validation=study.split.validation[:32])
-    model = prepare_qat(study.model, CustomQConfig.POWER2.qat)
-    calibrate(model, calibration_batches(study.data, study.split))
-    model.apply(torch.ao.quantization.disable_observer)
-    table = study.hidden_by_training(model, batch_size=7)
-    assert table.shape == (6, 2) and ((table >= 0) & (table <= 1)).all(axis=None)
-    assert table.equals(study.hidden_by_training(model, batch_size=7)), "the same draws again"
-    sample = study.split.train_sample
-    images, labels = study.data.train_images[sample], torch.from_numpy(study.data.train_labels[sample])
-    images = normalize(torch.from_numpy(images))
-    expected = (model(images).argmax(1) == labels).float().mean().item()
-    assert table.loc["as they are", "with"] == pytest.approx(expected)
-    mixed, partner, share = mix(images, PROFILES["reference"].qat, np.random.default_rng(5))
-    answers = model(mixed).argmax(1)
-    own, other = (answers == labels).float(), (answers == labels[partner]).float()
-    at_once = study.hidden_by_training(model, batch_size=len(images))["with"]
-    expected = (share * own + (1 - share) * other).mean().item()
-    assert at_once["mixup alone, counted by shares"] == pytest.approx(expected)
-    assert at_once["mixup alone"] == pytest.approx(torch.where(share >= 0.5, own, other).mean().item())
