@@ -86,11 +86,11 @@ def journey_figure(image: np.ndarray, way: SimpleNamespace) -> Figure:
         "rounded": rounded,
     }
     steps |= {
-        f"plus {way.zero_point}": rounded + way.zero_point,
+        f"plus zero point {way.zero_point}": rounded + way.zero_point,
         f"clamped to {way.low} … {way.high}": way.code,
     }
     text = "\n".join(
-        f"{name:<19}{value:>9,}" for name, value in (steps | {"int8 kernel": way.kernel}).items()
+        f"{name:<20}{value:>9,}" for name, value in (steps | {"int8 kernel": way.kernel}).items()
     )
-    figure.text(0.02, 0.09, text, family="monospace", fontsize=8.5)
+    figure.text(0.02, 0.09, text, family="monospace", fontsize=8)
     return figure

@@ -88,17 +88,16 @@ class Page:
         button, verdict = widgets.Button(description="apply to this layer"), widgets.HTML()
 
         def chosen() -> Setting:
-            values = {name: control.value for name, control in controls.items()}
-            layer, kind = values.pop("tensor")
+            layer, kind = controls["tensor"].value
             unfit = ("zero_point", "zero_point_by") if kind == "weight" else ("per_channel",)
             for name, control in controls.items():
                 control.disabled = name in unfit
             button.disabled = kind != "weight"
-            return Setting(
-                layer, kind, **{name: value for name, value in values.items() if name not in unfit}
-            )
+            fit = [name for name in controls if name not in ("tensor", *unfit)]
+            return Setting(layer, kind, **{name: controls[name].value for name in fit})
 
         def judge(setting: Setting) -> None:
+            verdict.value = "judging …"
             found, n_images = self.explorer.apply(setting), len(self.explorer.inputs)
             verdict.value = (
                 f"{n_images} validation images: accuracy <b>{found['acc']:.1%}</b>, drop against FP32 "

@@ -15,7 +15,7 @@ from labcore.images.transforms import normalize
 from labcore.observer import PowerOfTwoObserver, scale_approximate
 from labcore.qconfig import RECOMMENDED, Scheme, observer_class
 from labcore.quantize import convert, layers, on_grid, prepare_ptq
-from labcore.studies.errors import _Errors
+from labcore.studies.errors import Errors
 from labcore.studies.study import Study
 
 STEPS = range(-4, 5)  # of an exponent, that are shown side by side
@@ -89,22 +89,21 @@ class Explorer:
         """Return the observer, and the scale and zero point that it gives, moved; (1,) or (C,)."""
         if setting.zero_point_by and setting.tensor == "weight":
             raise LabError(
-                f"weights have zero point 0, found zero_point_by={setting.zero_point_by}; leave it."
+                f"a weight's zero point is 0, found it moved by {setting.zero_point_by}; leave it."
             )
-        seen = self._observed(replace(setting, max_shift_amount=None, exponent_by=0, zero_point_by=0))
-        found, limit = copy.copy(seen), setting.max_shift_amount
-        found.max_shift_amount = limit
+        found, clean = setting.observer(), {"max_shift_amount": None, "exponent_by": 0, "zero_point_by": 0}
+        found.load_state_dict(self._observed(replace(setting, **clean)).state_dict())
         scale, zero_point = found.calculate_qparams()
         if setting.exponent_by:
             scale = scale * 2.0**setting.exponent_by
-            scale = scale if found.rule == "none" else scale_approximate(scale, limit)
+            scale = scale if found.rule == "none" else scale_approximate(scale, found.max_shift_amount)
             zero_point = found._zero_point(scale)
         return found, scale, (zero_point + setting.zero_point_by).clamp(found.quant_min, found.quant_max)
 
     def _look(self, setting: Setting) -> dict:
         """Return what a setting does to its tensor: a row of `inspect_qparams`."""
         found, scale, zero_point = self.grid(setting)
-        errors = _Errors(found)
+        errors = Errors(found)
         errors.scale, errors.zero_point = scale, zero_point
         errors.add(self.values(setting.layer, setting.tensor))
         return errors.row()
@@ -138,9 +137,8 @@ class Explorer:
             network = copy.deepcopy(self.int8)
             module = network.get_submodule(setting.layer)
             module.set_weight_bias(codes, module.bias())
-            judged = self.study.judge(
-                network(self.inputs).numpy()
-            )  # at once: small batches make threads wait
+            # All images at once: with small batches threads wait for one another.
+            judged = self.study.judge(network(self.inputs).numpy())
             result = {name: judged[name] for name in ("acc", "acc_drop_pp", "logit_mse")}
             result |= {"lost": judged["only_before"], "gained": judged["only_after"]}
             self.tried[setting] = result | {"snr_db": self.look(setting)["snr_db"]}
@@ -149,8 +147,6 @@ class Explorer:
     def scoreboard(self) -> pd.DataFrame:
         """Return what was tried, the smallest logit_mse first, since a few images are lost by chance."""
         table = pd.DataFrame([asdict(setting) | found for setting, found in self.tried.items()])
-        limits = pd.Series(
-            [setting.max_shift_amount for setting in self.tried], dtype=object
-        )  # None, not NaN
+        limits = pd.Series([setting.max_shift_amount for setting in self.tried], dtype=object)  # with None
         table = table.drop(columns=["tensor", "zero_point", "zero_point_by"]).assign(max_shift_amount=limits)
         return table.sort_values("logit_mse", kind="stable", ignore_index=True)

@@ -89,17 +89,20 @@ class Part(NamedTuple):
         if not self.is_of_its_unit:
             return f"{self.trainings} trainings" if self.trainings else ""
         mean, count = self.found["mean"], self.found["count"]
-        distance = min(abs(mean - end) for end in (self.low, self.high))
         error = (self.found["high"] - self.found["low"]) / (2 * 1.96)  # of the mean
         spread = self.found.get("std", error * math.sqrt(count))
-        # Of trainings that the same images judge, what these leave open stays with more trainings.
-        rest = distance**2 - 2.8**2 * max(error**2 - spread**2 / count, 0)  # 2.8 errors: seen 4 times of 5
-        if distance == 0 or spread == 0 or not math.isfinite(error):
+        distance = min(abs(mean - end) for end in (self.low, self.high))
+        if not 0 < error < math.inf or distance == 0:
             return ""
-        if rest <= 0:
-            return "more images"
-        units = stats.units_needed(math.sqrt(rest), spread)
-        return f"{units:,} {UNITS[self.found['of']]}" if units < 1e7 else f"over 10 million {UNITS['image']}"
+        # A difference of 2.8 errors shows four times of five. Of trainings that the same images judge, a part
+        # of the error stays with more trainings.
+        of_images, room = max(error**2 - spread**2 / count, 0), (distance / 2.8) ** 2
+        if of_images < room:
+            units = stats.units_needed(2.8 * math.sqrt(room - of_images), spread)
+            return f"{units:,} {UNITS[self.found['of']]}" if units < 1e7 else "over 10 million images"
+        left = room - spread**2 / count
+        images = self.found.get("images", 0) * of_images / left if left > 0 else 0
+        return f"{math.ceil(images):,} images" if images else "more trainings and more images"
 
 
 def judge(parts: list[Part]) -> list[str]:
@@ -108,17 +111,15 @@ def judge(parts: list[Part]) -> list[str]:
     A number is decided where its 95 % interval lies wholly on one side of the margin. Of several numbers each
     must stand out in view of all (Holm, 1979).
     """
-    numbers = [part for part in parts if not part.is_fact]
-    held = multipletests([part.p_value() for part in numbers], method="holm")[1] if numbers else []
-    is_decided = dict(zip(map(id, numbers), (p_value < 0.05 for p_value in held), strict=True))
-
-    def outcome(part: Part) -> str:
-        holds = part.holds if part.is_fact else None
-        if is_decided.get(id(part)):
+    p_values = [part.p_value() for part in parts if not part.is_fact]
+    adjusted = iter(multipletests(p_values, method="holm")[1] if p_values else ())
+    outcomes = []
+    for part in parts:
+        holds = part.holds
+        if not part.is_fact and next(adjusted) < 0.05:
             holds = part.low < part.found["mean"] < part.high
-        return UNDECIDED if holds is None else CONFIRMED if holds else REFUTED
-
-    return [outcome(part) for part in parts]
+        outcomes.append(UNDECIDED if holds is None else CONFIRMED if holds else REFUTED)
+    return outcomes
 
 
 def combine(outcomes: list[str]) -> str:
@@ -132,6 +133,7 @@ class Found(NamedTuple):
     """What a verdict rests on: `parts`, the notebook `stage`, the entry `data` of its metrics, a `figure`.
 
     `is_its` says whether network, data set and recipe are those of the claim; otherwise it stays open.
+    `if_true` is the verdict where all parts are true.
     """
 
     parts: list[Part]
@@ -243,8 +245,9 @@ class Evidence(NamedTuple):
 
     def drop(self, before: str, after: str, row: dict | None) -> dict | None:
         """Return a drop over trainings where notebook 12 has it, else `row`'s over images of one training."""
-        if self["seeds"]:
-            return self.over_trainings(pick(self["seeds"]["pairs"], {"before": before, "after": after}))
+        if study := self["seeds"]:
+            found = pick(study["pairs"], {"before": before, "after": after})
+            return self.over_trainings(found) | {"images": study["n_test"]}
         return row and of_images(row)
 
     @property
@@ -256,11 +259,11 @@ class Evidence(NamedTuple):
 def of_images(row: dict) -> dict:
     """Return the drop of a row of `compare_paired`, over images."""
     count = sum(row[name] for name in ("both", "neither", "only_before", "only_after"))
-    return {"of": "image", "count": count} | _drop(row)
+    return {"of": "image", "count": count} | _interval(row, "acc_drop_pp")
 
 
-def _drop(row: dict) -> dict:
-    return {"mean": row["acc_drop_pp"], "low": row["acc_drop_pp_low"], "high": row["acc_drop_pp_high"]}
+def _interval(row: dict, name: str, end: str = "") -> dict:
+    return {"mean": row[name], "low": row[f"{name}{end}_low"], "high": row[f"{name}{end}_high"]}
 
 
 def scheme_extremes(rows: list[dict], arch: str) -> dict[str, tuple[dict, dict]]:
@@ -278,9 +281,9 @@ def _r1(e: Evidence) -> Found:
         accs = 100 * np.array(e["seeds"]["accuracy"]["fp32"])
         found = e.over_trainings(stats.mean_over_images(accs))
     else:
-        test = {name: e["fp32"]["test"][key] for name, key in zip(("mean", "low", "high"), ACC, strict=True)}
-        found = {name: 100 * acc for name, acc in test.items()}
-        found |= {"of": "image", "count": e["fp32"]["test"]["n_seen"]}
+        test = e["fp32"]["test"]
+        found = _interval({name: 100 * test[name] for name in ("acc", "acc_low", "acc_high")}, "acc")
+        found |= {"of": "image", "count": test["n_seen"]}
     is_its = e.is_resnet50 and e.checks.get("is_reference", False)
     return Found([e.part("accuracy", found)], "fp32", "test", "01_curves", is_its)
 
@@ -351,22 +354,19 @@ def _r9(e: Evidence) -> Found:
 
 
 def _r10(e: Evidence) -> Found:
-    study, error, speed = e["observers"], None, None
+    study, error, speed = e["observers"] or {}, None, None
     if e["seeds"]:
         error = e.over_trainings(e["seeds"]["fusing"]["reference"])
-    elif study and "fusing_errors" in study:
-        first, count = next(iter(study["fusing_errors"].values())), study["fp32_validation"]["n_seen"]
-        ends = {name: first[f"error_rise_{name}"] for name in ("low", "high")}
-        error = {"mean": first["error_rise"], "of": "image", "count": count} | ends
-    if study and study["fusing_speed"].get("speedup_sure_low"):
-        row = study["fusing_speed"]
-        speed = {"mean": row["speedup"], "low": row["speedup_sure_low"], "high": row["speedup_sure_high"]}
+    elif "fusing_errors" in study:
+        first = next(iter(study["fusing_errors"].values()))
+        error = {"of": "image", "count": study["fp32_validation"]["n_seen"]} | _interval(first, "error_rise")
+    if study.get("fusing_speed", {}).get("speedup_sure_low"):
+        speed = _interval(study["fusing_speed"], "speedup", "_sure")
         speed |= {"of": "round", "count": e.checks["latency_rounds"]}
-    if not (error or study):
+    if not error and not study:
         return Found([], "seeds")
-    return Found(
-        [e.part("error", error), e.part("speed", speed)], "seeds" if e["seeds"] else "observers", "fusing"
-    )
+    shown = ("seeds" if e["seeds"] else "observers", "fusing")
+    return Found([e.part("error", error), e.part("speed", speed)], *shown)
 
 
 def _r11(e: Evidence) -> Found:
@@ -394,7 +394,8 @@ def _r13(e: Evidence) -> Found:
         gap = e.over_trainings(e["seeds"]["gap"]["fp32_on"])
     else:
         gap = e["fp32"]["test_gap"] | {"of": "image", "count": e["fp32"]["test_gap"]["n_test"]}
-    return Found([dropout, e.part("gap", gap)], "seeds" if e["seeds"] else "fp32", "test_gap", "01_curves")
+    shown = ("seeds", "gap") if e["seeds"] else ("fp32", "test_gap", "01_curves")
+    return Found([dropout, e.part("gap", gap)], *shown)
 
 
 def _r14(e: Evidence) -> Found:
@@ -434,7 +435,8 @@ def _r18(e: Evidence) -> Found:
     for row in e["mixed"]["architectures"] if e["mixed"] else ():
         if row["scheme"] == "reference" and row["network"] != e.checks["arch"]:
             count = row.get("trainings", 1)  # then the interval is for other trainings
-            found = {"of": "training", "count": count} | _drop(row) if count > 1 else of_images(row)
+            over = {"of": "training", "count": count} | _interval(row, "acc_drop_pp")
+            found = over if count > 1 else of_images(row)
             parts.append(e.part(row["network"], found, "another"))
     shown = ("mixed", "architectures") if e["mixed"] else ("compare", "paired.ptq", "04_accuracy")
     return Found(parts, *shown) if parts else Found([], "mixed")
@@ -454,6 +456,5 @@ def _r20(e: Evidence) -> Found:
     return Found([part], "claims", "checks.resnet50", if_true=CONDITION)
 
 
-ACC = ("acc", "acc_low", "acc_high")
 GATHERERS = (_r1, _r2, _r3, _r4, _r5, _r6, _r7, _r8, _r9, _r10)
 GATHERERS += (_r11, _r12, _r13, _r14, _r15, _r16, _r17, _r18, _r19, _r20)

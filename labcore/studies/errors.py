@@ -60,7 +60,7 @@ def count_clamped(calibrated: nn.Module) -> dict[str, int]:
     return {"clamped": sum(int(flags.sum()) for flags in clamped), "scales": sum(map(len, clamped))}
 
 
-class _Errors:
+class Errors:
     """What quantizing does to the values of one tensor, summed over batches."""
 
     def __init__(self, observer: PowerOfTwoObserver):
@@ -110,9 +110,9 @@ def inspect_qparams(calibrated: nn.Module, batches: list[Tensor]) -> pd.DataFram
     zero_point, share_clipped, snr_db (signal over error power), mse_clipping and mse_rounding (its parts).
     """
     network = in_float(calibrated)
-    table: dict[tuple[str, str], _Errors] = {}
+    table: dict[tuple[str, str], Errors] = {}
     for name, tensor, observer, module in _observed(network):
-        errors = table[name, tensor] = _Errors(observer)
+        errors = table[name, tensor] = Errors(observer)
         if tensor == "weight":
             errors.add(module.weight)
         else:

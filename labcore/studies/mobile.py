@@ -143,15 +143,15 @@ def build_mobile(arch: str, num_classes: int, width_mult: float = 1.0) -> nn.Mod
 def mobile_recipe(profile: Profile, train_images: int) -> tuple[Recipe, float]:
     """Return how both networks are trained, and what multiplies their channels: 1, or less in small profiles.
 
-    That is half the profile's epochs, at most eight, each of a third of the images: on CIFAR-10 at most about
+    That is half the profile's epochs, at most seven, each of a third of the images: on CIFAR-10 at most about
     eight minutes of two cores. Weight decay is torchvision's for MobileNetV2.
     """
     fp32, size = profile.fp32, min(64, profile.fp32.batch_size)
     recipe = Recipe(
-        epochs=min(8, max(1, fp32.epochs // 2)),
+        epochs=min(7, max(1, fp32.epochs // 2)),
         epoch_images=max(size, train_images // 3),
         batch_size=size,
-        lr=0.05,
+        lr=0.03,
         weight_decay=4e-5,
         **{name: getattr(fp32, name) for name in ("small_share", "small_size", "augment")},
     )

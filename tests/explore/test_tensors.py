@@ -75,8 +75,9 @@ def test_applied_weights_give_the_answers_of_a_network_quantized_so(explorer):
         (Setting("conv2"), "unknown weight of a layer, 'conv2': did you mean"),
         (Setting("conv1", "bias"), "unknown bias of a layer, 'conv1'"),
         (Setting("conv1", bits=9), "bits must be one of"),
+        (Setting("conv1", max_shift_amount=127), "max_shift_amount must be in 0 … 126 or None"),
         (Setting("conv1", zero_point="affine"), "weights are symmetric"),
-        (Setting("conv1", zero_point_by=1), "weights have zero point 0"),
+        (Setting("conv1", zero_point_by=1), "a weight's zero point is 0, found it moved by 1"),
         (Setting("quant", "activation", per_channel=True), "activations have one scale per tensor"),
     ],
 )

@@ -3,6 +3,7 @@
 import gc
 import threading
 import time
+from types import SimpleNamespace
 
 import ipywidgets as widgets
 import matplotlib.pyplot as plt
@@ -123,6 +124,25 @@ def test_sliders_of_the_journey_end_where_the_layer_ends(page):
     assert ends == {"channel": 3, "row": 0, "column": 0}
     settled(lambda before=picture.value: picture.value != before)
     assert parts(view, widgets.HTML)[0].value == "", "no error"
+
+
+@pytest.mark.parametrize(
+    ("metadata", "by_make", "is_live"),
+    [
+        ({"cellId": "a"}, False, True),
+        ({}, False, False),
+        ({"cellId": "a"}, True, False),
+        (None, False, False),
+    ],
+)
+def test_widgets_are_for_front_ends_which_name_the_cell(metadata, by_make, is_live, monkeypatch):
+    kernel = SimpleNamespace(get_parent=lambda: {"metadata": metadata})
+    shell = None if metadata is None else SimpleNamespace(kernel=kernel)
+    monkeypatch.setattr(module, "get_ipython", lambda: shell)
+    monkeypatch.delenv("LAB_PROGRESS", raising=False)
+    if by_make:
+        monkeypatch.setenv("LAB_PROGRESS", "progress.log")
+    assert module.is_live() is is_live
 
 
 def test_where_nobody_can_move_a_widget_there_are_pictures(explorer):

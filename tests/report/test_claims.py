@@ -56,6 +56,7 @@ def seeds(half: float = 0.05, gap: float = 4.0, **drops: float) -> dict:
     noise = np.array([-0.02, -0.01, 0.0, 0.01, 0.02])
     return {
         "n_starts": TRAININGS,
+        "n_test": 10_000,
         "accuracy": {"fp32": (drops.get("fp32", 0.9547) + noise / 100).tolist()},
         "pairs": [
             {"before": one, "after": other} | around(points, half, std=0.05) for one, other, points in pairs
@@ -192,8 +193,11 @@ def test_what_it_takes_to_decide_follows_from_the_power_of_the_t_test():
     )
     assert number(0.2, 0.2, of="image", high=0.1).needed() == "5 trainings"
     assert number(0.1, 0.2, high=0.1).needed() == "", "at the margin no number is enough"
-    found = around(0.2, 0.4, of="training", count=5, std=0.01)
-    assert Part("a", None, found, high=0.1, unit="points", trainings=5).needed() == "more images"
+    found = around(0.2, 0.196, of="training", count=5, std=0.01, images=10_000)  # nearly all of it of images
+    needed = Part("a", None, found, high=0.1, unit="points", trainings=5).needed()
+    assert int(needed.split()[0].replace(",", "")) == pytest.approx(2.8**2 * 10_000, rel=0.03)
+    found = around(0.2, 0.4, of="training", count=5, std=0.4, images=10_000)
+    assert Part("a", None, found, high=0.1, unit="points", trainings=5).needed().endswith(" trainings")
 
 
 AS_MEASURED = {
@@ -312,7 +316,7 @@ def test_the_rate_of_linear_scaling_is_the_rules(monkeypatch):
 @pytest.mark.parametrize(
     ("claim", "changes", "checks", "told"),
     [
-        ("R1", {}, THEIRS, "one training of resnet50, after 15 epochs of another recipe"),
+        ("R1", {}, THEIRS, "Of one training of resnet50, after 15 epochs of another recipe"),
         ("R2", {}, {}, "not the reference's network on its images"),
         ("R2", {}, {}, "10 images of 10,000"),
         ("R2", {}, THEIRS, "To decide, it takes 5 trainings at least."),
