@@ -87,8 +87,10 @@ class Run:
 
     def save_figure(self, figure: Figure, name: str) -> Image:
         """Write figures/P/NAME.png with the data set named at its foot; return that picture for display."""
-        foot = f"{self.data.label} · profile {self.profile.name}"
-        figure.text(0.995, 0.005, foot, ha="right", va="bottom", fontsize=7, color="0.4", parse_math=False)
+        from labcore.plots.style import plain
+
+        foot = plain(f"{self.data.label} · profile {self.profile.name}")
+        figure.text(0.995, 0.005, foot, ha="right", va="bottom", fontsize=7, color="0.4")
         path = self.root / "figures" / self.profile.name / f"{name}.png"
         with atomic_path(path) as partial:
             figure.savefig(partial, format="png", dpi=150, metadata={"Software": None})
