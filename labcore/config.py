@@ -229,6 +229,7 @@ _crops = Augment(crop_padding=2, padding_mode="reflect")
 _cpu_fp32 = Recipe(epochs=17, batch_size=128, lr=0.15, init="whitened", bias_lr=16.0, small_share=0.7)
 _cpu_qat = Recipe(epochs=2, epoch_images=10_240, batch_size=128, lr=0.001, warmup=0.1, freeze_at=0.67)
 _cpu = Profile("cpu", fp32=replace(_cpu_fp32, augment=_crops), qat=replace(_cpu_qat, augment=_crops))
+_cpu = replace(_cpu, studies=("explore",))
 
 _few = replace(_cpu, calibration_images=128, latency_rounds=3, latency_runs=3, study_seeds=2, verdict_seeds=2)
 _upright = replace(_crops, flip_prob=0.0)  # digits

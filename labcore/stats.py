@@ -10,7 +10,6 @@ from scipy import stats
 from scipy.optimize import brentq
 from scipy.special import log_softmax, logsumexp, softmax
 from statsmodels.stats.contingency_tables import mcnemar
-from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower
 from statsmodels.stats.proportion import confint_proportions_2indep, proportion_confint
 from statsmodels.stats.weightstats import DescrStatsW
@@ -223,8 +222,18 @@ def beyond_chance(rows: list[dict]) -> dict:
     So many tests find something by chance, so the levels are those of Holm (1979): the least p value is held
     against 0.05 / tests, the next against 0.05 / (tests - 1), and so on up to the first that fails.
     """
-    found = multipletests([row["p_value"] for row in rows], method="holm")[0] if rows else []
-    return {"tests": len(rows), "rows": [row for row, is_found in zip(rows, found, strict=True) if is_found]}
+    adjusted = holm([row["p_value"] for row in rows])
+    found = [row for row, p_value in zip(rows, adjusted, strict=True) if p_value <= 0.05]
+    return {"tests": len(rows), "rows": found}
+
+
+def holm(p_values: Sequence[float]) -> np.ndarray:
+    """Return p values adjusted for each other (Holm, 1979)."""
+    order = np.argsort(p_values)
+    steps = np.asarray(p_values, dtype=float)[order] * np.arange(len(order), 0, -1)
+    adjusted = np.empty(len(order))
+    adjusted[order] = np.maximum.accumulate(steps).clip(max=1)
+    return adjusted
 
 
 def paired_by_class(

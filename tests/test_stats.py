@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from scipy.optimize import minimize_scalar
 from scipy.stats import binom, binomtest, dunnett, norm, t
 from sklearn.metrics import confusion_matrix
+from statsmodels.stats.multitest import multipletests
 
 from labcore import LabError, stats
 
@@ -209,6 +210,8 @@ def test_rows_count_beyond_the_chance_of_all_tests_together():
     rows[3]["p_value"] = 0.012
     assert stats.beyond_chance(rows) == {"tests": 4, "rows": [rows[0], rows[1], rows[3]]}
     assert stats.beyond_chance([]) == {"tests": 0, "rows": []}
+    p_values = np.random.default_rng(0).uniform(0, 0.2, 12)
+    assert stats.holm(p_values) == pytest.approx(multipletests(p_values, method="holm")[1])
 
 
 def test_the_chance_of_a_mean_is_read_off_its_interval():

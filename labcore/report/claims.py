@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from statsmodels.stats.multitest import multipletests
 
 from labcore import stats
 from labcore.config import NOTEBOOKS, STUDIES
@@ -111,8 +110,7 @@ def judge(parts: list[Part]) -> list[str]:
     A number is decided where its 95 % interval lies wholly on one side of the margin. Of several numbers each
     must stand out in view of all (Holm, 1979).
     """
-    p_values = [part.p_value() for part in parts if not part.is_fact]
-    adjusted = iter(multipletests(p_values, method="holm")[1] if p_values else ())
+    adjusted = iter(stats.holm([part.p_value() for part in parts if not part.is_fact]))
     outcomes = []
     for part in parts:
         holds = part.holds

@@ -20,6 +20,7 @@ from labcore.files.artifacts import ROOT, UNREADABLE, read_json, sha256_file, wr
 from labcore.report.build import build
 from labcore.report.claims import counts, ledger
 from labcore.studies import statistics
+from labcore.studies.over_trainings import compare_starts
 
 
 class Results:
@@ -75,7 +76,7 @@ STATISTICS = {
     "engines": [tables.summarize_answers, tables.summarize_speeds],
     "robustness": [_robustness],
     "parts": [statistics.parts],
-    "seeds": [statistics.seeds],
+    "seeds": [compare_starts],
     "explore": [],  # what is only looked at
 }
 

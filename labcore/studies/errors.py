@@ -87,6 +87,7 @@ class Errors:
         self.rounding += (torch.round(inside / scale) * scale - inside).square().sum().item()
 
     def row(self) -> dict:
+        """Return what `inspect_qparams` says of the tensor."""
         n, error, exponent = max(1, self.n), self.clipping + self.rounding, torch.log2(self.scale)
         bits = int(np.log2(self.quant_max - self.quant_min + 1))
         snr_db = 10 * np.log10(self.power / error) if error and self.power else float("inf")

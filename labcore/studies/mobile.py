@@ -82,7 +82,8 @@ class EfficientNet(_Small, efficientnet.EfficientNet):
     """
 
     def __init__(self, num_classes: int, width_mult: float = 1.0):
-        setting, _ = efficientnet._efficientnet_conf("efficientnet_b0", width_mult=width_mult, depth_mult=1.0)
+        scaled = {"width_mult": width_mult, "depth_mult": min(1.0, 2 * width_mult)}  # smoke is quick
+        setting, _ = efficientnet._efficientnet_conf("efficientnet_b0", **scaled)
         for stage in setting:
             stage.block = _Block
         super().__init__(setting, dropout=0.0, stochastic_depth_prob=0.0, num_classes=num_classes)
@@ -132,7 +133,10 @@ MOBILE = {"mobilenet_v2": MobileNetV2, "efficientnet_b0": EfficientNet}
 
 
 def build_mobile(arch: str, num_classes: int, width_mult: float = 1.0) -> nn.Module:
-    """Return a network with fresh weights by its name; `width_mult`, in (0, 4], multiplies its channels."""
+    """Return a network with fresh weights by its name; `width_mult`, in (0, 4], multiplies its channels.
+
+    Below a half, EfficientNet has fewer blocks as well. Raises LabError for another name or number.
+    """
     if arch not in MOBILE:
         raise LabError(f"arch must be one of {', '.join(MOBILE)}, found {arch!r}; change it.")
     if not 0 < width_mult <= 4:

@@ -14,7 +14,7 @@ from scipy.stats import spearmanr
 
 from labcore import stats
 from labcore.engines.bench import DOT, FLOAT, POWER2
-from labcore.files.artifacts import load_logits, read_json, read_npz
+from labcore.files.artifacts import load_logits, read_json
 
 STAGES = ("fp32", "ptq", "qat")
 PAIRS = {"ptq": ("fp32", "ptq"), "qat": ("fp32", "qat"), "ptq_qat": ("ptq", "qat")}
@@ -34,19 +34,6 @@ PEERS = (
     ("float_same", "input_up"),
     ("float_best", "best_ptq"),
     ("no_clamp", "reference"),
-)
-# Networks of notebook 12 that are held against each other, and not only against FP32.
-OVER_TRAININGS = (
-    ("ptq", "qat"),
-    ("best_ptq", "best_qat"),
-    ("fp32_on", "qat"),
-    ("fp32_on", "best_qat"),
-    ("fp32_on", "qat_unrounded"),
-    ("float_same", "no_clamp"),
-    ("float_best", "best_ptq"),
-    ("no_clamp", "ptq"),
-    ("qat", "qat_folded"),
-    ("int_additions", "float_additions"),
 )
 
 
@@ -323,53 +310,3 @@ def _over_seeds(rows: list[dict]) -> list[dict]:
     accs = pd.DataFrame([dict(enumerate(row["accs"])) for row in rows])
     again = stats.over_seeds(accs).to_dict("records")
     return [row | values for row, values in zip(rows, again, strict=True)]
-
-
-def seeds(folder: Path, metrics: dict) -> dict:
-    """Return what holds over the trainings of notebook 12, from its answers and what `metrics` says of each.
-
-    Args:
-        metrics: train_acc, accuracies on training images by kind; fusing, with each training's rise of the
-            logits' error.
-
-    Returns:
-        accuracy: by kind, one per training;
-        pairs: rows before, after, and the drop of `after` in points (`mean_over_trainings`);
-        gap: by kind, training minus test accuracy in points;
-        hidden: by cause, points of training accuracy that it hides in the reference's own QAT recipe;
-            "counting" is the part of mixup that even a perfect classifier would lose;
-        fusing: by scheme, the rise of the squared error of the logits.
-    """
-    saved = read_npz(folder / "seeds" / "answers.npz")
-    labels = saved.pop("labels")
-    hits = {
-        name.removeprefix("hits_"): saved.pop(name).astype(float) for name in list(saved) if "hits_" in name
-    }
-    right = {kind: (answers == labels).astype(float) for kind, answers in saved.items()}
-    accuracy = {kind: values.mean(axis=1).tolist() for kind, values in right.items()}
-    pairs = [("fp32", kind) for kind in right if kind != "fp32"] + list(OVER_TRAININGS)
-    hidden = {
-        "mixup": hits["augmented"] - hits["mixed"],
-        "counting": 1 - hits["counted"],
-        "augmentation": hits["plain"] - hits["augmented"],
-        "rounding": hits["unrounded"] - hits["plain"],
-    }
-    return {
-        "accuracy": accuracy,
-        "pairs": [
-            {"before": one, "after": other} | stats.mean_over_trainings(100 * (right[one] - right[other]))
-            for one, other in pairs
-        ],
-        "gap": {
-            kind: _each(100 * (np.array(values) - accuracy[kind]))
-            for kind, values in metrics["train_acc"].items()
-        },
-        "hidden": {cause: stats.mean_over_trainings(100 * values) for cause, values in hidden.items()},
-        "fusing": {scheme: _each(row["each"]) for scheme, row in metrics["fusing"].items()},
-    }
-
-
-def _each(values: Iterable[float]) -> dict:
-    """Return the mean of one value per training with its 95 % t interval: mean, low, high, each."""
-    values = np.asarray(values, dtype=float)
-    return stats.mean_over_images(values) | {"each": values.tolist()}

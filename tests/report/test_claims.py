@@ -196,7 +196,7 @@ def test_what_it_takes_to_decide_follows_from_the_power_of_the_t_test():
     found = around(0.2, 0.196, of="training", count=5, std=0.01, images=10_000)  # nearly all of it of images
     needed = Part("a", None, found, high=0.1, unit="points", trainings=5).needed()
     assert int(needed.split()[0].replace(",", "")) == pytest.approx(2.8**2 * 10_000, rel=0.03)
-    found = around(0.2, 0.4, of="training", count=5, std=0.4, images=10_000)
+    found = around(0.2, 0.4, of="training", count=5, std=0.455, images=10_000)
     assert Part("a", None, found, high=0.1, unit="points", trainings=5).needed().endswith(" trainings")
 
 

@@ -10,7 +10,7 @@ from labcore.files.artifacts import write_npz
 from labcore.files.tensors import save_tensors
 from labcore.quantize import simulate
 from labcore.run import Run
-from labcore.studies import seeds, statistics
+from labcore.studies import over_trainings, seeds
 from labcore.studies.seeds import PTQ, VIEWS, Starts
 
 
@@ -105,14 +105,16 @@ def test_hits_are_those_of_the_same_images_and_a_mixed_one_counts_by_shares(stud
 
 def test_drops_add_up_gaps_and_causes_are_those_of_the_arrays(tmp_path):
     rng, labels = np.random.default_rng(0), np.arange(40) % 4
-    kinds = {name for pair in statistics.OVER_TRAININGS for name in pair} | {"fp32"}
+    kinds = {name for pair in over_trainings.PAIRS for name in pair} | {"fp32"}
     answers = {kind: np.where(rng.random((3, 40)) < 0.8, labels, 9) for kind in sorted(kinds)}
     hits = {f"hits_{view}": rng.integers(0, 2, (3, 30)).astype(float) for view in VIEWS}
     write_npz(tmp_path / "seeds/answers.npz", labels=labels, **answers, **hits)
     fusing = {"reference": {"each": [-0.1, -0.2, -0.3]}}
-    found = statistics.seeds(tmp_path, {"train_acc": {"fp32_on": [0.9, 0.8, 1.0]}, "fusing": fusing})
+    found = over_trainings.compare_starts(
+        tmp_path, {"train_acc": {"fp32_on": [0.9, 0.8, 1.0]}, "fusing": fusing}
+    )
     drops = {(row["before"], row["after"]): row["mean"] for row in found["pairs"]}
-    assert set(drops) == {("fp32", kind) for kind in kinds - {"fp32"}} | set(statistics.OVER_TRAININGS)
+    assert set(drops) == {("fp32", kind) for kind in kinds - {"fp32"}} | set(over_trainings.PAIRS)
     acc = found["accuracy"]
     assert acc["qat"] == (answers["qat"] == labels).mean(axis=1).tolist()
     assert drops["ptq", "qat"] == pytest.approx(100 * (np.mean(acc["ptq"]) - np.mean(acc["qat"])))
