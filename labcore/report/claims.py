@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -19,112 +18,26 @@ import numpy as np
 from labcore import stats
 from labcore.config import NOTEBOOKS, STUDIES
 from labcore.files.artifacts import ROOT, read_json
+from labcore.report.judge import (
+    CONDITION,
+    CONFIRMED,
+    INSPECTED,
+    MEASURED,
+    OPEN,
+    UNDECIDED,
+    Part,
+    combine,
+    interval_of,
+    judge,
+    of_images,
+)
 from labcore.report.tables import fill_template, pick
 
 if TYPE_CHECKING:  # a run needs torch, the ledger does not
     from labcore.run import Run
 
-CONFIRMED, REFUTED, CONDITION = "confirmed", "refuted", "true under a condition"
-UNDECIDED = "undecided"  # measured, but it fits more than one answer
-OPEN = "no evidence here"  # not measured, or of another network, data set or recipe than the claim's
-INSPECTED, MEASURED = "by inspection or arithmetic", "measured"  # kinds of claims; the third is OPEN
-MUCH_PP = 1.0  # a drop that is called suffering
 # Claims about a method, whose unit is a training: so many are asked for where there is one.
 TRAININGS = dict.fromkeys(("R2", "R6", "R9", "R10", "R12", "R14", "R15", "R17"), 5) | {"R1": 3, "R18": 3}
-UNITS = {"training": "trainings", "image": "images", "round": "rounds of timing"}
-DIGITS = {"points": "+.2f", "%": ".2f", "times": ".3f", "seconds": ",.0f", "squared": "+.5f"}
-
-
-class Part(NamedTuple):
-    """What a claim says of one thing: a fact that `holds`, or a number between `low` and `high`.
-
-    The number found has mean, low, high, `count` and `of`: how many units were drawn anew, and what they are.
-    Also df (degrees of freedom, or count - 1), and std where trainings were judged by the same images.
-    """
-
-    name: str
-    holds: bool | None = None
-    found: dict | None = None
-    low: float = -math.inf
-    high: float = math.inf
-    unit: str = ""
-    trainings: int = 0  # the fewest of which it must be the mean; 0 where they are not its unit
-
-    @property
-    def is_fact(self) -> bool:
-        """Return whether it is no number."""
-        return not self.unit
-
-    @property
-    def is_of_its_unit(self) -> bool:
-        """Return whether the number was found over what it must be found over."""
-        return bool(self.found) and (not self.trainings or self.found["of"] == "training")
-
-    def margin(self) -> str:
-        """Return between which numbers the claim is true, such as "under 0.1 points"."""
-        if math.isfinite(self.low) and math.isfinite(self.high):
-            ends = f"{self.low:g} to {self.high:g}"
-        else:
-            ends = f"over {self.low:g}" if math.isfinite(self.low) else f"under {self.high:g}"
-        return f"{ends} {self.unit}".replace(" 1 points", " 1 point").removesuffix(" squared")
-
-    def estimate(self) -> str:
-        """Return the number with its interval."""
-        if not self.found:
-            return "no interval"
-        mean, low, high = (format(self.found[key], DIGITS[self.unit]) for key in ("mean", "low", "high"))
-        return f"{mean} {self.unit} ({low} to {high})".replace(" squared", "")
-
-    def p_value(self) -> float:
-        """Return how often chance alone would give a number so far from the margin; 1 if none was found."""
-        if not self.is_of_its_unit:
-            return 1.0
-        df = self.found.get("df", self.found["count"] - 1)
-        ends = [end for end in (self.low, self.high) if math.isfinite(end)]
-        return max(stats.normal_p_value(self.found, end, df) for end in ends)
-
-    def needed(self) -> str:
-        """Return how many units would decide, were what was found true; "" where that says nothing."""
-        if not self.is_of_its_unit:
-            return f"{self.trainings} trainings" if self.trainings else ""
-        mean, count = self.found["mean"], self.found["count"]
-        error = (self.found["high"] - self.found["low"]) / (2 * 1.96)  # of the mean
-        spread = self.found.get("std", error * math.sqrt(count))
-        distance = min(abs(mean - end) for end in (self.low, self.high))
-        if not 0 < error < math.inf or distance == 0:
-            return ""
-        # A difference of 2.8 errors shows four times of five. Of trainings that the same images judge, a part
-        # of the error stays with more trainings.
-        of_images, room = max(error**2 - spread**2 / count, 0), (distance / 2.8) ** 2
-        if of_images < room:
-            units = stats.units_needed(2.8 * math.sqrt(room - of_images), spread)
-            return f"{units:,} {UNITS[self.found['of']]}" if units < 1e7 else "over 10 million images"
-        left = room - spread**2 / count
-        images = self.found.get("images", 0) * of_images / left if left > 0 else 0
-        return f"{math.ceil(images):,} images" if images else "more trainings and more images"
-
-
-def judge(parts: list[Part]) -> list[str]:
-    """Return what becomes of each part: CONFIRMED, REFUTED or UNDECIDED. This rule gives every verdict.
-
-    A number is decided where its 95 % interval lies wholly on one side of the margin. Of several numbers each
-    must stand out in view of all (Holm, 1979).
-    """
-    adjusted = iter(stats.holm([part.p_value() for part in parts if not part.is_fact]))
-    outcomes = []
-    for part in parts:
-        holds = part.holds
-        if not part.is_fact and next(adjusted) < 0.05:
-            holds = part.low < part.found["mean"] < part.high
-        outcomes.append(UNDECIDED if holds is None else CONFIRMED if holds else REFUTED)
-    return outcomes
-
-
-def combine(outcomes: list[str]) -> str:
-    """Return the verdict on a claim of several parts: true in part is true under a condition."""
-    if {CONFIRMED, REFUTED} <= set(outcomes):
-        return CONDITION
-    return outcomes[0] if len(set(outcomes)) == 1 else UNDECIDED
 
 
 class Found(NamedTuple):
@@ -154,7 +67,8 @@ def evidence(run: Run) -> dict[str, dict | None]:
 
     measured: dict[str, dict | None] = {}
     for stage in (stage for stage in NOTEBOOKS if stage not in ("claims", "explore")):
-        valid = stage not in STUDIES or network(stage) == network("compare") is not None
+        is_ours = network(stage) == network("compare") is not None
+        valid = stage not in STUDIES or is_ours or run.is_restored(stage)
         measured[stage] = run.metrics(stage) if valid else None
     return measured
 
@@ -185,12 +99,6 @@ def ledger(
     _, *parts = re.split(r"^## (R\d+)$", text, flags=re.MULTILINE)
     words = dict(zip(parts[::2], parts[1::2], strict=True))
     return [row | {"value": " ".join(words[row["id"]].split())} for row in rows]
-
-
-def counts(rows: list[dict[str, str]]) -> dict[str, dict[str, int]]:
-    """Return how many claims there are of each verdict (counts) and of each kind (kinds)."""
-    columns = {"counts": "verdict", "kinds": "kind"}
-    return {name: dict(Counter(row[column] for row in rows)) for name, column in columns.items()}
 
 
 def _judged(one: Found) -> tuple[dict, dict]:
@@ -254,33 +162,13 @@ class Evidence(NamedTuple):
         return self.checks["arch"] == "resnet50" and self.checks.get("is_cifar10", True)
 
 
-def of_images(row: dict) -> dict:
-    """Return the drop of a row of `compare_paired`, over images."""
-    count = sum(row[name] for name in ("both", "neither", "only_before", "only_after"))
-    return {"of": "image", "count": count} | _interval(row, "acc_drop_pp")
-
-
-def _interval(row: dict, name: str, end: str = "") -> dict:
-    return {"mean": row[name], "low": row[f"{name}{end}_low"], "high": row[f"{name}{end}_high"]}
-
-
-def scheme_extremes(rows: list[dict], arch: str) -> dict[str, tuple[dict, dict]]:
-    """Return the rows of the worst and the best scheme for every network but the profile's own, `arch`."""
-    schemes: dict[str, list[dict]] = {}
-    for row in rows:
-        if row["network"] != arch:
-            schemes.setdefault(row["network"], []).append(row)
-    cost = itemgetter("acc_drop_pp")
-    return {network: (max(rows, key=cost), min(rows, key=cost)) for network, rows in schemes.items()}
-
-
 def _r1(e: Evidence) -> Found:
     if e["seeds"]:
         accs = 100 * np.array(e["seeds"]["accuracy"]["fp32"])
         found = e.over_trainings(stats.mean_over_images(accs))
     else:
         test = e["fp32"]["test"]
-        found = _interval({name: 100 * test[name] for name in ("acc", "acc_low", "acc_high")}, "acc")
+        found = interval_of({name: 100 * test[name] for name in ("acc", "acc_low", "acc_high")}, "acc")
         found |= {"of": "image", "count": test["n_seen"]}
     is_its = e.is_resnet50 and e.checks.get("is_reference", False)
     return Found([e.part("accuracy", found)], "fp32", "test", "01_curves", is_its)
@@ -297,8 +185,12 @@ def _r2(e: Evidence) -> Found:
 def _r3(e: Evidence) -> Found:
     ratio = e.checks["resnet50"]["fp32_mb"] / e.checks["resnet50"]["int8_mb"]
     printed = e.reference["fp32"]["size_mb"] / e.reference["ptq"]["size_mb"]
-    is_same = abs(ratio / printed - 1) < e.reference["same_size"]
-    return Found([Part("size", is_same)], "claims", "checks.resnet50", "04_costs")
+    return Found(
+        [Part("size", abs(ratio / printed - 1) < e.reference["same_size"])],
+        "claims",
+        "checks.resnet50",
+        "04_costs",
+    )
 
 
 def _r4(e: Evidence) -> Found:
@@ -357,9 +249,11 @@ def _r10(e: Evidence) -> Found:
         error = e.over_trainings(e["seeds"]["fusing"]["reference"])
     elif "fusing_errors" in study:
         first = next(iter(study["fusing_errors"].values()))
-        error = {"of": "image", "count": study["fp32_validation"]["n_seen"]} | _interval(first, "error_rise")
+        error = {"of": "image", "count": study["fp32_validation"]["n_seen"]} | interval_of(
+            first, "error_rise"
+        )
     if study.get("fusing_speed", {}).get("speedup_sure_low"):
-        speed = _interval(study["fusing_speed"], "speedup", "_sure")
+        speed = interval_of(study["fusing_speed"], "speedup", "_sure")
         speed |= {"of": "round", "count": e.checks["latency_rounds"]}
     if not error and not study:
         return Found([], "seeds")
@@ -369,8 +263,7 @@ def _r10(e: Evidence) -> Found:
 
 def _r11(e: Evidence) -> Found:
     (rate, new_rate), (batch, new_batch) = e.reference["scaled"]["lr"], e.reference["scaled"]["batch_size"]
-    shown = ("training", "tables.batch", "07_recipes") if e["training"] else ("training",)
-    return Found([Part("linear scaling", math.isclose(rate * new_batch / batch, new_rate))], *shown)
+    return Found([Part("linear scaling", math.isclose(rate * new_batch / batch, new_rate))], "training")
 
 
 def _r12(e: Evidence) -> Found:
@@ -397,9 +290,7 @@ def _r13(e: Evidence) -> Found:
 
 
 def _r14(e: Evidence) -> Found:
-    if not e["seeds"]:
-        return Found([], "training")
-    hidden = {"mixup": "mixup", "fake quantization": "rounding"}
+    hidden = {"mixup": "mixup", "fake quantization": "rounding"} if e["seeds"] else {}
     parts = [e.part(name, e.over_trainings(e["seeds"]["hidden"][key])) for name, key in hidden.items()]
     return Found(parts, "seeds", "hidden")
 
@@ -433,7 +324,7 @@ def _r18(e: Evidence) -> Found:
     for row in e["mixed"]["architectures"] if e["mixed"] else ():
         if row["scheme"] == "reference" and row["network"] != e.checks["arch"]:
             count = row.get("trainings", 1)  # then the interval is for other trainings
-            over = {"of": "training", "count": count} | _interval(row, "acc_drop_pp")
+            over = {"of": "training", "count": count} | interval_of(row, "acc_drop_pp")
             found = over if count > 1 else of_images(row)
             parts.append(e.part(row["network"], found, "another"))
     shown = ("mixed", "architectures") if e["mixed"] else ("compare", "paired.ptq", "04_accuracy")

@@ -2,6 +2,7 @@
 
 import ast
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,9 @@ import pandas as pd
 
 from labcore.config import NOTEBOOKS, PROFILES, STUDIES, get_profile, parse_overrides
 from labcore.files.artifacts import ROOT, read_json
-from labcore.report.claims import MUCH_PP, scheme_extremes
 from labcore.report.tables import filled
+
+COLLAPSED_PP = 10.0  # no scheme helps a network that drops more
 
 
 def context(name: str, root: Path = ROOT) -> dict:
@@ -100,7 +102,7 @@ def _mixed(study: dict, arch: str) -> dict:
     """Return what is read off several rows of study 2; `arch` is the profile's own network."""
     extremes = scheme_extremes(study["architectures"], arch)
     least = {network: best for network, (_, best) in extremes.items()}
-    collapsed = [network for network, row in least.items() if row["acc_drop_pp_low"] > 10 * MUCH_PP]
+    collapsed = [network for network, row in least.items() if row["acc_drop_pp_low"] > COLLAPSED_PP]
     drops = {(row["network"], row["scheme"]): row["acc_drop_pp"] for row in study["architectures"]}
     bits = pd.DataFrame(study["allocations"]).rename_axis("layer")
     return {
@@ -138,3 +140,13 @@ def _fact(provenance: dict[str, dict], key: str) -> str:
     if len(stages) == 1:
         return next(iter(stages))
     return "; ".join(f"{value} ({', '.join(names)})" for value, names in stages.items())
+
+
+def scheme_extremes(rows: list[dict], arch: str) -> dict[str, tuple[dict, dict]]:
+    """Return the rows of the worst and the best scheme for every network but the profile's own, `arch`."""
+    schemes: dict[str, list[dict]] = {}
+    for row in rows:
+        if row["network"] != arch:
+            schemes.setdefault(row["network"], []).append(row)
+    cost = itemgetter("acc_drop_pp")
+    return {network: (max(rows, key=cost), min(rows, key=cost)) for network, rows in schemes.items()}

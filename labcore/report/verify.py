@@ -18,7 +18,8 @@ from labcore.config import NOTEBOOKS, PROFILES
 from labcore.engines import tables
 from labcore.files.artifacts import ROOT, UNREADABLE, read_json, sha256_file, write_json
 from labcore.report.build import build
-from labcore.report.claims import counts, ledger
+from labcore.report.claims import ledger
+from labcore.report.judge import counts
 from labcore.studies import statistics
 from labcore.studies.over_trainings import compare_starts
 

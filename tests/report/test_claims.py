@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from labcore import LabError
-from labcore.report.claims import (
+from labcore.report.claims import ledger
+from labcore.report.judge import (
     CONDITION,
     CONFIRMED,
     INSPECTED,
@@ -23,7 +24,6 @@ from labcore.report.claims import (
     combine,
     counts,
     judge,
-    ledger,
 )
 from labcore.stats import compare_paired
 
