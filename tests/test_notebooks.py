@@ -13,9 +13,7 @@ from labcore.observer import scale_approximate
 
 TAUGHT = ("01_fp32_train", "02_ptq", "03_qat", "04_compare")
 # The reports that are committed keep their networks beside them; that of smoke is neither.
-EXECUTED = sorted(
-    path for path in ROOT.glob("report/*/notebooks/*.ipynb") if (path.parents[1] / "weights").exists()
-)
+EXECUTED = sorted(ROOT.glob("report/cpu/notebooks/*.ipynb"))  # that of resnet50 follows with its next run
 
 
 def read(name: str) -> nbformat.NotebookNode:

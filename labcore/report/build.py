@@ -28,6 +28,7 @@ KEPT = (
     "*.csv",
     "logits*.npz",
     "answers.npz",
+    "mobile.npz",
 )
 
 

@@ -65,6 +65,12 @@ def _robustness(folder: Path, metrics: dict) -> dict:
     return compare_networks(answers, labels, len(statistics.load_classes(folder)))
 
 
+def _mobile(folder: Path, metrics: dict) -> dict:
+    from labcore.studies.mobile import compare_architectures, load_answers  # imports torch
+
+    return compare_architectures(load_answers(folder / "mixed" / "mobile.npz"))
+
+
 # What computes the statistics of each stage, from the results folder and the stage's metrics.
 STATISTICS = {
     "fp32": [statistics.fp32],
@@ -72,7 +78,7 @@ STATISTICS = {
     "qat": [partial(statistics.quantized, stage="qat")],
     "compare": [statistics.compare, statistics.times],
     "observers": [statistics.observers],
-    "mixed": [statistics.mixed],
+    "mixed": [statistics.mixed, _mobile],
     "training": [statistics.training],
     "engines": [tables.summarize_answers, tables.summarize_speeds],
     "robustness": [_robustness],

@@ -114,6 +114,6 @@ def test_a_written_file_reads_back_as_it_was_and_has_the_same_bytes_again(tmp_pa
 
 def test_a_network_with_other_operations_is_refused(quantized):
     torch.manual_seed(0)
-    model = quantized(model=build_mobile("efficientnet", 4, 0.25).eval())
+    model = quantized(model=build_mobile("efficientnet_b0", 4, 0.25).eval())
     with pytest.raises(LabError, match="does not know; use a residual network"):
         build_onnx(model, SHAPE)

@@ -36,7 +36,7 @@ PAIRS = {
     "resnet9": (4, "conv1 layer2.0.0", "layer3.0.0 layer4.0.0", "layer4.2.conv1 layer4.2.conv2"),
     "resnet18": (8, "layer1.0.conv1 layer1.0.conv2"),
     "resnet50": (32, "layer1.0.conv1 layer1.0.conv2", "layer1.0.conv2 layer1.0.conv3"),
-    "mobilenet_v2": (15, "features.2.conv.0.0 features.2.conv.1.0", "features.2.conv.1.0 features.2.conv.2"),
+    "mobilenet_v2": (33, "features.2.conv.0.0 features.2.conv.1.0", "features.2.conv.1.0 features.2.conv.2"),
 }
 
 
