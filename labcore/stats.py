@@ -118,7 +118,7 @@ def differs(row: dict) -> str:
     high). Borderline are p values from 0.04 to 0.06, and a mid-p value that `tango_interval` contradicts.
     """
     if "only_before" not in row:
-        p_value = normal_p_value(row)
+        p_value = normal_p_value(row, df=row.get("df", math.inf))
         excludes_zero = p_value < 0.05
     else:
         b, c = row["only_before"], row["only_after"]
@@ -152,8 +152,8 @@ def mean_over_trainings(values: np.ndarray) -> dict[str, float]:
 
     Both are drawn: the variance of the mean is (T + I - R) / size, with the mean squares of a two-way
     analysis of variance without replication (trainings T, images I at least R, the rest R). Its degrees of
-    freedom are Satterthwaite's (1946). Where trainings scatter no more than the rest, it is I / size. Also
-    `std`, that of the trainings' own means, and `each` of them.
+    freedom, `df`, are Satterthwaite's (1946). Where trainings scatter no more than the rest, it is I / size.
+    Also `std`, that of the trainings' own means, and `each` of them.
 
     Raises LabError for fewer than two trainings or two images.
     """
@@ -170,13 +170,14 @@ def mean_over_trainings(values: np.ndarray) -> dict[str, float]:
     i = n_trainings * np.square(by_image - mean).sum() / free[1]
     r = np.square(rest).sum() / free[2]
     parts = np.array([t, max(i, r), -r] if t > r else [0.0, max(i, r), 0.0])
-    variance, half = parts.sum(), 0.0
-    if variance > 0:
-        half = stats.t.ppf(0.975, variance**2 / (parts**2 / free).sum()) * math.sqrt(variance / values.size)
+    variance = parts.sum()
+    df = float(variance**2 / (parts**2 / free).sum() if variance > 0 else free[0])
+    half = stats.t.ppf(0.975, df) * math.sqrt(variance / values.size)
     return {
         "mean": float(mean),
         "low": float(mean - half),
         "high": float(mean + half),
+        "df": df,
         "std": float(by_training.std(ddof=1)),
         "each": by_training.tolist(),
     }
@@ -254,7 +255,7 @@ def bootstrap_drop(
     """Return the 95 % interval of the accuracy drop in points, by resampling the images of both networks.
 
     The percentile bootstrap (Efron, 1979), scipy's. It assumes nothing about the distribution, and checks the
-    t interval of `compare_paired`.
+    `tango_interval` of `compare_paired`.
     """
     lost = (before.argmax(1) == labels).astype(float) - (after.argmax(1) == labels)
     if not lost.any():
@@ -367,7 +368,7 @@ def median_interval(values: np.ndarray) -> tuple[float, float] | None:
     """
     count, ordered = int(effective_number(values)), np.sort(values)
     out = int(stats.binom.ppf(0.025, count, 0.5))  # of so many values, which end is the interval's
-    rank = math.floor((out - 0.5) / count * len(ordered) + 0.5)
+    rank = ((2 * out - 1) * len(ordered) + count) // (2 * count)  # (out - 0.5) / count of them, rounded
     return (float(ordered[rank - 1]), float(ordered[-rank])) if out else None
 
 

@@ -200,6 +200,7 @@ def test_trainings_that_agree_on_every_image_have_the_interval_of_the_images():
     lost = np.random.default_rng(1).choice([-100.0, 0.0, 100.0], 400, p=[0.02, 0.95, 0.03])
     found = stats.mean_over_trainings(np.stack([lost] * 3))
     assert [found["low"], found["high"]] == pytest.approx(t_interval(lost)) and found["std"] == 0
+    assert found["df"] == pytest.approx(399)
     with pytest.raises(LabError, match="an interval needs 2 trainings and 2 images, found 1 and 400"):
         stats.mean_over_trainings(lost[None])
 
@@ -233,6 +234,8 @@ def test_the_interval_of_a_median_lies_between_the_order_statistics_of_the_binom
         "the 6th of both ends leave out 4.1 %"
     )
     assert stats.median_interval(values[:5]) is None, "halves of 5 leave out 6.25 %"
+    of_23 = np.random.default_rng(4).permutation(np.arange(23.0))  # where 6.5 / 23 * 23 is below 6.5
+    assert stats.median_interval(of_23) == (6, 16)
     wide = stats.median_interval(np.sort(values))
     assert wide is None or wide[1] - wide[0] > found[1] - found[0], "neighbours are alike: fewer values"
 

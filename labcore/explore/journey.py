@@ -60,7 +60,7 @@ def journey(
     way.weights = weight.int_repr().long()[channel].reshape(inputs.shape)
     way.products, way.bias = way.weights * (inputs - zero), int(bias[channel])
     way.total = int(way.products.sum()) + way.bias
-    way.shift = int(torch.log2(scales.expand(len(bias))[channel] * given.q_scale() / output.q_scale()))
+    way.shift = round(np.log2(float(scales.expand(len(bias))[channel]) * given.q_scale() / output.q_scale()))
     way.shifted, way.zero_point = way.total * 2.0**way.shift, output.q_zero_point()
     way.low, way.high = way.zero_point if "ReLU" in type(module).__name__ else 0, 255
     way.code = min(max(round(way.shifted) + way.zero_point, way.low), way.high)

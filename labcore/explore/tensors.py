@@ -138,7 +138,7 @@ class Explorer:
             module = network.get_submodule(setting.layer)
             module.set_weight_bias(codes, module.bias())
             # All images at once: with small batches threads wait for one another.
-            judged = self.study.judge(network(self.inputs).numpy())
+            judged = self.study.judge(network(self.inputs).numpy(), self.fp32)
             result = {name: judged[name] for name in ("acc", "acc_drop_pp", "logit_mse")}
             result |= {"lost": judged["only_before"], "gained": judged["only_after"]}
             self.tried[setting] = result | {"snr_db": self.look(setting)["snr_db"]}
@@ -146,7 +146,8 @@ class Explorer:
 
     def scoreboard(self) -> pd.DataFrame:
         """Return what was tried, the smallest logit_mse first, since a few images are lost by chance."""
-        table = pd.DataFrame([asdict(setting) | found for setting, found in self.tried.items()])
-        limits = pd.Series([setting.max_shift_amount for setting in self.tried], dtype=object)  # with None
+        tried = self.tried.copy()  # to which a thread may add meanwhile
+        table = pd.DataFrame([asdict(setting) | found for setting, found in tried.items()])
+        limits = pd.Series([setting.max_shift_amount for setting in tried], dtype=object)  # with None
         table = table.drop(columns=["tensor", "zero_point", "zero_point_by"]).assign(max_shift_amount=limits)
         return table.sort_values("logit_mse", kind="stable", ignore_index=True)

@@ -324,8 +324,8 @@ def _r18(e: Evidence) -> Found:
     for row in e["mixed"]["architectures"] if e["mixed"] else ():
         if row["scheme"] == "reference" and row["network"] != e.checks["arch"]:
             count = row.get("trainings", 1)  # then the interval is for other trainings
-            over = {"of": "training", "count": count} | interval_of(row, "acc_drop_pp")
-            found = over if count > 1 else of_images(row)
+            over = {"of": "training", "count": count, "df": row.get("df", count - 1)}
+            found = over | interval_of(row, "acc_drop_pp") if count > 1 else of_images(row)
             parts.append(e.part(row["network"], found, "another"))
     shown = ("mixed", "architectures") if e["mixed"] else ("compare", "paired.ptq", "04_accuracy")
     return Found(parts, *shown) if parts else Found([], "mixed")

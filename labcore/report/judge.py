@@ -6,6 +6,8 @@ import math
 from collections import Counter
 from typing import NamedTuple
 
+from scipy.stats import t
+
 from labcore import stats
 
 CONFIRMED, REFUTED, CONDITION = "confirmed", "refuted", "true under a condition"
@@ -29,7 +31,7 @@ class Part(NamedTuple):
     low: float = -math.inf
     high: float = math.inf
     unit: str = ""
-    trainings: int = 0  # the fewest of which it must be the mean; 0 where they are not its unit
+    trainings: int = 0  # so many are asked for where there is one; 0 where they are not its unit
 
     @property
     def is_fact(self) -> bool:
@@ -40,6 +42,11 @@ class Part(NamedTuple):
     def is_of_its_unit(self) -> bool:
         """Return whether the number was found over what it must be found over."""
         return bool(self.found) and (not self.trainings or self.found["of"] == "training")
+
+    @property
+    def df(self) -> float:
+        """Return the degrees of freedom of the interval that was found."""
+        return self.found.get("df", self.found["count"] - 1)
 
     def margin(self) -> str:
         """Return between which numbers the claim is true, such as "under 0.1 points"."""
@@ -60,16 +67,15 @@ class Part(NamedTuple):
         """Return how often chance alone would give a number so far from the margin; 1 if none was found."""
         if not self.is_of_its_unit:
             return 1.0
-        df = self.found.get("df", self.found["count"] - 1)
         ends = [end for end in (self.low, self.high) if math.isfinite(end)]
-        return max(stats.normal_p_value(self.found, end, df) for end in ends)
+        return max(stats.normal_p_value(self.found, end, self.df) for end in ends)
 
     def needed(self) -> str:
         """Return how many units would decide, were what was found true; "" where that says nothing."""
         if not self.is_of_its_unit:
             return f"{self.trainings} trainings" if self.trainings else ""
         mean, count = self.found["mean"], self.found["count"]
-        error = (self.found["high"] - self.found["low"]) / (2 * 1.96)  # of the mean
+        error = (self.found["high"] - self.found["low"]) / (2 * t.ppf(0.975, self.df))  # of the mean
         spread = self.found.get("std", error * math.sqrt(count))
         distance = min(abs(mean - end) for end in (self.low, self.high))
         if not 0 < error < math.inf or distance == 0:

@@ -150,7 +150,7 @@ def histograms(calibrated: nn.Module, batches: list[Tensor], tensors: pd.DataFra
     """Return the histograms of some tensors of a calibrated network, computed in float.
 
     Args:
-        tensors: rows of `inspect_qparams`, of the same batches: layer, tensor, min and max are used.
+        tensors: rows of `inspect_qparams`, of these batches or more: layer, tensor, min and max are used.
 
     A row has layer, tensor, min, max, zeros (how many values are 0), and counts of the others in 512 bins of
     equal width from min(min, 0) to max(max, 0). Values beyond count in the outer bins.

@@ -227,8 +227,8 @@ def compare_architectures(saved: dict[str, np.ndarray]) -> dict[str, list[dict]]
     """Return architectures: a row per network and scheme, from what `save_answers` wrote.
 
     acc and fp32_acc are means over trainings. acc_drop_pp, _low and _high are the points lost against the
-    same training's FP32, with the 95 % interval for other trainings and images (`mean_over_trainings`).
-    `each` is the drop per training, `trainings` their number.
+    same training's FP32, with the 95 % interval for other trainings and images (`mean_over_trainings`) and
+    its `df`, degrees of freedom. `each` is the drop per training, `trainings` their number.
     """
     rows, labels = [], saved["labels"]
     for name, answers in saved.items():
@@ -246,6 +246,7 @@ def compare_architectures(saved: dict[str, np.ndarray]) -> dict[str, list[dict]]
                 "acc_drop_pp": drop["mean"],
                 "acc_drop_pp_low": drop["low"],
                 "acc_drop_pp_high": drop["high"],
+                "df": drop["df"],
                 "each": drop["each"],
                 "trainings": len(answers),
             }

@@ -34,8 +34,8 @@ def compare_starts(folder: Path, metrics: dict) -> dict:
         accuracy: by kind, one per training;
         pairs: rows before, after, and the drop of `after` in points (`mean_over_trainings`);
         gap: by kind, training minus test accuracy in points;
-        hidden: by cause, points of training accuracy that it hides in the reference's own QAT recipe;
-            "counting" is the part of mixup that even a perfect classifier would lose;
+        hidden: by cause, points of training accuracy that it hides in QAT with the reference's augmentation
+            and mixup; "counting" is the part of mixup that even a perfect classifier would lose;
         fusing: by scheme, the rise of the squared error of the logits.
     """
     saved = read_npz(folder / "seeds" / "answers.npz")

@@ -4,6 +4,7 @@ The unit is the training of an FP32 network: what continues the same one says no
 """
 
 import copy
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
 
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 from torch.ao import quantization as tq
 
+from labcore import LabError
 from labcore.config import PROFILES, Recipe
 from labcore.evaluate import predict
 from labcore.files.artifacts import sha256_json
@@ -58,6 +60,9 @@ class Starts(Study):
         if number == 0:
             return self
         run, profile, other = self.run, self.run.profile, copy.copy(self)
+        if profile.fp32.init == "weights":
+            found = "found fp32.init=weights; leave notebook 12 out."
+            raise LabError(f"other trainings need an init that draws fresh weights, {found}")
         other.seed = run.seed + number
         torch.manual_seed(other.seed)
         first = build_model(profile.arch, len(self.data.classes), profile.width, profile.stem)
@@ -80,7 +85,7 @@ class Starts(Study):
         """Return a cell per network of this start: its answers on the test images, and what else it says."""
         reference = PROFILES["reference"].qat
         theirs = {name: getattr(reference, name) for name in ("augment", "mixup_alpha", "mixup_prob")}
-        floats, qat = lambda: self.model, self._prepared
+        qat, reference_qat = self._prepared, lambda: self._prepared(*PTQ["ptq"])
         todo = {"fp32": self._cell("fp32", lambda: {"answers": self._answer(self.model)})}
         for name, schemes in PTQ.items():
             build = lambda schemes=schemes: self.quantized(*schemes)  # noqa: E731
@@ -89,17 +94,19 @@ class Starts(Study):
         for name, schemes in {"reference": PTQ["ptq"], "recommended": RECOMMENDED}.items():
             fusing = lambda schemes=schemes: self._fusing(*schemes)  # noqa: E731
             todo[f"fusing, {name}"] = self._cell(f"fusing, {name}", fusing)
+        # Without rounding, but prepared for QAT: BatchNorm is then frozen with it, and nothing else differs.
+        floats = lambda: reference_qat().apply(tq.disable_fake_quant)  # noqa: E731
         todo["fp32_on"] = self._trained("fp32_on", floats, self.recipe, self._with_training_images)
-        todo["qat"] = self._trained("qat", lambda: qat(*PTQ["ptq"]), self.recipe, self._with_training_images)
+        todo["qat"] = self._trained("qat", reference_qat, self.recipe, self._with_training_images)
         todo["best_qat"] = self._trained("best_qat", lambda: qat(*RECOMMENDED), self.recipe)
         folded = lambda: qat(*PTQ["ptq"], keep_batchnorm=False)  # noqa: E731
         todo["qat_folded"] = self._trained("qat_folded", folded, self.recipe)
         recipe = replace(self.recipe, **theirs)
-        todo["qat_theirs"] = self._trained("qat_theirs", lambda: qat(*PTQ["ptq"]), recipe, self._hits)
+        todo["qat_theirs"] = self._trained("qat_theirs", reference_qat, recipe, self._hits)
         return todo
 
-    def _cell(self, name: str, compute: Callable[[], dict]) -> Cell:
-        return Cell({"start": self.seed, "network": name}, compute)
+    def _cell(self, name: str, compute: Callable[[], dict], **more) -> Cell:
+        return Cell({"start": self.seed, "network": name, **more}, compute)
 
     def _answer(self, model: nn.Module) -> list[int]:
         size = self.run.profile.eval_batch_size
@@ -111,14 +118,17 @@ class Starts(Study):
 
     def _trained(self, name: str, build, recipe: Recipe, more: Callable = lambda _: {}) -> Cell:
         """Make a cell: a network trained on, converted where kernels add exactly; `more` says what else."""
+        folder = f"fits/{sha256_json([self.base, name, asdict(recipe)])[:24]}"
 
         def compute() -> dict:
-            key = sha256_json([self.base, name, asdict(recipe)])
-            model = self._fit(build(), recipe, f"fits/{key[:24]}", name)
+            model = self._fit(build(), recipe, folder, name)
             is_int8 = name != "fp32_on" and has_vnni()
             return {"answers": self._answer(convert(model) if is_int8 else model)} | more(model)
 
-        return self._cell(name, compute)
+        cell = self._cell(name, compute, recipe=asdict(recipe))
+        return replace(
+            cell, cleanup=lambda: shutil.rmtree(self.run.path(self.stage, folder), ignore_errors=True)
+        )
 
     def _fusing(self, weight: Scheme, activation: Scheme) -> dict:
         """Return how much larger the logits' squared error is fused than apart, on validation images."""
@@ -156,7 +166,8 @@ class Starts(Study):
         mixed image's answer counted by its labels' shares; counted, what a perfect answer would get of these.
         """
         reference, rng = PROFILES["reference"].qat, np.random.default_rng(self.seed)
-        sample, hits = self.split.train_sample, {view: [] for view in VIEWS}
+        # In mixed order: neighbours are mixed, and those of a data set sorted by class would share theirs.
+        sample, hits = rng.permutation(self.split.train_sample), {view: [] for view in VIEWS}
         for rows in np.array_split(sample, max(1, len(sample) // batch_size)):
             images = torch.from_numpy(self.data.train_images[rows])
             labels = torch.from_numpy(self.data.train_labels[rows])

@@ -29,6 +29,7 @@ from labcore.stats import compare_paired
 
 REFERENCE = json.loads((Path(__file__).parents[2] / "report/template_reference.json").read_text())
 TRAININGS = 5
+MANY = {"of": "training", "count": TRAININGS, "df": 1e4}
 
 
 def around(mean: float, half: float = 0.1, **more) -> dict:
@@ -155,6 +156,9 @@ def rows(changes: dict | None = None, checks: dict | None = None) -> dict[str, d
         # Holm: alone each would stand out; together one must at 0.025.
         ([number(0.0, 0.1, high=0.11)] * 2, [UNDECIDED] * 2),
         ([number(0.0, 0.1, high=0.11), number(0.0, 0.01, high=0.11)], [CONFIRMED] * 2),
+        # At 0.025 it counts how many degrees of freedom the interval has: four, or its own.
+        ([number(0.0, 0.1, high=0.125)] * 2, [UNDECIDED] * 2),
+        ([Part("a", None, around(0.0, 0.1, **MANY), high=0.125, unit="points")] * 2, [CONFIRMED] * 2),
         ([Part("a", True), Part("b", False), Part("c")], [CONFIRMED, REFUTED, UNDECIDED]),
     ],
 )
@@ -193,7 +197,7 @@ def test_what_it_takes_to_decide_follows_from_the_power_of_the_t_test():
     )
     assert number(0.2, 0.2, of="image", high=0.1).needed() == "5 trainings"
     assert number(0.1, 0.2, high=0.1).needed() == "", "at the margin no number is enough"
-    found = around(0.2, 0.196, of="training", count=5, std=0.01, images=10_000)  # nearly all of it of images
+    found = around(0.2, 0.196, of="training", count=5, df=1e4, std=0.01, images=10_000)  # nearly all of these
     needed = Part("a", None, found, high=0.1, unit="points", trainings=5).needed()
     assert int(needed.split()[0].replace(",", "")) == pytest.approx(2.8**2 * 10_000, rel=0.03)
     found = around(0.2, 0.4, of="training", count=5, std=0.455, images=10_000)

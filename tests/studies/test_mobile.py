@@ -213,6 +213,7 @@ def test_a_row_compares_a_scheme_with_the_fp32_of_the_same_training(tmp_path):
         "acc_drop_pp": 37.5,
         "acc_drop_pp_low": lost["low"],
         "acc_drop_pp_high": lost["high"],
+        "df": lost["df"],
         "each": [50.0, 25.0],
         "trainings": 2,
     }

@@ -51,6 +51,7 @@ def test_the_networks_of_a_start_answer_every_test_image(study, tiny_data):
     ):
         assert len(table.loc[name, column]) == n_test
     assert table.loc["fp32_on", "answers"] == table.loc["fp32_on", "unrounded"], "nothing is rounded in FP32"
+    assert not list(study.run.path("seeds", "fits").glob("*")), "what the cells came from is removed"
     assert study.recipe.epochs == 2 and study.recipe.freeze_at == 0.5, (
         "one epoch more, frozen after the first"
     )
@@ -85,7 +86,7 @@ def test_hits_are_those_of_the_same_images_and_a_mixed_one_counts_by_shares(stud
         model.rows = next(batches)
         return images.float()
 
-    sample = study.split.train_sample
+    sample = np.random.default_rng(study.seed).permutation(study.split.train_sample)
     batches = iter([labels[rows] for rows in np.array_split(sample, max(1, len(sample) // 64))])
     monkeypatch.setattr(seeds, "augment", in_order)
     shares = []
