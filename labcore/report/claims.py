@@ -67,8 +67,8 @@ def evidence(run: Run) -> dict[str, dict | None]:
 
     measured: dict[str, dict | None] = {}
     for stage in (stage for stage in NOTEBOOKS if stage not in ("claims", "explore")):
-        is_ours = network(stage) == network("compare") is not None
-        valid = stage not in STUDIES or is_ours or run.is_restored(stage)
+        valid = stage not in STUDIES or run.is_restored(stage)
+        valid = valid or network(stage) == network("compare") is not None
         measured[stage] = run.metrics(stage) if valid else None
     return measured
 
@@ -318,9 +318,10 @@ def _r17(e: Evidence) -> Found:
 
 
 def _r18(e: Evidence) -> Found:
-    parts = []  # by the reference's scheme
-    if e.is_resnet50:
-        parts.append(e.part("ResNet-50", e.drop("fp32", "ptq", e["compare"]["paired"]["ptq"])))
+    if not e.is_resnet50 and not e["mixed"]:
+        return Found([], "mixed")
+    own = e.drop("fp32", "ptq", e["compare"]["paired"]["ptq"]) if e.is_resnet50 else None
+    parts = [e.part("ResNet-50", own)]  # by the reference's scheme
     for row in e["mixed"]["architectures"] if e["mixed"] else ():
         if row["scheme"] == "reference" and row["network"] != e.checks["arch"]:
             count = row.get("trainings", 1)  # then the interval is for other trainings
@@ -328,7 +329,7 @@ def _r18(e: Evidence) -> Found:
             found = over | interval_of(row, "acc_drop_pp") if count > 1 else of_images(row)
             parts.append(e.part(row["network"], found, "another"))
     shown = ("mixed", "architectures") if e["mixed"] else ("compare", "paired.ptq", "04_accuracy")
-    return Found(parts, *shown) if parts else Found([], "mixed")
+    return Found(parts, *shown)
 
 
 def _r19(e: Evidence) -> Found:
