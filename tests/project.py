@@ -16,7 +16,7 @@ from labcore.files.artifacts import write_json
 from labcore.lab.stale import STAGES, State
 
 ROOT = Path(__file__).resolve().parent.parent
-REPORT = ["fp32", "ptq", "qat", "compare", "claims"]  # the stages of make report
+REPORT = ["fp32", "ptq", "qat", "compare", "explore", "claims"]  # the stages of make report
 NOTEBOOKS = [stage.notebook for stage in STAGES if stage.name in REPORT]
 STUDIES = [stage.notebook for stage in STAGES if stage.name not in REPORT]
 

@@ -95,7 +95,7 @@ def test_an_engine_needs_nothing_but_the_file_to_give_the_examples_logits(built,
 
 def test_without_studies_the_report_says_how_to_run_them(built):
     told = re.findall(r"`make studies PROFILE=smoke` runs notebook (\d\d)", built.page())
-    assert told == [name[:2] for name in STUDIES if name != "13_explore"], "which has no numbers"
+    assert told == [name[:2] for name in STUDIES]
     reasons = built.state().status()
     assert {why for name, why in reasons.items() if why} == {"never finished (make studies)"}
     assert sum(map(bool, reasons.values())) == len(STUDIES)
@@ -281,7 +281,7 @@ def test_weights_trained_before_stand_for_the_training_and_the_report_says_so(bu
     assert result.returncode == 0, result.stderr
     assert "FP32" not in result.stdout and "02_ptq: up to date" in result.stdout
     page, folder = project.page(), project.root / "runs/smoke/fp32"
-    assert page.count("The FP32 weights were trained before, not in this run.") == 1
+    assert page.count("The FP32 weights were trained before, not in this run (Provenance)") == 1
     assert page.count("**The FP32 weights were not trained in this run**") == 1
     assert not list(folder.glob("checkpoint*")) and project.verify() == []
     for name in ("weights.pt", "history.csv", "training.json", "logits.npz", "metrics.json"):
