@@ -172,10 +172,10 @@ class Mobile(Study):
         recipe, width_mult = mobile_recipe(study.run.profile, len(study.split.train))
         torch.manual_seed(seed)
         model = build_mobile(arch, len(study.data.classes), width_mult)
-        folder = study.run.path(study.stage, f"networks/{arch}-{seed}")
+        code = modules_hash("studies.mobile")  # what `forward` does is in no hash of a training's own
+        folder = study.run.path(study.stage, f"networks/{arch}-{seed}-{code[:8]}")
         split = replace(study.split, validation=study.split.validation[::5])  # they choose the epoch
         self.model = fit(model, recipe, study.data, split, seed, folder, description=self.name).model.cpu()
-        code = modules_hash("studies.mobile")
         self.base = study.base | {"weights": state_hash(self.model.state_dict()), "mobile": code}
 
     def simulated(self, scheme: str) -> nn.Module:
