@@ -432,19 +432,17 @@ def sure_pp(seeds: int, spread: tuple[float, int], comparisons: int = 1) -> floa
     return stats.t.ppf(1 - 0.025 / comparisons, free) * std / math.sqrt(seeds) if free else math.inf
 
 
-def with_seed_intervals(
-    rows: list[dict], name: str = "diff_pp", spread: tuple[float, int] | None = None
-) -> list[dict]:
-    """Return the rows of a table with the 95 % interval of each difference `name` to the first of them.
+def with_seed_intervals(rows: list[dict], spread: tuple[float, int] | None = None) -> list[dict]:
+    """Return the rows of a table with the 95 % interval of each difference (diff_pp) to the first of them.
 
     All of a table hold together (`sure_pp`). Without a `spread` of all recipes each has its own.
     """
     first, *others = rows
     comparisons = max(1, len(others))
     halves = [
-        sure_pp(row["seeds"], spread or (row[f"{name}_std"], row["seeds"] - 1), comparisons) for row in others
+        sure_pp(row["seeds"], spread or (row["diff_pp_std"], row["seeds"] - 1), comparisons) for row in others
     ]
     return [
-        row | {f"{name}_low": row[name] - half, f"{name}_high": row[name] + half}
+        row | {"diff_pp_low": row["diff_pp"] - half, "diff_pp_high": row["diff_pp"] + half}
         for row, half in zip(rows, [0.0, *halves], strict=True)
     ]

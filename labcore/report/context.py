@@ -2,7 +2,6 @@
 
 import ast
 from functools import partial
-from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +30,7 @@ def context(name: str, root: Path = ROOT) -> dict:
     return {
         **dict.fromkeys(STUDIES),
         **metrics,
-        **(_mixed(metrics["mixed"], profile.arch) if "mixed" in metrics else {}),
+        **(_mixed(metrics["mixed"]) if "mixed" in metrics else {}),
         **_scales(folder, root),
         "trained": read_json(folder / "fp32" / "training.json"),
         "profile": profile,
@@ -98,20 +97,18 @@ def _normalization(root: Path) -> dict[str, tuple[float, ...]]:
     return {name.lower(): ast.literal_eval(values[name]) for name in ("MEAN", "STD")}
 
 
-def _mixed(study: dict, arch: str) -> dict:
-    """Return what is read off several rows of study 2; `arch` is the profile's own network."""
-    extremes = scheme_extremes(study["architectures"], arch)
-    least = {network: best for network, (_, best) in extremes.items()}
+def _mixed(study: dict) -> dict:
+    """Return what is read off several rows of study 2."""
+    least: dict[str, dict] = {}  # the row of the scheme that costs each network least
+    for row in study["architectures"]:
+        if row["acc_drop_pp"] < least.setdefault(row["network"], row)["acc_drop_pp"]:
+            least[row["network"]] = row
     collapsed = [network for network, row in least.items() if row["acc_drop_pp_low"] > COLLAPSED_PP]
-    drops = {(row["network"], row["scheme"]): row["acc_drop_pp"] for row in study["architectures"]}
     bits = pd.DataFrame(study["allocations"]).rename_axis("layer")
     return {
         "allocation_rows": bits.reset_index().to_dict("records"),
         "least_drops": least,
         "collapsed": collapsed,
-        "recommended_is_worse": any(
-            drops[network, "best power of two"] > drops[network, "reference"] for network in collapsed
-        ),
     }
 
 
@@ -140,13 +137,3 @@ def _fact(provenance: dict[str, dict], key: str) -> str:
     if len(stages) == 1:
         return next(iter(stages))
     return "; ".join(f"{value} ({', '.join(names)})" for value, names in stages.items())
-
-
-def scheme_extremes(rows: list[dict], arch: str) -> dict[str, tuple[dict, dict]]:
-    """Return the rows of the worst and the best scheme for every network but the profile's own, `arch`."""
-    schemes: dict[str, list[dict]] = {}
-    for row in rows:
-        if row["network"] != arch:
-            schemes.setdefault(row["network"], []).append(row)
-    cost = itemgetter("acc_drop_pp")
-    return {network: (max(rows, key=cost), min(rows, key=cost)) for network, rows in schemes.items()}

@@ -14,9 +14,9 @@ from labcore import LabError
 from labcore.stats import differs
 
 _DIGITS = {
-    ".2%": "acc acc_std acc_unrounded fp32_acc train_acc train_clean_acc val_acc agree identical",
-    "+.2f": "acc_drop_pp diff_pp diff_unrounded_pp",
-    ".2f": "latency_ms speedup fp32_speedup size_mb diff_pp_std diff_unrounded_pp_std gap_unrounded_pp",
+    ".2%": "acc acc_std fp32_acc train_acc train_clean_acc val_acc agree identical",
+    "+.2f": "acc_drop_pp diff_pp",
+    ".2f": "latency_ms speedup fp32_speedup size_mb diff_pp_std",
     ".4f": "loss train_loss val_loss train_clean_loss ece logit_mse",
     "+.4f": "loss_rise",
     ",.0f": "n_seen n_correct both neither images_needed libraries_mb peak_mb images_per_s",

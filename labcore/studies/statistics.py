@@ -274,20 +274,18 @@ def size_correlation(layers: dict[str, dict], sizes: dict[str, int]) -> float:
 def training(folder: Path, metrics: dict) -> dict:
     """Return differences over seeds of notebook 07 with their 95 % intervals, and what they scatter by.
 
-    The tables share one spread (`seed_spread`). In trained_on and longer each row has its own: all of these
-    go on from one FP32 network, so they tell nothing about another.
+    The tables share one spread (`seed_spread`). In longer each row has its own: all of these go on from one
+    FP32 network, so they tell nothing about another.
 
     Returns:
-        tables, trained_on and longer with the ends of the intervals; seed_spread: pp, df (degrees of
+        tables, and longer where it is there, with the ends of the intervals; seed_spread: pp, df (degrees of
         freedom), sure (pp by number of seeds), comparisons.
     """
     tables = {question: _over_seeds(rows) for question, rows in metrics["tables"].items()}
     spread = stats.seed_spread(tables.values())
     counts = sorted({int(row["seeds"]) for rows in tables.values() for row in rows})
     statistics = {
-        "tables": {
-            question: stats.with_seed_intervals(rows, spread=spread) for question, rows in tables.items()
-        },
+        "tables": {question: stats.with_seed_intervals(rows, spread) for question, rows in tables.items()},
         "seed_spread": {
             "pp": spread[0],
             "df": spread[1],
@@ -295,13 +293,9 @@ def training(folder: Path, metrics: dict) -> dict:
             "comparisons": sum(len(rows) - 1 for rows in tables.values()),
         },
     }
-    for name in ("trained_on", "longer"):
-        if name in metrics:
-            rows = _over_seeds(list(metrics[name].values()))
-            for difference in ("diff_pp", "diff_unrounded_pp"):
-                if difference in rows[0]:
-                    rows = stats.with_seed_intervals(rows, difference)
-            statistics[name] = dict(zip(metrics[name], rows, strict=True))
+    if "longer" in metrics:
+        rows = stats.with_seed_intervals(_over_seeds(list(metrics["longer"].values())))
+        statistics["longer"] = dict(zip(metrics["longer"], rows, strict=True))
     return statistics
 
 

@@ -76,16 +76,16 @@ def test_trainings_that_go_on_have_a_spread_of_their_own(tmp_path):
 
     tables = {"init": rows([0.5, 0.6], [0.6, 0.5]), "batch": rows([0.5, 0.6], [0.5, 0.6])}
     continued = dict(zip("ab", rows([0.8, 0.82], [0.7, 0.73]), strict=True))
-    found = statistics.training(tmp_path, {"tables": tables, "trained_on": continued})
+    found = statistics.training(tmp_path, {"tables": tables, "longer": continued})
     # Of two recipes, differences of +10 and -10 points: the same accuracies count once.
     spread = 200**0.5
     assert found["seed_spread"]["pp"] == pytest.approx(spread) and found["seed_spread"]["df"] == 1
     assert found["seed_spread"]["sure"] == [{"seeds": 2, "pp": pytest.approx(12.7062 * spread / 2**0.5)}]
     assert found["seed_spread"]["comparisons"] == 2
-    row = found["trained_on"]["b"]
+    row = found["longer"]["b"]
     assert row["diff_pp"] == pytest.approx(-9.5) and row["diff_pp_std"] == pytest.approx(0.5**0.5)
     assert row["diff_pp_high"] == pytest.approx(-9.5 + 12.7062 * 0.5, rel=1e-4)
-    assert "longer" not in found
+    assert "longer" not in statistics.training(tmp_path, {"tables": tables})
 
 
 def test_the_gap_is_also_that_to_images_that_chose_no_epoch(tmp_path):
