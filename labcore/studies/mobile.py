@@ -10,6 +10,7 @@ from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.ao.nn.quantized import FloatFunctional
@@ -28,6 +29,7 @@ from labcore.files.code import modules_hash
 from labcore.qconfig import FLOAT, RECOMMENDED, REFERENCE, Scheme
 from labcore.quantize import RoundedAverage, simulate
 from labcore.stats import mean_over_trainings, shared_hits
+from labcore.studies.errors import errors_alone
 from labcore.studies.study import Cell, Study
 from labcore.train import fit, training_identity
 
@@ -209,6 +211,17 @@ class Mobile(Study):
         }
         table = self.cells(cells, f"{self.name}, quantized")
         return {scheme: np.array(table.loc[scheme, "right"]) for scheme in networks}
+
+    def to_blame(self, rows: int = 3) -> pd.DataFrame:
+        """Return the activations that move the logits most, by the reference's scheme (`errors_alone`)."""
+
+        def compute() -> dict:
+            worst = errors_alone(self.simulated("reference"), self.batches[0][:64]).head(rows)
+            return {"worst": worst.to_dict("records")}
+
+        return pd.DataFrame(
+            self.cells({"worst": Cell({"to blame": rows}, compute)}, self.name)["worst"].item()
+        )
 
     def _right(self, model: nn.Module) -> list[float]:
         logits = predict(model, self.data.test_images, description=f"{self.name}, test")

@@ -187,9 +187,12 @@ def test_trainings_differ_by_seed_are_loaded_again_and_answer_every_test_image(s
     assert list(hits) == ["fp32", "reference", TORCH]
     right = answers_of(second.model, study.data).argmax(1) == study.data.test_labels
     assert np.array_equal(hits["fp32"], right)
+    blamed = second.to_blame()
+    assert blamed["logit_mse"].is_monotonic_decreasing and len(blamed) == 3
     monkeypatch.setattr(mobile, "simulate", None)  # whatever is kept is not computed again
     again = Mobile(study, "mobilenet_v2", 1)
     assert again.base == second.base
+    assert again.to_blame().equals(blamed)
     assert all(np.array_equal(again.hits()[scheme], hits[scheme]) for scheme in hits)
 
 
