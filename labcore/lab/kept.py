@@ -112,18 +112,20 @@ def restore(state: State) -> str:
         stages = ["fp32"]
     part = state.folder.with_name(f".{state.profile.name}.part")
     shutil.rmtree(part, ignore_errors=True)
-    for stage in stages:
-        shutil.copytree(results / stage, part / stage)
-        kept = folder / f"{stage}.pt"
-        if kept.exists() and sha256_file(kept) == metrics[stage]["int8_sha256"]:
-            copy_file(kept, part / stage / "int8.pt")
-    for name in WEIGHTS_FILES:
-        copy_file(folder / name, part / "fp32" / name)
-    _unpack_cells(state, part, stages)
-    state.folder.mkdir(parents=True, exist_ok=True)
-    for stage in stages:
-        (part / stage).rename(state.folder / stage)
-    part.rmdir()
+    try:
+        for stage in stages:
+            shutil.copytree(results / stage, part / stage)
+            kept = folder / f"{stage}.pt"
+            if kept.exists() and sha256_file(kept) == metrics[stage]["int8_sha256"]:
+                copy_file(kept, part / stage / "int8.pt")
+        for name in WEIGHTS_FILES:
+            copy_file(folder / name, part / "fp32" / name)
+        _unpack_cells(state, part, stages)
+        state.folder.mkdir(parents=True, exist_ok=True)
+        for stage in stages:
+            (part / stage).rename(state.folder / stage)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
     run = Run(state.profile, state.source, state.seed, state.root)
     without = [name for name in ("ptq", "qat") if not run.path(name, "int8.pt").exists()]
     for stage in (stage for stage in stages if stage not in without):
