@@ -29,6 +29,8 @@ export MALLOC_TOP_PAD_ ?= 268435456
 # those when they are first imported, and must be allowed to keep what it compiled.
 unexport PYTHONDONTWRITEBYTECODE
 PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
+# JupyterLab would fetch news, and ask for its newest release.
+QUIET = --LabApp.news_url=None --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate
 OPTIONS = --profile "$$LAB_PROFILE" --data "$$LAB_DATA" --seed "$$LAB_SEED" --set "$$LAB_SET" --weights "$$LAB_WEIGHTS" --studies "$$LAB_STUDIES"
 
 .PHONY: help report studies data verify test test-fast lab status keep clean
@@ -62,7 +64,7 @@ test-fast: $(VENV)/.installed
 
 lab: $(VENV)/.installed
 	@$(RUN) restore $(OPTIONS) || true
-	@$(VENV)/bin/jupyter lab --ip=127.0.0.1 --port=$(PORT) --allow-root notebooks
+	@$(VENV)/bin/jupyter lab --ip=127.0.0.1 --port=$(PORT) --allow-root $(QUIET) notebooks
 
 $(VENV)/.installed: requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo 'error: Python 3.11 or newer is needed, found '"$$($(PYTHON) --version)"'; give another with PYTHON=python3.12' >&2; exit 1; }

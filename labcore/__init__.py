@@ -5,7 +5,13 @@ Importing this package stays cheap: the modules that need torch are imported by 
 """
 
 import difflib
+import os
+import sys
 from collections.abc import Iterable
+
+# The lab sends nothing anywhere. Two packages would report to their makers, unless told before their import.
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+sys.modules["openvino_telemetry"] = None  # OpenVINO does without
 
 
 class LabError(Exception):

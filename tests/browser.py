@@ -16,6 +16,7 @@ import urllib.request
 from pathlib import Path
 
 import websocket
+from processes import end_with_tests
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
@@ -114,7 +115,8 @@ def opened(root: Path, notebook: str, folder: Path, **environment: str):
         for command in (lab, chromium):
             with open(folder / f"{len(started)}.log", "w") as log:
                 options = {"env": os.environ | environment, "stdout": log, "stderr": log}
-                started.append(subprocess.Popen(command, start_new_session=True, **options))
+                options |= {"start_new_session": True, "preexec_fn": end_with_tests}
+                started.append(subprocess.Popen(command, **options))
         wait_for(lambda: urllib.request.urlopen(f"http://{address}/api?token={token}", timeout=5).read(), 60)
         browser = Browser(folder)
         stack.callback(browser.socket.close)

@@ -5,6 +5,7 @@ import os
 import shutil
 
 import numpy as np
+import processes
 import pytest
 from project import Project
 from small import network
@@ -12,6 +13,14 @@ from small import network
 from labcore.data import ImageData, Split, calibration_batches
 from labcore.qconfig import CustomQConfig
 from labcore.quantize import calibrate, convert, prepare_ptq
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_is_left_behind():
+    """Fail where a process that a test started is still there after the last test."""
+    yield
+    left = processes.left_behind(10)
+    assert not left, f"tests left processes behind: {left}"
 
 
 @pytest.fixture

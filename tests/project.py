@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import nbformat
+from processes import end_with_tests
 
 from labcore.files.artifacts import write_json
 from labcore.lab.stale import STAGES, State
@@ -52,6 +53,7 @@ class Project:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
+            preexec_fn=end_with_tests,
         )
 
     @staticmethod

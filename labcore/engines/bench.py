@@ -89,7 +89,9 @@ def specs(files: dict[str, Path], images: Path, network: list, threads: int) -> 
     """
     common = {"images": str(images), "network": network, "threads": threads}
     return {
-        engine.title: {"kind": engine.kind, "path": str(files[engine.file])} | common | engine.options
+        engine.title: {"kind": engine.kind, "path": str(files[engine.file]), "int8": engine.numbers != FP32}
+        | common
+        | engine.options
         for engine in ENGINES
         if engine.file in files
     } | {name: {"kind": "matrix", "numbers": name, "size": MATRIX, "threads": threads} for name in ROOFS}
@@ -101,8 +103,7 @@ class EngineError(LabError):
 
 def _start(spec: dict) -> subprocess.Popen:
     threads = str(spec["threads"])
-    # The memory allocator is the system's, not tuned for training as under make. Under CI, OpenVINO forks no
-    # process that reports to its makers.
+    # The memory allocator is the system's, not tuned for training as under make.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
     process = subprocess.Popen(
         [sys.executable, "-m", "labcore.engines.worker"],
@@ -110,8 +111,8 @@ def _start(spec: dict) -> subprocess.Popen:
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         cwd=ROOT,  # where labcore is imported from
-        env=environment | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "CI": "true"},
-        process_group=0,
+        env=environment | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},
+        process_group=0,  # in which all that it starts ends with it
     )
     _send(process, spec)
     return process
@@ -130,11 +131,17 @@ def _send(process: subprocess.Popen, request: dict) -> None:
 
 
 def _answer(process: subprocess.Popen) -> dict:
-    if not select.select([process.stdout], [], [], SECONDS)[0]:
-        raise EngineError(f"no answer within {SECONDS} seconds")
-    line = process.stdout.readline()
-    if not line:
-        raise EngineError(f"its process ended with status {process.wait()} (out of memory?)")
+    line, ended, until = b"", False, time.monotonic() + SECONDS
+    while not line.endswith(b"\n"):
+        if select.select([process.stdout], [], [], 0.5)[0]:
+            part = os.read(process.stdout.fileno(), 2**16)
+            line, ended = line + part, not part
+        elif time.monotonic() > until:
+            raise EngineError(f"no answer within {SECONDS} seconds")
+        else:  # what it started may hold its pipe open
+            ended = process.poll() is not None
+        if ended:
+            raise EngineError(f"its process ended with status {process.wait()} (out of memory?)")
     answer = json.loads(line)
     if "error" in answer:
         raise EngineError(answer["error"])
@@ -144,7 +151,8 @@ def _answer(process: subprocess.Popen) -> dict:
 class Bench(contextlib.AbstractContextManager):
     """Engines that are loaded side by side, each in its process, to be asked one after the other.
 
-    A roof, which has no images in its spec, is timed with the first of `batches` only and answers nothing.
+    A roof, which has no images in its spec, is timed with the first of `batches` only and answers nothing. An
+    engine whose spec says int8 is skipped where a convolution computes in float, at any of `batches`.
     `skipped` says by title why an engine cannot run here.
     """
 
@@ -186,7 +194,7 @@ class Bench(contextlib.AbstractContextManager):
     def answers(self, labels: np.ndarray) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
         """Return a table and the logits (N, classes), both by title, for the images whose `labels` are (N,).
 
-        Columns are `summarize`'s, libraries_mb (memory when imported) and peak_mb (when all sizes have run).
+        Columns are `summarize`'s, libraries_mb (memory when imported) and peak_mb (see worker.py).
         """
         rows, logits = {}, {}
         titles = [title for title in self._memory if "images" in self._specs[title]]

@@ -113,6 +113,22 @@ def agreement(logits: np.ndarray, eager: np.ndarray) -> dict[str, float]:
     }
 
 
+def far_off(logits: dict[str, np.ndarray], fp32: np.ndarray, eager: np.ndarray) -> list[str]:
+    """Return the engines that do not compute what their titles say, by their logits (N, classes).
+
+    FP32 should be within a thousandth of PyTorch's, `fp32`. Powers of two should be nearer to the eager INT8
+    network, `eager`, than half the distance from there to `fp32`. Distances are root mean squares over all
+    logits, so weak and diverged networks are judged by the same measure. NaN is far off.
+    """
+
+    def size(values: np.ndarray) -> float:
+        return float(np.sqrt(np.square(values, dtype=np.float64).mean()))
+
+    near = {FP32: (fp32, size(fp32) / 1000), POWER2: (eager, size(eager - fp32) / 2 + size(eager) / 1000)}
+    expected = {title: near[parts(title)[1]] for title in logits if parts(title)[1] in near}
+    return [title for title, (values, most) in expected.items() if not size(logits[title] - values) <= most]
+
+
 def records(table: pd.DataFrame) -> list[dict]:
     """Return the rows as JSON values, the index as "engine"; None where there is none."""
     rows = table.rename_axis("engine").reset_index().astype(object)

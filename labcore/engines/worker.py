@@ -3,21 +3,36 @@
 So its memory and threads are its own, and a crash takes nothing else along. Requests and answers are lines of
 JSON. An engine takes normalised images, float32 (B, 3, H, W) in numpy's order, and gives logits, float32
 (B, classes). To bring images into its own layout is part of its time.
+
+peak_mb is the memory at its peak while the network was loaded and ran the largest batch size, compiled for no
+other yet: what one session or program takes, on every engine.
 """
 
 import json
 import os
+import queue
+import signal
 import sys
+import threading
 import timeit
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 BATCH = 64  # images at a time where accuracy is measured; the last batch is filled up
 Network = Callable[[np.ndarray], np.ndarray]
 MEMORY: dict[str, float | None] = {}  # of this process, in MB of 10^6 bytes
+
+
+class Engine(NamedTuple):
+    """A network that is loaded."""
+
+    run: Network
+    # For a batch that ran: how many of its convolutions compute in integers, and how many there are.
+    integers: Callable[[np.ndarray], tuple[int, int]] | None = None
 
 
 def memory_mb(field: str, status: Path = Path("/proc/self/status")) -> float | None:
@@ -40,7 +55,7 @@ def _torch(spec: dict):
     return torch
 
 
-def torch_float(spec: dict) -> Network:
+def torch_float(spec: dict) -> Engine:
     """Load an FP32 network, channels_last, perhaps fused, perhaps compiled for every batch size."""
     torch = _torch(spec)
     from labcore.engines.eager import load_float
@@ -55,12 +70,16 @@ def torch_float(spec: dict) -> Network:
         model = fuse(model).to(memory_format=torch.channels_last)
     if spec.get("compiled"):
         model = torch.compile(model, dynamic=False)
-    return lambda images: model(torch.from_numpy(images).to(memory_format=torch.channels_last)).numpy()
+    return Engine(
+        lambda images: model(torch.from_numpy(images).to(memory_format=torch.channels_last)).numpy()
+    )
 
 
-def torch_int8(spec: dict) -> Network:
+def torch_int8(spec: dict) -> Engine:
     """Load an int8 network: as `convert` made it (.pt), or traced and frozen for TorchScript (.ts)."""
     torch = _torch(spec)
+    from torch.ao.nn import quantized
+
     from labcore.engines.eager import load_int8
     from labcore.model import build_model
     from labcore.qconfig import CustomQConfig
@@ -69,12 +88,18 @@ def torch_int8(spec: dict) -> Network:
     path = Path(spec["path"])
     if path.suffix == ".ts":
         model = torch.jit.load(path)
+        kinds = [node.kind() for node in model.inlined_graph.nodes()]
+        kinds = [kind for kind in kinds if "conv" in kind and "prepack" not in kind]
+        convolutions = [kind.startswith("quantized::") for kind in kinds]
     else:
         model = load_int8(path, build_model(*spec["network"]), CustomQConfig.POWER2.value)
-    return lambda images: model(torch.from_numpy(images)).numpy()
+        both = torch.nn.Conv2d, quantized.Conv2d
+        convolutions = [isinstance(m, quantized.Conv2d) for m in model.modules() if isinstance(m, both)]
+    counted = sum(convolutions), len(convolutions)
+    return Engine(lambda images: model(torch.from_numpy(images)).numpy(), lambda _: counted)
 
 
-def torch_export(spec: dict) -> Network:
+def torch_export(spec: dict) -> Engine:
     """Load a program of PyTorch 2 Export, compiled by Inductor with torchao's int8 patterns."""
     torch = _torch(spec)
     # Importing it registers the patterns; without them Inductor dequantizes and computes in float.
@@ -86,31 +111,44 @@ def torch_export(spec: dict) -> Network:
     MEMORY["libraries_mb"] = memory_mb("VmRSS")
     program = torch.export.load(spec["path"])
     model = torch.compile(program.module(), dynamic=False)
-    model(torch.zeros(1, *np.load(spec["images"], mmap_mode="r").shape[1:]))
     expected = sum("conv2d" in str(node.target) for node in program.graph.nodes)
-    made = counters["inductor"]["qconv_weight_prepack_matcher_count"]
-    if made < expected:
-        raise RuntimeError(f"Inductor made {made} of {expected} convolutions int8")
-    return lambda images: model(torch.from_numpy(images)).numpy()
+
+    def integers(_: np.ndarray) -> tuple[int, int]:
+        # Of the program compiled last: there is one for each batch size.
+        return counters["inductor"].pop("qconv_weight_prepack_matcher_count", 0), expected
+
+    return Engine(lambda images: model(torch.from_numpy(images)).numpy(), integers)
 
 
-def onnx_runtime(spec: dict) -> Network:
+def onnx_runtime(spec: dict) -> Engine:
     """Load for ONNX Runtime on the CPU, all graph optimisations on."""
     import onnxruntime
 
-    @lru_cache
-    def session(batch: int) -> onnxruntime.InferenceSession:
+    def start(batch: int, **profiling) -> onnxruntime.InferenceSession:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = spec["threads"]
         options.log_severity_level = 3
         options.add_free_dimension_override_by_name("batch", batch)
+        for name, value in profiling.items():
+            setattr(options, name, value)
         return onnxruntime.InferenceSession(spec["path"], options, providers=["CPUExecutionProvider"])
 
+    def integers(images: np.ndarray) -> tuple[int, int]:
+        profiled = start(len(images), enable_profiling=True, profile_file_prefix=spec["path"])
+        profiled.run(None, {"images": images})
+        profile = Path(profiled.end_profiling())
+        events = json.loads(profile.read_text(encoding="utf-8"))
+        profile.unlink()
+        kernels = [event["args"]["op_name"] for event in events if event["name"].endswith("_kernel_time")]
+        convolutions = [kernel for kernel in kernels if "Conv" in kernel]
+        return sum(kernel in ("QLinearConv", "ConvInteger") for kernel in convolutions), len(convolutions)
+
     MEMORY["libraries_mb"] = memory_mb("VmRSS")
-    return lambda images: session(len(images)).run(None, {"images": images})[0]
+    session = lru_cache(start)
+    return Engine(lambda images: session(len(images)).run(None, {"images": images})[0], integers)
 
 
-def openvino(spec: dict) -> Network:
+def openvino(spec: dict) -> Engine:
     """Load for OpenVINO on the CPU, one request at a time, in float32 where nothing is quantized."""
     import openvino
 
@@ -128,18 +166,29 @@ def openvino(spec: dict) -> Network:
         model.reshape([batch, *model.inputs[0].partial_shape[1:]])
         return core.compile_model(model, "CPU", options).create_infer_request()
 
+    def integers(images: np.ndarray) -> tuple[int, int]:
+        running = request(len(images)).get_compiled_model().get_runtime_model()
+        layers = [
+            {name: f"{value.value}" for name, value in op.get_rt_info().items()} for op in running.get_ops()
+        ]
+        convolutions = [layer for layer in layers if "Convolution" in layer.get("layerType", "")]
+        return sum(layer["runtimePrecision"] in ("u8", "i8") for layer in convolutions), len(convolutions)
+
     MEMORY["libraries_mb"] = memory_mb("VmRSS")
-    return lambda images: request(len(images)).infer({0: images}, share_inputs=True)[0]
+    return Engine(lambda images: request(len(images)).infer({0: images}, share_inputs=True)[0], integers)
 
 
-def matrix(spec: dict) -> Network:
-    """Make a roof: torch multiplies two matrices of `size`, FP32, or INT8 with the fastest of its kernels."""
+def matrix(spec: dict) -> Engine:
+    """Make a roof: torch multiplies two matrices of `size`, FP32, or INT8 with the fastest of its kernels.
+
+    Which is the fastest is found when it is first run.
+    """
     torch = _torch(spec)
     MEMORY["libraries_mb"] = memory_mb("VmRSS")
     torch.manual_seed(0)
     a, b = torch.randn(2, spec["size"], spec["size"]).unbind()
     if spec["numbers"] == "FP32":
-        return lambda _: torch.mm(a, b)
+        return Engine(lambda _: torch.mm(a, b))
     a_uint8 = torch.quantize_per_tensor(a.abs(), 1 / 64, 0, torch.quint8)
     b_int8 = torch.quantize_per_tensor(b, 1 / 32, 0, torch.qint8)
 
@@ -148,8 +197,12 @@ def matrix(spec: dict) -> Network:
         packed = torch.ops.quantized.linear_prepack(b_int8, None)
         return lambda _: torch.ops.quantized.linear(a_uint8, packed, 4.0, 64)
 
-    supported = torch.backends.quantized.supported_engines
-    return product(min(supported, key=lambda kernels: min(time_ms(product(kernels), None, runs=3))))
+    @lru_cache
+    def fastest() -> Network:
+        products = [product(kernels) for kernels in torch.backends.quantized.supported_engines]
+        return min(products, key=lambda each: min(time_ms(each, None, runs=3)))
+
+    return Engine(lambda _: fastest()(None))
 
 
 def batch(images: np.ndarray, size: int, start: int = 0) -> np.ndarray:
@@ -171,21 +224,51 @@ def reason(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
+def load(spec: dict) -> tuple[Network, np.ndarray]:
+    """Return what runs an engine, after it ran every batch size, and the images.
+
+    Raises RuntimeError where an int8 engine computes a convolution in float at one of the sizes. A roof has
+    no images, and first runs when it is timed: only then nothing else is at work.
+    """
+    engine = globals()[spec["kind"]](spec)  # the function above of that name
+    if "images" not in spec:
+        return engine.run, np.zeros((1, 1))
+    images = np.load(spec["images"], mmap_mode="r")
+    for size in sorted(spec["batches"], reverse=True):
+        part = batch(images, size)
+        time_ms(engine.run, part, runs=2)
+        MEMORY.setdefault("peak_mb", memory_mb("VmHWM"))
+        if spec.get("int8"):
+            made, total = engine.integers(part)
+            if made < total or not total:
+                raise RuntimeError(f"{made} of {total} convolutions are int8, at {size} images a time")
+    return engine.run, images
+
+
+def requests() -> Iterator[dict]:
+    """Yield what the parent asks; when it is gone, however it ended, end this process and all it started."""
+    lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def read() -> None:
+        for line in sys.stdin:
+            lines.put(line)
+        os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=read, daemon=True).start()  # the other may compile for minutes
+    while True:
+        yield json.loads(lines.get())
+
+
 def main() -> None:
-    """Answer requests until the input ends; the first says which engine. A failure is answered too."""
+    """Answer requests; the first says which engine. A failure is answered too."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print must not stand between the answers
-    network, images = None, np.zeros((1, 1))  # a roof has no images
-    for line in sys.stdin:
-        request = json.loads(line)
+    network = None
+    for request in requests():
         try:
             if network is None:
-                network = globals()[request["kind"]](request)  # the function above of that name
-                if "images" in request:
-                    images = np.load(request["images"], mmap_mode="r")
-                for size in request["batches"]:
-                    time_ms(network, batch(images, size), runs=2)
-                answer = MEMORY | {"peak_mb": memory_mb("VmHWM")}
+                network, images = load(request)
+                answer = MEMORY
             elif request["do"] == "time":
                 answer = {"ms": time_ms(network, batch(images, request["batch"]), request["runs"])}
             else:

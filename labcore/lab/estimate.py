@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from labcore.config import Recipe
+from labcore.files.processes import end_with_parent
 from labcore.lab.parallel import first_model
 from labcore.lab.stale import State
 from labcore.qconfig import CustomQConfig
@@ -30,7 +31,8 @@ def estimate(state: State, stages: Collection[str]) -> str:
         return ""
     run = Run(state.profile, state.source, state.seed, state.root, state.weights)
     # In a process of its own, whose memory goes back to the system.
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool, contextlib.suppress(BrokenProcessPool):
+    pool = ProcessPoolExecutor(1, get_context("spawn"), end_with_parent)
+    with pool, contextlib.suppress(BrokenProcessPool):
         seconds = {stage: pool.submit(seconds_of, run, stage).result() for stage in stages}
         seconds = {stage: value for stage, value in seconds.items() if value}
         if seconds:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from labcore.evaluate import predict
+from labcore.files.processes import end_with_parent
 from labcore.qconfig import Scheme, has_vnni, make_qconfig
 from labcore.quantize import calibrate, convert_simulated, layers, prepare_ptq, simulate
 from labcore.studies.mixed import codes
@@ -39,6 +40,7 @@ def on_onednn(call: Callable[..., np.ndarray], *args, isa: str = "DEFAULT") -> n
 
 
 def _use_onednn(isa: str, threads: int) -> None:
+    end_with_parent()
     os.environ["ONEDNN_MAX_CPU_ISA"] = isa
     torch.set_num_threads(threads)
     torch.backends.quantized.engine = "onednn"

@@ -85,6 +85,34 @@ def test_agreement_counts_answers_and_bits():
     assert found == pytest.approx({"agree": 2 / 3, "identical": 1 / 3, "largest_difference": 6.0})
 
 
+@pytest.mark.parametrize("scale", [1e-20, 1.0, 1e8, 1e30])  # untrained, ordinary, diverged
+@pytest.mark.parametrize(
+    ("title", "add", "far"),
+    [
+        (FAST, "rounding", False),
+        (FAST, "steps", True),
+        (FAST, "quantization", True),
+        (OURS, "rounding", False),
+        (OURS, "steps", False),
+        (OURS, "quantization", True),
+        (OURS, "nan", True),
+        (THEIRS, "quantization", False),
+    ],
+)
+def test_an_engine_is_far_off_in_relation_to_what_is_compared(title, add, far, scale):
+    rng = np.random.default_rng(0)
+    fp32, error, noise = (scale * rng.normal(size=(50, 10)) for _ in range(3))
+    eager, sizes = fp32 + 0.4 * error, {"rounding": 1e-6, "steps": 0.05, "quantization": 0.4, "nan": np.nan}
+    base = fp32 if title == FAST else eager
+    found = tables.far_off({title: (base + sizes[add] * noise).astype(np.float32)}, fp32, eager)
+    assert found == ([title] if far else [])
+
+
+def test_a_network_without_quantization_error_is_not_far_off():
+    same = np.full((5, 3), 7, np.float32)
+    assert tables.far_off({FAST: same, OURS: same + np.float32(1e-6)}, same, same) == []
+
+
 def test_answers_come_back_as_they_were_saved(tmp_path):
     logits = {EAGER: np.float32([[1, 2]]), OURS: np.float32([[3, 4]])}
     tables.save_answers(tmp_path / "answers.npz", logits, np.array([1]), np.array([7]))

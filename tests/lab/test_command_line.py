@@ -5,6 +5,8 @@ import fcntl
 import subprocess
 
 import pytest
+from jupyterlab import NeverCheckForUpdate
+from jupyterlab.labapp import LabApp
 from project import ROOT
 
 from labcore import LabError
@@ -45,6 +47,17 @@ def test_make_knows_its_variables(variables, status, message):
         ["make", "--dry-run", "help", *variables], cwd=ROOT, capture_output=True, text=True
     )
     assert (result.returncode, message in result.stderr) == (status, True)
+
+
+def test_jupyterlab_is_this_machines_and_asks_nobody_for_news():
+    commands = subprocess.run(["make", "--dry-run", "lab"], cwd=ROOT, capture_output=True, text=True).stdout
+    (options,) = (
+        line.split("jupyter lab")[1].split() for line in commands.splitlines() if "jupyter lab" in line
+    )
+    lab = LabApp()
+    lab.parse_command_line(options)
+    assert lab.news_url is None and lab.check_for_updates_class is NeverCheckForUpdate
+    assert lab.config.ServerApp.ip == "127.0.0.1" and "token" not in str(lab.config)
 
 
 @pytest.mark.parametrize(
