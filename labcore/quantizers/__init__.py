@@ -1,1 +1,1 @@
-"""Quantizers beside the reference: least squared error, learned exponents."""
+"""Quantizers beside the reference: least squared error, learned exponents, room for biases."""

@@ -49,7 +49,7 @@ def fit_biases(int8: nn.Module) -> nn.Module:
 
     Integer kernels and files hold a bias as a multiple of input scale x weight scale. Where the weights of a
     filter are tiny or zero, 32 bits can be too few. With larger steps such weights lose nothing that shows
-    beside their bias: for 4,608 products less than 2^-11 of it.
+    beside their bias: for 4,608 products less than 2^-11 of it. Simulation adds floats and keeps the scales.
 
     Raises LabError, naming the layer, where biases do not fit and the network's graph cannot be followed.
     """
