@@ -7,11 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from trees import pixels, raising, small_tree, write
+from trees import encode, pixels, raising, small_tree, write
 
 from labcore import LabError
 from labcore.data import Split, calibration_batches, evenly_spaced, load_data, make_split
 from labcore.images.transforms import normalize
+from labcore.lab.stale import State
 from labcore.run import open_run
 
 
@@ -131,9 +132,57 @@ def test_calibration_without_images_or_with_those_that_judge_is_refused(tiny_dat
     for calibration, message in ([], "is empty"), ([3, 64], "are also validation images"):
         with pytest.raises(LabError, match=message):
             calibration_batches(tiny_data, replace(tiny_split, calibration=np.array(calibration, dtype=int)))
-    data = replace(tiny_data, test_images=tiny_data.train_images[tiny_split.calibration])
-    with pytest.raises(LabError, match="16 of 16 calibration images are test images"):
-        calibration_batches(data, tiny_split)
+
+
+def test_a_few_calibration_images_that_are_test_images_stop_nothing_so_late(tiny_data, tiny_split):
+    data = replace(tiny_data, test_images=tiny_data.train_images[:2])
+    assert sum(len(batch) for batch in calibration_batches(data, tiny_split)) == 16
+
+
+@pytest.mark.parametrize("shared", [0, 1, 2, 3])
+def test_test_images_that_are_training_images_are_counted_and_stop_a_run_when_it_starts(
+    tmp_path, shared, capsys
+):
+    folders = ("train/cat", "train/dog", "test/cat", "test/dog")
+    files = enumerate(f"{folder}/{number}.png" for folder in folders for number in range(20))
+    tree = {name: encode(pixels(seed, 8)) for seed, name in files}
+    for number in range(shared):  # other bytes, and another class
+        tree[f"test/cat/{number}.png"] = encode(pixels(20 + number, 8), "BMP")
+    source = str(write(tmp_path / "pets", tree))
+    state = State("smoke", source, overrides="image_size=8", root=tmp_path)
+    if shared > 2:  # of 40
+        with pytest.raises(
+            LabError, match="3 of 40 test images .* 'test/cat/0.png' and 'train/dog/0.png'; at most 5%"
+        ):
+            state.images  # noqa: B018
+    else:
+        state.images  # noqa: B018
+        told = f"training images as well: {shared}, such as 'test/cat/0.png'"
+        assert (told in capsys.readouterr().err) == bool(shared)
+
+
+@pytest.mark.parametrize("shared", [1, 2])
+def test_one_blank_image_in_both_parts_stops_no_small_set(tmp_path, shared):
+    tree, blank = small_tree(), encode(np.full((32, 32, 3), 255, np.uint8))
+    tree |= {name: blank for name in ("train/cat/0.png", "test/cat/0.png", "test/dog/0.png")[: shared + 1]}
+    source = str(write(tmp_path / "pets", tree))
+    if shared == 2:
+        with pytest.raises(LabError, match="2 of 2 test images are training images"):
+            load_data(source, root=tmp_path)
+    else:
+        assert len(load_data(source, root=tmp_path).test_labels) == 2
+
+
+def test_one_line_says_what_was_read_and_comes_from_the_cache_too(tmp_path, capsys, monkeypatch):
+    source = str(write(tmp_path / "pets", small_tree() | {"readme.txt": b"Pyramids"}))
+    for _ in range(2):
+        load_data(source, root=tmp_path)
+        (line,) = (part for part in capsys.readouterr().err.splitlines() if "note" in part)
+        left_out = "no image of a format that is read: 1, such as 'readme.txt'"
+        assert line == f"note: 'pets': 8 images read; 1 file left out ({left_out})."
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    load_data(source, root=tmp_path)
+    assert "note" not in capsys.readouterr().err
 
 
 def test_evenly_spaced_reaches_all_classes_of_sorted_images():

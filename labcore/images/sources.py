@@ -4,6 +4,7 @@ import errno
 import http.client
 import os
 import socket
+import sys
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,6 +35,7 @@ class Unreachable(LabError):
 def read_source(source: str, size: int, root: Path) -> tuple[str, Arrays]:
     """Return (label, arrays) of a data set by name or path: images, labels, is_test, classes.
 
+    Of a user's own, a line on stderr says what was read and what was left out, from the cache too.
     Raises LabError where nothing can be read, and Unreachable where CIFAR cannot be downloaded.
     """
     if source == "digits":
@@ -44,6 +46,8 @@ def read_source(source: str, size: int, root: Path) -> tuple[str, Arrays]:
     path = _find(source, root)
     key, arrays = cached(path, size, cache, lambda: read_images(path, size))
     name = path.name.encode("utf-8", "replace").decode()
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # of processes that train together, one speaks
+        print(f"note: {name!r}: {arrays['told']}", file=sys.stderr)
     return KNOWN_COPIES.get(key, f"own images: {name}"), arrays
 
 

@@ -1,6 +1,7 @@
 """Images are decoded once: what changed is read again, and what is damaged is never believed."""
 
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -70,15 +71,62 @@ def test_images_stay_the_same_whatever_is_loaded_in_between(tmp_path):
     assert_equal(first, load(nested))
 
 
-def test_a_changed_pixel_is_seen(source):
-    before, changed = load(source), pixels(0, 8)
-    changed[0, 0, 0] ^= 1
-    file, rest = (source / "train/cat/0.png", {}) if source.is_dir() else (source, small_tree(side=8))
-    write(source, rest | {"train/cat/0.png": encode(changed)})
-    os.utime(file, ns=(file.stat().st_atime_ns, file.stat().st_mtime_ns + 10**9))
+def ten_seconds_pass(monkeypatch):
+    later = time.time_ns() + 10**10
+    monkeypatch.setattr("time.time_ns", lambda: later)
+
+
+def by_content(one: Path, two: Path):
+    first, second = one.read_bytes(), two.read_bytes()
+    one.write_bytes(second), two.write_bytes(first)
+
+
+def by_name(one: Path, two: Path):
+    one.rename(one.with_name("away")), two.rename(one), one.with_name("away").rename(two)
+
+
+def by_link(one: Path, two: Path):
+    by_name(one, two)
+    for path in (one, two):
+        path.symlink_to(path.rename(path.parents[3] / f"{path.parts[-2]}.ppm"))
+
+
+@pytest.mark.parametrize("swap", [by_content, by_name, by_link])
+def test_files_of_one_size_that_change_places_with_their_times_kept_are_seen(tmp_path, swap, monkeypatch):
+    places = ("train/cat/train", "train/dog/train", "test/cat/test", "test/dog/test")
+    tree = {f"{name}.ppm": encode(pixels(seed, 8), "PPM") for seed, name in enumerate(places)}
+    source = write(tmp_path / "images", tree)
+    ten_seconds_pass(monkeypatch)
+    before, files = load(source), [source / "train/cat/train.ppm", source / "train/dog/train.ppm"]
+    times = [(file.stat().st_atime_ns, file.stat().st_mtime_ns) for file in files]
+    swap(*files)
+    for file, ns in zip(files, times, strict=True):
+        os.utime(file, ns=ns)
     after = load(source)
-    assert after[0] != before[0]
-    assert (after[1]["images"] != before[1]["images"]).sum() == 1
+    train = ~after[1]["is_test"]
+    assert_equal(after[1]["images"][train], before[1]["images"][train][::-1])
+    assert_equal(after[1]["images"][~train], before[1]["images"][~train])
+
+
+@pytest.mark.parametrize("kind", ["images", "images.zip"])
+def test_files_are_hashed_once_and_those_that_have_just_changed_again(tmp_path, monkeypatch, kind):
+    source, hashed = write(tmp_path / kind, small_tree(side=8)), []
+    monkeypatch.setattr(
+        "labcore.images.cache.sha256_file", lambda path: hashed.append(path) or str(path.stat().st_size)
+    )
+    count = 8 if source.is_dir() else 1
+    load(source)
+    assert len(hashed) == 2 * count, "a coarse clock may not tell what follows within two seconds"
+    ten_seconds_pass(monkeypatch)
+    for loads, expected in ((1, 3 * count), (3, 3 * count)):
+        for _ in range(loads):
+            load(source, never)
+        assert len(hashed) == expected
+    write(source, {"train/cat/9.png": encode(pixels(9))} if source.is_dir() else small_tree(side=16))
+    load(source)
+    assert len(hashed) == 3 * count + 1
+    moved = source.rename(tmp_path / f"moved-{kind}")
+    load(moved, never)
 
 
 def test_an_image_that_lands_while_others_are_read_is_seen_by_the_next_run(tmp_path):

@@ -1,7 +1,10 @@
 """A folder and its archives give the same arrays, and whatever cannot be read is refused in one line."""
 
+import gzip
 import os
 import tarfile
+import unicodedata
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +12,8 @@ import pytest
 from trees import SUFFIXES, Tree, encode, flip, pixels, raising, small_tree, truncate, write
 
 from labcore import LabError
+from labcore.images import folders
+from labcore.images.decode import decode
 from labcore.images.folders import read_images
 
 
@@ -45,7 +50,7 @@ def test_any_archive_in_any_order_gives_what_the_bare_folder_gives(tmp_path, suf
 def test_thousands_of_images_keep_their_order(tmp_path):
     grey = [encode(np.full((8, 8, 3), value, np.uint8), "PPM") for value in range(251)]
     tree = {f"train/{number % 2}/{number:04}.ppm": grey[number % 251] for number in range(2100)}
-    tree |= {"test/0/0.ppm": grey[0], "test/1/0.ppm": grey[0]}
+    tree |= {f"test/{n}/0.ppm": encode(np.full((8, 8, 3), 252 + n, np.uint8), "PPM") for n in (0, 1)}
     arrays = read_images(write(tmp_path / "images.tar", tree), 8)[1]
     expected = [number % 251 for first in (0, 1) for number in range(first, 2100, 2)]
     assert arrays["images"][~arrays["is_test"], 0, 0, 0].tolist() == expected
@@ -72,7 +77,10 @@ JUNK = ["__MACOSX/train/a/0.png", ".git/train/a/0.png", "train/cat/.0.png", "tra
 def test_hidden_files_and_files_that_are_no_images_of_a_class_are_ignored(tmp_path, junk, suffix):
     littered = write(tmp_path / f"b{suffix}", small_tree() | {junk: b"junk"})
     clean = write(tmp_path / f"a{suffix}", small_tree())
-    np.testing.assert_equal(read_images(clean, 32), read_images(littered, 32))
+    (key, arrays), (same, others) = read_images(clean, 32), read_images(littered, 32)
+    assert str(arrays.pop("told")) == "8 images read; no files left out."
+    assert "1 file left out" in str(others.pop("told")) and key == same
+    np.testing.assert_equal(arrays, others)
 
 
 def test_a_hidden_link_to_nowhere_is_ignored(tmp_path):
@@ -90,7 +98,20 @@ def only(*starts: str) -> Tree:
     [
         ({}, "found no image in train/ or test/"),
         ({"readme.txt": b"hello"}, "found no image in train/ or test/"),
-        ({"cat/0.png": b"", "dog/0.png": b""}, "found no image in train/ or test/"),
+        ({"cat/0.png": b"", "dog/0.png": b""}, "the image 'cat/0.png' is damaged (no known format)"),
+        ({"cat/0.png": b"GIF", "cat/1": encode(pixels(0))}, "found only 'cat'"),
+        ({f"{n}.png": encode(pixels(n)) for n in range(4)}, "found no image in train/ or test/"),
+        ({f"{name}/0.png": encode(pixels(0)) for name in "ab"}, "the class 'a' has no two different images"),
+        (
+            only("test") | {"val/cat/0.png": b""},
+            "found no image in train/; folders with images: 'test', 'val'",
+        ),
+        (
+            small_tree() | {"test/do\u0433/0.png": b""},
+            "only in train: none; only in test: do\u0433 ('do\\u0433')",
+        ),
+        (small_tree() | {"test/dog /0.png": b""}, "only in test: dog  ('dog ')"),
+        (small_tree() | {"train/cat/9": encode(pixels(9))[:99]}, "the image 'train/cat/9' is damaged"),
         (only("train"), "found no image in test/"),
         (only("test"), "found no image in train/"),
         (only("train/cat", "test/cat"), "found only 'cat'"),
@@ -159,7 +180,7 @@ def test_a_file_that_is_no_archive_is_refused_with_what_would_be_one(tmp_path, n
 
 def test_an_image_that_may_not_be_read_is_named(tmp_path, monkeypatch):
     folder = write(tmp_path / "images", small_tree())
-    monkeypatch.setattr(Path, "read_bytes", raising(PermissionError(13, "Permission denied", "cat/0.png")))
+    monkeypatch.setattr(Path, "open", raising(PermissionError(13, "Permission denied", "cat/0.png")))
     assert "cat/0.png" in refusal(folder)
 
 
@@ -185,6 +206,15 @@ def test_a_link_in_a_tar_is_refused(tmp_path, kind, target):
     assert "'train/cat/link.png' is a link" in refusal(write(tmp_path / "images.tar", small_tree(), link))
 
 
+def test_a_link_in_a_zip_is_refused(tmp_path):
+    path = write(tmp_path / "images.zip", small_tree())
+    link = zipfile.ZipInfo("train/cat/9.png")
+    link.external_attr = 0o120777 << 16
+    with zipfile.ZipFile(path, "a") as packed:
+        packed.writestr(link, "/etc/passwd")
+    assert "'train/cat/9.png' is a link" in refusal(path)
+
+
 @pytest.mark.parametrize("kind", [tarfile.FIFOTYPE, tarfile.CHRTYPE])
 def test_a_device_in_a_tar_is_not_read(tmp_path, kind):
     device = tarfile.TarInfo("train/cat/device.png")
@@ -198,3 +228,120 @@ def test_a_forged_size_in_a_tar_is_refused(tmp_path, size):
     forged = tarfile.TarInfo("train/cat/9.png")
     forged.size = size
     refusal(write(tmp_path / "images.tar", small_tree(), forged))
+
+
+@pytest.mark.parametrize("suffix", ["", ".tar.gz", ".tar", ".zip"])
+def test_a_file_that_says_it_is_large_is_refused_unread(tmp_path, suffix, monkeypatch):
+    tree = small_tree(side=8) | {"notes.txt": bytes(5000), "train/cat/9": encode(pixels(9)) + bytes(5000)}
+    path = write(tmp_path / f"images{suffix}", tree)
+    monkeypatch.setattr(folders, "MAX_BYTES", 5000)
+    size = f"{len(tree['train/cat/9']):,}"
+    assert f"'train/cat/9' says that it has {size} bytes, more than the 5,000" in refusal(path)
+    (path / "train/cat/9").unlink() if path.is_dir() else write(path, dict(list(tree.items())[:-1]))
+    assert "1 file left out" in str(read_images(path, 8)[1]["told"])  # the notes, large as they are
+
+
+@pytest.mark.parametrize("kind", [b"L", b"K", b"x", b"g"], ids=["name", "link's name", "pax", "global pax"])
+def test_a_header_that_says_it_is_large_is_refused_unread(tmp_path, kind):
+    header = tarfile.TarInfo("name")
+    header.type, header.size = kind, 2**32
+    (tmp_path / "images.tar.gz").write_bytes(gzip.compress(header.tobuf(tarfile.GNU_FORMAT) + bytes(10_000)))
+    assert "a header that says it has 4,294,967,296 bytes" in refusal(tmp_path / "images.tar.gz")
+
+
+def test_what_is_in_memory_before_it_is_decoded_is_counted_in_bytes(tmp_path, monkeypatch):
+    tree = {f"{name}/{number}.ppm": encode(pixels(number), "PPM") for name in "ab" for number in range(20)}
+    path, seen = write(tmp_path / "images", tree), []
+    whole = folders._batches
+    monkeypatch.setattr(folders, "MAX_BYTES", 10_000)
+    monkeypatch.setattr(folders, "_batches", lambda *a: (seen.append(len(b)) or b for b in whole(*a)))
+    assert len(read_images(path, 8)[1]["images"]) == 40
+    assert max(seen) == 4 and sum(seen) == 40  # of 3,085 bytes each
+
+
+def named(text: str) -> Tree:
+    """Images of names such as "train/cat/* test/cat/*", 8×8, two of each star, all different."""
+    names = [part.replace("*", str(number)) for part in text.split() for number in range(part.count("*") + 1)]
+    return {name: encode(pixels(seed, 8)) for seed, name in enumerate(names)}
+
+
+CAFE = [unicodedata.normalize(form, "caf\u00e9") for form in ("NFC", "NFD")]
+OTHER_FOLDERS = {  # names, classes, folder of the test images, what is told
+    "Train/a/* Train/b/* Test/a/* Test/b/*": ("ab", "Test/", ""),
+    "TRAINING/a/* TRAINING/b/* TESTING/a/* TESTING/b/*": ("ab", "TESTING/", ""),
+    "d/training_set/a/* d/training_set/b/* d/test_set/a/* d/test_set/b/*": ("ab", "d/test_set/", ""),
+    "train/a/* train/b/* val/a/* val/b/*": ("ab", "val/", "val taken as test: 4, such as 'val/a/0'"),
+    "train/a/* train/b/* valid/a/* valid/b/*": ("ab", "valid/", "val taken as test"),
+    "train/a/* train/b/* Validation/a/* Validation/b/*": ("ab", "Validation/", "val taken as test"),
+    "train/a/* train/b/* val/a/* val/b/* test/a/* test/b/*": ("ab", "test/", "in val, since test judges: 4"),
+    "train/a/* train/b/* val/a/* val/b/* test/*": ("ab", "val/", "in no class folder: 2, such as 'test/0'"),
+    "train/a/* train/b/* val/a/* val/b/* test/all/*": ("ab", "val/", "in test, since val judges: 2"),
+    "s_train/s_train/a/* s_train/s_train/b/* s_test/s_test/a/* s_test/s_test/b/*": ("ab", "s_test/", ""),
+    "test/train/a/* test/train/b/* test/test/a/* test/test/b/*": ("ab", "test/test/", ""),
+    "x/train/a/* x/train/b/* x/test/a/* x/test/b/* docs/*": ("ab", "x/test/", "in no class folder: 2"),
+    f"train/{CAFE[0]}/* train/b/* test/{CAFE[1]}/* test/b/*": (["b", CAFE[0]], "test/", ""),
+    f"train/{CAFE[1]}/* train/{CAFE[0]}/5 train/b/* test/{CAFE[1]}/* test/b/*": (["b", CAFE[0]], "test/", ""),
+}
+
+
+@pytest.mark.parametrize("suffix", ["", ".tar.gz", ".zip"])
+@pytest.mark.parametrize("names", OTHER_FOLDERS)
+def test_folders_of_other_conventions_are_what_a_person_expects(tmp_path, names, suffix):
+    classes, test, told = OTHER_FOLDERS[names]
+    tree = named(names)
+    arrays = read_images(write(tmp_path / f"images{suffix}", tree), 8)[1]
+    assert arrays["classes"].tolist() == list(classes)
+    of_test = {array.tobytes() for array in arrays["images"][arrays["is_test"]]}
+    found = {name for name, content in tree.items() if decode(content, 8, "")[0].tobytes() in of_test}
+    assert found == {name for name in tree if name.startswith(test)}
+    assert told in str(arrays["told"])
+
+
+@pytest.mark.parametrize("around", ["", "flowers/", "a/flowers dataset/", "train/"])
+def test_class_folders_alone_are_split_by_class_with_a_seed_and_copies_stay_together(tmp_path, around):
+    names = [f"{name}/{n}.png" for name, count in (("rose", 15), ("tulip", 25)) for n in range(count)]
+    tree = {name: encode(pixels(seed, 8)) for seed, name in enumerate(names)}
+    source = write(tmp_path / "images" / around, tree | {"cover.png": encode(pixels(99))})
+    arrays = read_images(source if around == "train/" else tmp_path / "images", 8)[1]
+    assert np.bincount(arrays["labels"][arrays["is_test"]]).tolist() == [3, 5]
+    assert "a fifth of each class, drawn with seed 0, is for the test: 40, such as" in str(arrays["told"])
+    packed = read_images(write(tmp_path / "packed.zip", dict(reversed(tree.items()))), 8)[1]
+    np.testing.assert_equal(packed["is_test"], arrays["is_test"])
+    tree |= {name.replace(".png", f" copy {n}.png"): tree[name] for n in range(3) for name in tree}
+    copied = read_images(write(tmp_path / "copied", tree), 8)[1]
+    train, test = ({p.tobytes() for p in copied["images"][copied["is_test"] == part]} for part in (0, 1))
+    assert not train & test and len(test) == 8
+
+
+def test_formats_are_known_by_their_first_bytes_links_are_followed_and_all_is_accounted_for(tmp_path):
+    elsewhere = write(tmp_path / "elsewhere", {f"dog/{n}.png": encode(pixels(n)) for n in range(3)})
+    folder = write(tmp_path / "images", {
+        "train/cat/0.jfif": encode(pixels(10), "JPEG"), "train/cat/one": encode(pixels(11)),
+        "train/cat/2.txt": encode(pixels(12), "WEBP"), "train/cat/3.png": encode(pixels(13), "GIF"),
+        "test/cat/0.dat": encode(pixels(14), "PPM"), "test/dog/0.JPG": encode(pixels(15), "JPEG"),
+        "train/cat/clip.mp4": bytes(4) + b"ftypisom", "train/cat/labels.txt": b"Pyramids of Giza",
+        "train/cat/BMW.txt": b"BMW, a maker of cars, and much text after it", "train/cat/empty": b"",
+        "train/.DS_Store": b"", "cover.png": encode(pixels(16)),
+    })  # fmt: skip
+    (folder / "train/dog").symlink_to(elsewhere / "dog")
+    (folder / "train/cat/9.png").symlink_to("nowhere.png")
+    folder.rename(tmp_path / "real"), folder.mkdir()
+    for part in ("train", "test", "cover.png"):
+        (folder / part).symlink_to(tmp_path / "real" / part)
+    arrays = read_images(folder, 32)[1]
+    assert np.bincount(arrays["labels"] * 2 + arrays["is_test"]).tolist() == [4, 1, 3, 1]
+    assert str(arrays["told"]) == (
+        "9 images read; 7 files left out (hidden: 1, such as 'train/.DS_Store'; in no class folder: 1, such "
+        "as 'cover.png'; no file, or a link to nowhere: 1, such as 'train/cat/9.png'; no image of a format "
+        "that is read: 4, such as 'train/cat/BMW.txt')."
+    )
+
+
+@pytest.mark.parametrize("target", [".", "..", "../..", "../dog", "../../../away"])
+def test_a_link_that_leads_back_is_refused(tmp_path, target):
+    folder = write(tmp_path / "images", small_tree())
+    (tmp_path / "away").mkdir()
+    (tmp_path / "away/back").symlink_to(folder / "train")
+    (folder / "train/dog/back").symlink_to("../cat/loop")
+    (folder / "train/cat/loop").symlink_to(target)
+    assert "is a link to a folder that it lies in: remove it" in refusal(folder)
