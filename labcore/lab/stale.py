@@ -127,7 +127,7 @@ class State:
         self.weights, self.root = weights or None, root
         self.reuses_weights = self.profile.reuses(self.weights)
         if self.weights and self.weights != "committed":  # a notebook runs in `root`
-            folder = weights_folder(self.weights, profile, root)
+            folder = weights_folder(self.weights, profile, root, or_file=not self.reuses_weights)
             self.weights = str(folder.relative_to(root) if folder.is_relative_to(root) else folder)
         self.folder, self.figures, self.report = (
             root / name / profile for name in ("runs", "figures", "report")
@@ -156,8 +156,9 @@ class State:
         if stage.name == "fp32":
             parts |= _REFERENCE
             if self.weights:
-                folder = weights_folder(self.weights, self.profile.name, self.root)
-                parts["WEIGHTS"] = sha256_json([sha256_file(folder / name) for name in WEIGHTS_FILES])
+                path = weights_folder(self.weights, self.profile.name, self.root, not self.reuses_weights)
+                paths = [path] if path.is_file() else [path / name for name in WEIGHTS_FILES]
+                parts["WEIGHTS"] = sha256_json(list(map(sha256_file, paths)))
         if stage.name == "engines":
             packages = [p for name in ("openvino", "torchao") for p in distributions(name=name)]
             parts["versions of the engines"] = sha256_json({p.name: p.version for p in packages})
