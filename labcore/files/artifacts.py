@@ -125,15 +125,25 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
         return dict(stored)
 
 
-def weights_folder(weights: str, profile: str, root: Path = ROOT) -> Path:
+def weights_folder(weights: str, profile: str, root: Path = ROOT, or_file: bool = False) -> Path:
     """Return the folder that WEIGHTS= names: "committed" is report/<profile>/weights, else a path.
 
-    Raises LabError where the files of a training are not in it.
+    Raises LabError where the files of a training are not in it, and for a lone file unless `or_file`.
     """
     committed, path = root / "report" / profile / "weights", Path(os.path.expanduser(weights))
-    for folder in [committed] if weights == "committed" else [path, root / path]:
+    folders = [committed] if weights == "committed" else [path, root / path]
+    if path.name == WEIGHTS_FILES[0]:
+        folders += [folder.parent for folder in folders]
+    for folder in folders:
         if all((folder / name).is_file() for name in WEIGHTS_FILES):
             return folder.resolve()
+    if file := next(filter(Path.is_file, (path, root / path)), None):
+        if or_file:
+            return file.resolve()
+        raise LabError(
+            f"WEIGHTS: {weights} is one file, without the history and record of its training, so it cannot "
+            'stand for it: SET="fp32.init=weights" trains on from it.'
+        )
     there = ", ".join(sorted(path.parts[-2] for path in root.glob("report/*/weights"))) or "no profile"
     names = f"{', '.join(WEIGHTS_FILES[:-1])} and {WEIGHTS_FILES[-1]}"
     told = f"report/{profile}/weights" if weights == "committed" else weights

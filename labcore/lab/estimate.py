@@ -1,4 +1,4 @@
-"""How long training will take on this processor, from a trial of a few seconds."""
+"""What a run will take of disk and time: the time on this processor from a trial of a few seconds."""
 
 import contextlib
 import io
@@ -6,6 +6,7 @@ import time
 from collections.abc import Collection
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from multiprocessing import get_context
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 
 from labcore.config import Recipe
 from labcore.files.processes import end_with_parent
+from labcore.lab.checks import check_recipes, space
 from labcore.lab.parallel import first_model
 from labcore.lab.stale import State
 from labcore.qconfig import CustomQConfig
@@ -23,22 +25,28 @@ from labcore.training.checkpoint import Checkpoints
 
 
 def estimate(state: State, stages: Collection[str]) -> str:
-    """Return in words how long the training of these stages will take; empty where this cannot be told.
+    """Return in words what the run will write, and how long training these stages will take.
 
-    That is on GPUs, with several processes, where the trial fails, and where training is only loaded.
+    No time is told on GPUs, with several processes, where the trial fails, and where training is only loaded.
+    Raises LabError for what would stop a training later, as `check_recipes`, `space` and `first_model` do.
     """
-    if torch.cuda.is_available() or state.profile.processes > 1:
-        return ""
     run = Run(state.profile, state.source, state.seed, state.root, state.weights)
+    check_recipes(run, stages)
+    if run.weights and "fp32" in stages:
+        first_model(run)
+    words = space(run, stages)
+    if torch.cuda.is_available() or state.profile.processes > 1:
+        return words
+    without_images = replace(run)
     # In a process of its own, whose memory goes back to the system.
     pool = ProcessPoolExecutor(1, get_context("spawn"), end_with_parent)
-    with pool, contextlib.suppress(BrokenProcessPool):
-        seconds = {stage: pool.submit(seconds_of, run, stage).result() for stage in stages}
+    with pool, contextlib.suppress(BrokenProcessPool, RuntimeError, ValueError):
+        seconds = {stage: pool.submit(seconds_of, without_images, stage).result() for stage in stages}
         seconds = {stage: value for stage, value in seconds.items() if value}
         if seconds:
             parts = ", ".join(f"{stage.upper()} {_duration(value)}" for stage, value in seconds.items())
-            return f"training will take about {_duration(sum(seconds.values()))} on this processor ({parts})"
-    return ""
+            words += f"; training will take about {_duration(sum(seconds.values()))} here ({parts})"
+    return words
 
 
 def seconds_of(run: Run, stage: str) -> float:
@@ -48,8 +56,8 @@ def seconds_of(run: Run, stage: str) -> float:
     if stage == "qat":
         model = prepare_qat(model, CustomQConfig.POWER2.qat)
     else:
-        identity = training_identity(recipe, run.data, run.split, run.seed, first_model(run))
         with contextlib.redirect_stdout(io.StringIO()):
+            identity = training_identity(recipe, run.data, run.split, run.seed, first_model(run))
             saved = Checkpoints(run.path(stage), identity).load()
         epochs -= len(saved["rows"]) if saved else 0
     if not epochs:

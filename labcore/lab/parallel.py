@@ -14,7 +14,8 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from labcore import LabError
 from labcore.config import Recipe
 from labcore.files.artifacts import RECORD, RESTORED, copy_file, weights_folder
-from labcore.files.tensors import load_weights
+from labcore.files.tensors import load_tensors, load_weights, state_hash
+from labcore.lab.checks import check_recipes
 from labcore.run import Run
 from labcore.train import Result, finished, fit, n_judges, training_identity
 from labcore.training.device import device
@@ -26,13 +27,14 @@ def train_stage(run: Run, stage: str, model: nn.Module) -> Result:
     """Train a stage from `model`, in as many processes as the profile says; load it where it is finished.
 
     `stage` names the recipe and the folder. FP32 weights that WEIGHTS= names are taken instead, or trained
-    on. Raises LabError as `fit`, `launch` and `earlier` do.
+    on. Raises LabError as `check_recipes`, `fit`, `launch` and `earlier` do; before FP32 for QAT as well.
     """
     if stage == "fp32" and run.profile.reuses(run.weights):
         return _trained_before(run, model)
     arguments = _arguments(run, stage)
     start = _load_start(run, model) if stage == "fp32" else None
     if not finished(model, *arguments):
+        check_recipes(run, ["fp32", "qat"] if stage == "fp32" else [stage])
         if note := gpu_note():
             print(note)
         processes = run.profile.processes or _one_per_gpu(arguments[0])
@@ -59,10 +61,15 @@ def earlier(run: Run, same: Collection[str]) -> Earlier:
     Raises LabError as `weights_folder` and `read_earlier` do, and where training would overwrite it.
     """
     folder = weights_folder(run.weights, run.profile.name, run.root)
-    if folder == run.path("fp32").resolve() and not run.profile.reuses(run.weights):
-        raise LabError(f"WEIGHTS: {folder} is where this training writes: name a copy of it.")
+    if not run.profile.reuses(run.weights):
+        _refuse_own(run, folder)
     expected = identity(run.profile.fp32, run.data, run.split, run.seed)
     return read_earlier(folder, {name: expected[name] for name in same})
+
+
+def _refuse_own(run: Run, folder: Path) -> None:
+    if folder == run.path("fp32").resolve():
+        raise LabError(f"WEIGHTS: {folder} is where this training writes: name a copy of it.")
 
 
 def first_model(run: Run) -> nn.Module:
@@ -75,9 +82,17 @@ def first_model(run: Run) -> nn.Module:
 
 
 def _load_start(run: Run, model: nn.Module) -> dict | None:
-    """Load the weights that training starts from, and return their record; None where none are named."""
+    """Load the weights that training starts from, and return their record; None where none are named.
+
+    Of a lone file, whose training nobody knows, the record has the name and the weights' hash.
+    """
     if not run.weights:
         return None
+    path = weights_folder(run.weights, run.profile.name, run.root, or_file=True)
+    if path.is_file():
+        _refuse_own(run, path.parent)
+        load_weights(model, load_tensors(path), f"WEIGHTS={run.weights}")
+        return {"file": path.name, "weights_sha256": state_hash(model.state_dict())}
     start = earlier(run, ("data", "split"))
     load_weights(model, start.weights, "WEIGHTS")
     return start.record

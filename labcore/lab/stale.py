@@ -153,7 +153,7 @@ class State:
         self.weights, self.root = weights or None, root
         self.reuses_weights = self.profile.reuses(self.weights)
         if self.weights and self.weights != "committed":  # a notebook runs in `root`
-            folder = weights_folder(self.weights, profile, root)
+            folder = weights_folder(self.weights, profile, root, or_file=not self.reuses_weights)
             self.weights = str(folder.relative_to(root) if folder.is_relative_to(root) else folder)
         self.folder, self.figures, self.report = (
             root / name / profile for name in ("runs", "figures", "report")
@@ -180,8 +180,9 @@ class State:
             "versions of Python and packages": sha256_json(versions()),
         }
         if stage.name == "fp32" and self.weights:
-            folder = weights_folder(self.weights, self.profile.name, self.root)
-            parts["WEIGHTS"] = sha256_json([sha256_file(folder / name) for name in WEIGHTS_FILES])
+            path = weights_folder(self.weights, self.profile.name, self.root, not self.reuses_weights)
+            paths = [path] if path.is_file() else [path / name for name in WEIGHTS_FILES]
+            parts["WEIGHTS"] = sha256_json(list(map(sha256_file, paths)))
         if stage.name == "engines":
             parts["the version of OpenVINO"] = sha256_json(
                 [p.version for p in distributions(name="openvino")]

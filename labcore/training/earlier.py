@@ -15,7 +15,7 @@ from labcore import LabError
 from labcore.config import Recipe
 from labcore.data import ImageData, Split
 from labcore.files.artifacts import RECORD, WEIGHTS_FILES, read_json, sha256_file, write_json
-from labcore.files.tensors import load_tensors, state_hash
+from labcore.files.tensors import first_line, load_tensors, state_hash
 from labcore.training.checkpoint import differences
 
 WEIGHTS, HISTORY, _ = WEIGHTS_FILES
@@ -69,7 +69,12 @@ def read_earlier(folder: Path, expected: dict) -> Earlier:
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
         raise LabError(f"{folder / WEIGHTS} holds no state dict; use a folder that the fp32 stage wrote.")
     weights = {name: v.float() if v.is_floating_point() else v for name, v in weights.items()}
-    found = {WEIGHTS: state_hash(weights), HISTORY: sha256_file(folder / HISTORY)}
+    try:
+        found = {WEIGHTS: state_hash(weights), HISTORY: sha256_file(folder / HISTORY)}
+    except RuntimeError as error:  # quantized, sparse or without data
+        raise LabError(
+            f"{folder / WEIGHTS} holds no plain weights ({first_line(error)}); train again."
+        ) from error
     for name, digest in zip(found, (record["weights_sha256"], record["history_sha256"]), strict=True):
         if found[name] != digest:
             raise LabError(
@@ -110,7 +115,8 @@ def write_record(
         decided: its `identity`, and what else decided the weights.
         images: what the images are called.
         made: finished (the day) and provenance, as `labcore.train.fit` gives them.
-        start: the record of the training whose weights this one began with; None without one.
+        start: the record of the training whose weights this one began with, or name and hash of a lone file;
+            None without one.
     """
     hashes = {"weights_sha256": state_hash(weights), "history_sha256": sha256_file(folder / HISTORY)}
     facts = {"identity": decided, "images": images, "best_epoch": best_epoch, "started_from": start}

@@ -205,6 +205,36 @@ def test_what_is_downloaded_is_fetched_by_one_process_of_a_machine(pair):
     assert [(pair / f"seen-by-{rank}").read_text() for rank in (0, 1)] == ["1", "1"]
 
 
+WAITER = """
+import datetime, os, sys, time
+from pathlib import Path
+import torch.distributed as dist
+from labcore.training import distributed
+join, short = dist.init_process_group, datetime.timedelta(seconds=4)  # instead of ten minutes
+dist.init_process_group = lambda timeout, **options: join(timeout=short, **options)
+with distributed.process_group():
+    distributed.first_on_machine(lambda: time.sleep(7) if sys.argv[1] == "works" else os._exit(3))
+    Path(sys.argv[2] + os.environ["RANK"]).touch()
+"""
+
+
+@pytest.mark.parametrize("first", ["works", "dies"])
+def test_the_others_wait_for_the_first_as_long_as_it_works_and_end_with_it(first, tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        master = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    processes = []
+    for rank in "01":
+        environment = os.environ | master | {"RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": "2"}
+        command = [sys.executable, "-c", WAITER, first, str(tmp_path / "done")]
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": ROOT}
+        processes.append(subprocess.Popen(command, env=environment, **options))
+    said = [process.communicate(timeout=100)[0] for process in processes]
+    codes = [process.returncode for process in processes]
+    assert codes == ([0, 0] if first == "works" else [3, 1]), said
+    assert len(list(tmp_path.glob("done*"))) == (2 if first == "works" else 0)
+
+
 def test_more_processes_go_on_where_one_was_stopped(pair):
     assert (pair / "updates-0").read_text() == str(2 * 4), "the first epoch is not trained again"
     assert_close(pair / "killed", pair / "alone")

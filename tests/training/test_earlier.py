@@ -8,12 +8,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from small import fresh
+from small import equal, fresh
 
 from labcore import LabError
-from labcore.config import Recipe
+from labcore.config import PROFILES, Recipe, override
 from labcore.files.artifacts import WEIGHTS_FILES, weights_folder
 from labcore.files.tensors import halved, save_tensors, state_hash
+from labcore.lab.parallel import first_model
+from labcore.lab.stale import State
+from labcore.run import Run
 from labcore.training.earlier import COLUMNS, identity, read_earlier, write_record
 
 RECIPE = Recipe(epochs=2, batch_size=8, lr=0.1)
@@ -107,6 +110,10 @@ def nan(folder):
         (lambda f: save_tensors(f / "weights.pt", [1, 2]), "holds no state dict"),
         (lambda f: (f / "weights.pt").write_bytes(b"PK"), "is damaged or not a checkpoint|is refused"),
         (lambda f: (f / "weights.pt").unlink(), "weights.pt is missing"),
+        (
+            lambda f: save_tensors(f / "weights.pt", {"a": torch.ones(2, device="meta")}),
+            "weights.pt holds no plain weights",
+        ),
         (nan, "holds NaN or infinity in conv1.weight"),
         (lambda f: (f / "training.json").unlink(), "training.json is missing"),
         (lambda f: (f / "training.json").write_text("[]"), "training.json is no record of a training"),
@@ -141,3 +148,46 @@ def test_all_three_files_make_a_folder_of_weights(folder, tmp_path):
         weights_folder("committed", "cpu", tmp_path)
     with pytest.raises(LabError, match="~nobody/x must hold"):
         weights_folder("~nobody/x", "cpu", tmp_path)
+
+
+PROFILE = override(PROFILES["smoke"], {"fp32.init": "weights", "width": 4})
+
+
+def test_a_training_starts_from_a_lone_file_of_another_trainer(tmp_path, tiny_data, tiny_split, capsys):
+    """State, which make asks, and a run of a notebook, which trains."""
+    file = tmp_path / "lone.pt"
+    torch.save(
+        {"epoch": 3, "model": {f"module.{n}": v.half() for n, v in fresh().state_dict().items()}}, file
+    )
+    state = State("smoke", overrides="fp32.init=weights", weights=str(file), root=tmp_path)
+    assert state.weights == "lone.pt" and not state.reuses_weights
+    run = Run(PROFILE, None, 0, tmp_path, state.weights)
+    vars(run).update(data=tiny_data, split=tiny_split)
+    started = first_model(run).state_dict()
+    expected = {
+        name: v.half().float() if v.is_floating_point() else v for name, v in fresh().state_dict().items()
+    }
+    assert equal(started, expected)
+    said = "its entry model is taken; module. stripped from names; left out epoch; float16 converted"
+    assert capsys.readouterr().out == f"note: WEIGHTS=lone.pt: {said}.\n"
+    (tmp_path / "runs/smoke/fp32").mkdir(parents=True)
+    own = shutil.copy(file, tmp_path / "runs/smoke/fp32/lone.pt")
+    with pytest.raises(LabError, match="fp32 is where this training writes: name a copy of it"):
+        first_model(replace(run, weights=own))
+
+
+@pytest.mark.parametrize(
+    ("weights", "said"),
+    [
+        ("lone.pt", r'is one file, without the history.*: SET="fp32.init=weights" trains on from it'),
+        ("kept/history.csv", "is one file"),
+        ("none.pt", "must hold weights.pt, history.csv"),
+    ],
+)
+def test_a_lone_file_does_not_stand_for_a_training(folder, tmp_path, weights, said):
+    shutil.copy(folder / "weights.pt", tmp_path / "lone.pt")
+    assert weights_folder("kept/weights.pt", "smoke", tmp_path) == folder, (
+        "with its two other files beside it"
+    )
+    with pytest.raises(LabError, match=said):
+        State("smoke", weights=weights, root=tmp_path)
