@@ -193,12 +193,14 @@ class PowerOfTwoObserver(UniformQuantizationObserverBase):
         raw = self.raw_scale()
         return raw if self.rule == "none" else scale_approximate(raw, max_shift_amount, self.rule)
 
-    def _zero_point(self, scale: Tensor) -> Tensor:
+    def _zero_point(self, scale: Tensor, lowest: Tensor | None = None) -> Tensor:
+        """Return the zero points of scales (C,), as if the lowest value seen, () or (C,), were this one."""
+        lowest = self.lowest if lowest is None else lowest
         if not self.symmetric:
             zero_point = self.quant_min - torch.round(self.min_val.clamp(max=0) / scale)
             return zero_point.clamp(self.quant_min, self.quant_max).long()
         middle = (self.quant_min + self.quant_max + 1) // 2 if self.dtype == torch.quint8 else 0
-        return torch.where(self.unsigned & (self.lowest == 0), self.quant_min, middle).expand_as(scale)
+        return torch.where(self.unsigned & (lowest == 0), self.quant_min, middle).expand_as(scale)
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
         """Return (scale, zero_point): float32 and int64, each (1,) per tensor or (C,) per channel."""

@@ -16,6 +16,7 @@ from torch.ao.quantization.observer import FixedQParamsObserver
 from labcore import LabError, nearest
 from labcore.files.progress import progress
 from labcore.model import QuantizableResNet
+from labcore.quantizers.bias import fit_biases
 from labcore.quantizers.learned import LearnedFakeQuantize
 
 
@@ -109,8 +110,14 @@ def prepare_qat(
     overrides: dict[str, QConfig] | None = None,
     keep_batchnorm: bool = True,
 ) -> nn.Module:
-    """Return a fused copy in train mode with fake quantization; BatchNorm is kept in it or folded before."""
+    """Return a fused copy in train mode with fake quantization; BatchNorm is kept in it or folded before.
+
+    torch divides by the weights of BatchNorm; those that are 0 become 2^-20, which shows in no output.
+    """
     copied = fuse(model, is_qat=True) if keep_batchnorm else fuse(model).train()
+    for module in copied.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.weight.data[module.weight == 0] = 2.0**-20
     return _insert(tq.prepare_qat, copied, qconfig, overrides)
 
 
@@ -203,11 +210,14 @@ def simulate(calibrated: nn.Module, only: set[str] | None = None) -> nn.Module:
 
 
 def convert(prepared: nn.Module) -> nn.Module:
-    """Return an int8 copy on the CPU, in eval mode; weights are rounded, activations get fixed scales."""
+    """Return an int8 copy on the CPU, in eval mode; weights are rounded, activations get fixed scales.
+
+    Where a bias asks for it, weight scales are doubled (see fit_biases, and what it raises).
+    """
     model = copy.deepcopy(prepared).cpu().eval()
     if isinstance(getattr(model, "avgpool", None), RoundedAverage):
         model.avgpool = model.avgpool.pool
-    return quietly(tq.convert, model, inplace=True)
+    return fit_biases(quietly(tq.convert, model, inplace=True))
 
 
 def _fixed(scale: Tensor, zero_point: Tensor) -> FixedQParamsObserver:

@@ -1,5 +1,6 @@
 """One run of the lab as a notebook sees it: profile, seed, images, split, and the files of every stage."""
 
+import io
 import os
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -16,9 +17,9 @@ from labcore.data import ImageData, Split, evenly_spaced, load_data, make_split
 from labcore.files.artifacts import (
     RESTORED,
     ROOT,
-    atomic_path,
     read_json,
     sha256_json,
+    write_bytes,
     write_json,
     write_npz,
 )
@@ -92,9 +93,10 @@ class Run:
         foot = plain(f"{self.data.label} · profile {self.profile.name}")
         figure.text(0.995, 0.005, foot, ha="right", va="bottom", fontsize=7, color="0.4")
         path = self.root / "figures" / self.profile.name / f"{name}.png"
-        with atomic_path(path) as partial:
-            figure.savefig(partial, format="png", dpi=150, metadata={"Software": None})
-        return Image(data=path.read_bytes(), width=round(100 * figure.get_figwidth()))
+        picture = io.BytesIO()  # given a path, Pillow would hide a full disk's error
+        figure.savefig(picture, format="png", dpi=150, metadata={"Software": None})
+        write_bytes(path, picture.getvalue())
+        return Image(data=picture.getvalue(), width=round(100 * figure.get_figwidth()))
 
     def save_metrics(self, stage: str, metrics: dict) -> dict:
         """Write what the stage measured, and beside it what the numbers depend on; return the former."""

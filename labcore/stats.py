@@ -147,6 +147,22 @@ def mean_over_images(values: np.ndarray) -> dict[str, float]:
     return {"mean": mean, "low": float(low), "high": float(high)}
 
 
+def mean_minus_all(part: np.ndarray, everywhere: np.ndarray, rows: np.ndarray) -> dict[str, float]:
+    """Return the mean of one value per image of a sample, less the mean of another over all images.
+
+    `part` (n,) belongs to the images `rows` of all, of which `everywhere` (N,) has a value each: mean, low,
+    high, a t interval over images. Its variance is var(part) / n + var(all) / N - 2 cov / N, since the sample
+    is among all; where the sample is all, this is the paired difference.
+    """
+    n, count = len(part), len(everywhere)
+    mean_over_images(part)  # checks how many there are
+    covariance = np.cov(part, everywhere[rows])[0, 1]
+    variance = part.var(ddof=1) / n + (everywhere.var(ddof=1) - 2 * covariance) / count
+    mean = float(part.mean() - everywhere.mean())
+    half = float(stats.t.ppf(0.975, n - 1) * math.sqrt(max(variance, 0.0)))
+    return {"mean": mean, "low": mean - half, "high": mean + half}
+
+
 def mean_over_trainings(values: np.ndarray) -> dict[str, float]:
     """Return the mean of values, (trainings, images), and its 95 % interval for other trainings and images.
 
@@ -157,6 +173,31 @@ def mean_over_trainings(values: np.ndarray) -> dict[str, float]:
 
     Raises LabError for fewer than two trainings or two images.
     """
+    by_training, by_image, (t, i, r) = _mean_squares(values)
+    free = np.array([len(by_training) - 1, len(by_image) - 1, (len(by_training) - 1) * (len(by_image) - 1)])
+    parts = np.array([t, max(i, r), -r] if t > r else [0.0, max(i, r), 0.0]) / values.size
+    return _over_trainings(by_training, parts, free)
+
+
+def gap_over_trainings(one: np.ndarray, other: np.ndarray) -> dict:
+    """Return the mean of one less that of other, with its 95 % interval for other trainings and images.
+
+    Both are of the same trainings, (trainings, images), on images of their own. The variance is that of the
+    trainings' own differences, which hold the noise of images drawn anew by each, and what is common to all
+    of them: (I - R) / size of either set. Entries and errors are those of `mean_over_trainings`.
+    """
+    parts, free, by_training = [], [], 0.0
+    for values, sign in ((one, 1), (other, -1)):
+        means, by_image, (_, i, r) = _mean_squares(values)
+        by_training = by_training + sign * means
+        parts.append(max(i - r, 0.0) / values.size)
+        free.append(len(by_image) - 1)
+    parts = [by_training.var(ddof=1) / len(by_training), *parts]
+    return _over_trainings(by_training, np.array(parts), np.array([len(by_training) - 1, *free]))
+
+
+def _mean_squares(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, tuple[float, float, float]]:
+    """Return the means by training and by image of (trainings, images), and the mean squares T, I and R."""
     n_trainings, n_images = values.shape
     if n_trainings < 2 or n_images < 2:
         raise LabError(
@@ -165,22 +206,24 @@ def mean_over_trainings(values: np.ndarray) -> dict[str, float]:
     values = values.astype(np.float64)
     mean, by_training, by_image = values.mean(), values.mean(axis=1), values.mean(axis=0)
     rest = values - by_training[:, None] - by_image + mean
-    free = np.array([n_trainings - 1, n_images - 1, (n_trainings - 1) * (n_images - 1)])
-    t = n_images * np.square(by_training - mean).sum() / free[0]
-    i = n_trainings * np.square(by_image - mean).sum() / free[1]
-    r = np.square(rest).sum() / free[2]
-    parts = np.array([t, max(i, r), -r] if t > r else [0.0, max(i, r), 0.0])
-    variance = parts.sum()
+    t = n_images * np.square(by_training - mean).sum() / (n_trainings - 1)
+    i = n_trainings * np.square(by_image - mean).sum() / (n_images - 1)
+    return by_training, by_image, (t, i, np.square(rest).sum() / ((n_trainings - 1) * (n_images - 1)))
+
+
+def _over_trainings(by_training: np.ndarray, parts: np.ndarray, free: np.ndarray) -> dict:
+    """Return a mean with its interval, from the parts of its variance and their degrees of freedom."""
+    mean, variance = float(by_training.mean()), float(parts.sum())
     df = float(variance**2 / (parts**2 / free).sum() if variance > 0 else free[0])
-    half = stats.t.ppf(0.975, df) * math.sqrt(variance / values.size)
-    return {
-        "mean": float(mean),
-        "low": float(mean - half),
-        "high": float(mean + half),
-        "df": df,
-        "std": float(by_training.std(ddof=1)),
-        "each": by_training.tolist(),
-    }
+    half = float(stats.t.ppf(0.975, df) * math.sqrt(variance))
+    ends = {"mean": mean, "low": mean - half, "high": mean + half, "df": df}
+    return ends | {"std": float(by_training.std(ddof=1)), "each": by_training.tolist()}
+
+
+def by_image(logits: np.ndarray, labels: np.ndarray) -> dict[str, list]:
+    """Return each image's cross-entropy in nats (losses), and whether its answer is right (right)."""
+    surprise = -log_softmax(logits.astype(np.float64), 1)[np.arange(len(labels)), labels]
+    return {"losses": surprise.tolist(), "right": (logits.argmax(1) == labels).tolist()}
 
 
 def paired_loss(before: np.ndarray, after: np.ndarray, labels: np.ndarray) -> dict[str, float]:
@@ -188,9 +231,8 @@ def paired_loss(before: np.ndarray, after: np.ndarray, labels: np.ndarray) -> di
 
     With its t interval over images. As it counts how sure they are, fewer images tell two networks apart.
     """
-    rows = np.arange(len(labels))
-    surer = log_softmax(before.astype(np.float64), 1) - log_softmax(after.astype(np.float64), 1)
-    return _named("loss_rise", mean_over_images(surer[rows, labels]))
+    losses = [np.array(by_image(logits, labels)["losses"]) for logits in (before, after)]
+    return _named("loss_rise", mean_over_images(losses[1] - losses[0]))
 
 
 def paired_error(target: np.ndarray, before: np.ndarray, after: np.ndarray) -> dict[str, float]:

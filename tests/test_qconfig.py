@@ -23,6 +23,7 @@ from labcore.qconfig import (
 from labcore.quantize import observer_of
 from labcore.quantizers.learned import LearnedFakeQuantize
 from labcore.quantizers.least_error import LeastErrorObserver
+from labcore.training import device
 
 has_x86 = "x86" in torch.backends.quantized.supported_engines
 needs_x86 = pytest.mark.skipif(not has_x86, reason="needs the x86 engine")
@@ -132,6 +133,23 @@ def test_the_moving_average_is_min_max_with_the_constant_of_torchs_default():
 
 def test_the_float_baseline_differs_from_the_reference_in_rounding_only():
     assert Scheme(max_shift_amount=8) == REFERENCE and Scheme(rule="none") == FLOAT
+
+
+@pytest.mark.parametrize("rule", WORDS["rule"])
+@pytest.mark.parametrize("mode", ["qat", "learned", "lsq", "torch"])
+def test_it_trains_in_bfloat16_where_that_moves_no_value_off_its_grid(mode, rule, monkeypatch):
+    monkeypatch.setattr(device, "multiplies_bfloat16", lambda: True)
+    scheme = Scheme(rule=rule)
+    qconfig = CustomQConfig.DEFAULT.qat if mode == "torch" else make_qconfig(scheme, scheme, mode)
+    fakes = torch.nn.Sequential(qconfig.activation(), qconfig.weight())
+    values = torch.linspace(-1.1, 1.3, 3000).reshape(3, -1)
+    if mode == "lsq":
+        fakes.apply(lambda fake: getattr(fake, "enable_static_observation", int)())
+    rounded = [fake(fake(values)) for fake in fakes]
+    is_exact = all(torch.equal(value, value.bfloat16().float()) for value in rounded)
+    assert (device.autocast_dtype(fakes) is torch.bfloat16) == is_exact
+    assert is_exact == (mode == "learned" or (mode == "qat" and rule != "none"))
+    assert device.autocast_dtype(torch.nn.Linear(2, 2)) is torch.bfloat16, "FP32 training is as it was"
 
 
 @pytest.mark.parametrize("mode", MODES)

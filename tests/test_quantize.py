@@ -290,6 +290,42 @@ def test_a_simulated_linear_layer_computes_what_integers_give_by_hand(bits):
     np.testing.assert_array_equal(simulated(images).detach().numpy(), (result - z_out) * s_out)
 
 
+class Branching(nn.Sequential):
+    """A network whose graph torch.fx cannot follow."""
+
+    def forward(self, x):
+        return super().forward(x if x.isnan().any() else x)
+
+
+@pytest.mark.parametrize(("zero", "bias"), [(1, 3e4), (1, -3e4), (1, 100.0), (3, 3e4)])
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize("kind", [nn.Sequential, Branching])
+def test_a_weight_scale_doubles_only_as_often_as_its_bias_asks_for(kind, per_channel, zero, bias):
+    torch.manual_seed(0)
+    model = kind(tq.QuantStub(), nn.Linear(6, 3)).eval()
+    model[1].weight.data[:zero], model[1].bias.data[0] = 0, bias
+    model.qconfig = make_qconfig(Scheme(per_channel=per_channel), Scheme(), "simulated")
+    prepared = tq.prepare(model)
+    prepared(torch.randn(50, 6))
+    simulated = simulate(prepared)
+    before, step = (
+        simulated[1].weight_scale.expand(3).double(),
+        2.0**30 * prepared[0].activation_post_process.scale,
+    )
+    needed = torch.tensor([abs(bias), 0, 0]).double() / step
+    needed = needed if per_channel else needed.max().expand(3)
+    if kind is Branching and (needed > before).any():
+        with pytest.raises(LabError, match="a bias of 1 may not fit into 32 bits"):
+            convert(prepared)
+        return
+    expected = torch.maximum(before, 2 ** needed.log2().ceil())
+    int8 = convert(prepared)[1].weight()
+    scale = int8.q_per_channel_scales() if per_channel else torch.tensor(int8.q_scale()).double().expand(3)
+    assert torch.equal(scale, expected) and (scale > before).any() == ((needed > before).any())
+    if zero < 3:
+        assert int8.int_repr()[1:].any()
+
+
 @pytest.mark.parametrize("mode", ["qat", "learned", "lsq"])
 def test_every_training_mode_calibrates_and_then_trains(mode, tiny_data, batches):
     prepared = calibrate(prepare_qat(network(), make_qconfig(REFERENCE, REFERENCE, mode)), batches)

@@ -196,6 +196,18 @@ def test_other_trainings_and_images_fall_into_the_interval_as_often_as_it_says()
     assert found["std"] == pytest.approx(np.std(values.mean(axis=1), ddof=1))
 
 
+def test_a_gap_between_two_sets_of_images_is_held_as_often_as_it_says():
+    rng, held = np.random.default_rng(0), []
+    for _ in range(700):
+        of_trainings = rng.normal(0, 0.5, (5, 1))  # better on one set is better on the other
+        sets = [of_trainings + rng.normal(0, 4, n) + rng.normal(0, 6, (5, n)) for n in (150, 100)]
+        found = stats.gap_over_trainings(sets[0] + 3 + rng.normal(0, 0.4, (5, 1)), sets[1])
+        held.append(found["low"] <= 3 <= found["high"])
+    assert 0.925 < np.mean(held) < 0.985
+    twice = np.tile(sets[0], 2)
+    assert stats.gap_over_trainings(twice, twice)["each"] == pytest.approx([0] * 5)
+
+
 def test_trainings_that_agree_on_every_image_have_the_interval_of_the_images():
     lost = np.random.default_rng(1).choice([-100.0, 0.0, 100.0], 400, p=[0.02, 0.95, 0.03])
     found = stats.mean_over_trainings(np.stack([lost] * 3))

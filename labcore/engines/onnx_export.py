@@ -20,6 +20,7 @@ from torch.ao.nn import intrinsic, quantized
 from labcore import LabError
 from labcore.files.artifacts import atomic_path
 from labcore.model import GlobalMaxPool2d
+from labcore.quantizers.bias import Tracer, weight_scales
 
 OPSET, IR_VERSION = 17, 8  # both are read by every engine since 2022
 INPUT, OUTPUT = "images", "logits"
@@ -32,11 +33,6 @@ class _Value(NamedTuple):
     name: str
     scale: float | None = None
     zero_point: int | None = None
-
-
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return isinstance(module, GlobalMaxPool2d) or super().is_leaf_module(module, name)
 
 
 class _Graph:
@@ -73,14 +69,15 @@ class _Graph:
 
     def layer(self, kind: str, source: _Value, name: str, module: nn.Module, **attributes) -> _Value:
         """Add a convolution or linear layer, its ReLU, and the output's grid."""
-        weight, bias = module.weight(), module.bias()
-        per_channel = weight.qscheme() == torch.per_channel_affine
-        scale = weight.q_per_channel_scales() if per_channel else torch.tensor(weight.q_scale())
-        scale = scale.double().numpy()
-        inputs = [source.name, self.integers(f"{name}.weight", weight.int_repr().numpy(), scale)]
+        weights, bias, scale = module.weight(), module.bias(), weight_scales(module.weight()).numpy()
+        weights = weights.int_repr().numpy()
+        inputs = [source.name, self.integers(f"{name}.weight", weights, scale)]
         if bias is not None and self.integer_bias:
             step = np.asarray(source.scale * scale)  # of the accumulator
-            codes = np.rint(bias.detach().double().numpy() / step).clip(-(2**31), 2**31 - 1)
+            codes = np.rint(bias.detach().double().numpy() / step)
+            products = 255 * np.abs(weights.reshape(len(weights), -1).astype(np.int64)).sum(axis=1)
+            if not (np.abs(codes) + products < 2**31).all():  # nor NaN
+                raise LabError(f"{name}: its biases and sums leave 32 bits; convert the network again.")
             inputs.append(self.integers(f"{name}.bias", codes.astype(np.int32), step))
         elif bias is not None:
             inputs.append(self.constant(f"{name}.bias", bias.detach().numpy()))
@@ -138,10 +135,11 @@ def build_onnx(
     """Return the ONNX model of an eager int8 network: normalised images (B, 3, H, W) -> logits (B, classes).
 
     `image_shape` is (3, H, W), the batch is free; `facts` are kept as metadata. Biases are int32 multiples of
-    input scale x weight scale, or, without `integer_bias`, float32. Raises LabError for unknown operations.
+    input scale x weight scale, or, without `integer_bias`, float32. Raises LabError for unknown operations,
+    and, naming the layer, where a bias and the products added to it could leave 32 bits.
     """
     graph, values = _Graph(integer_bias), {}
-    for node in _Tracer().trace(network.eval()).nodes:
+    for node in Tracer().trace(network.eval()).nodes:
         sources = [values[part] for part in node.args if isinstance(part, fx.Node)]
         if node.op == "placeholder":
             values[node] = _Value(INPUT)

@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RECORD = "training.json"  # what decided FP32 weights, where and when they were trained (training/earlier.py)
 WEIGHTS_FILES = ("weights.pt", "history.csv", RECORD)
 RESTORED = "restored.json"  # beside results copied from a report: of which run they are (lab/kept.py)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, a quota, the largest file of a system or a shell
 
 # What readers of damaged or foreign files raise; MemoryError comes of a forged size.
 UNREADABLE = (OSError, KeyError, ValueError, TypeError, EOFError, MemoryError, OverflowError, RuntimeError)
@@ -39,37 +40,59 @@ def sha256_json(value) -> str:
 
 
 @contextlib.contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def room_for(path: Path, partial: Path, size: int = 0) -> Iterator[None]:
+    """Raise LabError where a disk, a quota or a limit leaves no room for `path`, which `partial` becomes.
+
+    `size` is how many bytes it needs, where that is known.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        written = partial.stat().st_size if partial.exists() else 0
+        free = shutil.disk_usage(partial.parent).free + written
+        needs = f"{max(size, written) / 1e6:,.3f} MB" + (" or more" if written >= size else "")
+        raise LabError(
+            f"no space left to write {path}: it needs {needs}, {free / 1e6:,.3f} MB are free "
+            f"({error.strerror}); free some and run again; the old is kept."
+        ) from error
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path, size: int = 0) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it to `path` on success, remove it otherwise.
 
-    A reader sees the old file or the whole new one, never a part. Raises LabError where the disk is full.
+    A reader sees the old file or the whole new one, never a part. Raises LabError as `room_for` does.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        yield partial
-        with open(partial, "rb") as stream:
-            os.fsync(stream.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise LabError(f"no space left to write {path}: free some and run again; the old is kept.") from error
+        with room_for(path, partial, size):
+            yield partial
+            with open(partial, "rb") as stream:
+                os.fsync(stream.fileno())
+            os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 
 
 def copy_file(source: Path, target: Path) -> None:
     """Copy a file atomically."""
-    with atomic_path(target) as partial:
+    with atomic_path(target, source.stat().st_size) as partial:
         shutil.copyfile(source, partial)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file atomically."""
+    with atomic_path(path, len(content)) as partial:
+        partial.write_bytes(content)
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically, with Unix line ends on every system."""
-    with atomic_path(path) as partial:
-        partial.write_text(text, encoding="utf-8", newline="\n")
+    write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value) -> None:
@@ -89,7 +112,8 @@ def read_json(path: Path):
 
 def write_npz(path: Path, **arrays: np.ndarray) -> None:
     """Write arrays by name, atomically; the same arrays give the same bytes."""
-    with atomic_path(path) as partial, open(partial, "wb") as stream:
+    size = sum(np.asarray(array).nbytes for array in arrays.values())
+    with atomic_path(path, size) as partial, open(partial, "wb") as stream:
         np.savez(stream, **arrays)
 
 

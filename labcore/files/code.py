@@ -31,18 +31,24 @@ def parse(code: str, name: str) -> ast.Module:
 
 
 @lru_cache(maxsize=256)  # studies ask for the same modules with every training
-def _hash_of_code(text: str, name: str) -> str:
+def _hash_of_code(text: str, name: str, functions_only: bool) -> str:
     tree = parse(text, name)
     for node in ast.walk(tree):
         may_have_docstring = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
         if may_have_docstring and ast.get_docstring(node, clean=False) is not None:
             node.body.pop(0)
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
+    parts = (
+        [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)] if functions_only else [tree]
+    )
+    return hashlib.sha256("".join(map(ast.dump, parts)).encode()).hexdigest()
 
 
-def code_hash(path: Path) -> str:
-    """Return the SHA-256 of what a Python file does: comments, blank lines and docstrings do not count."""
-    return _hash_of_code(path.read_text(encoding="utf-8"), path.name)
+def code_hash(path: Path, functions_only: bool = False) -> str:
+    """Return the SHA-256 of what a Python file does: comments, blank lines and docstrings do not count.
+
+    `functions_only`: of its functions and methods, and of none of the values beside them.
+    """
+    return _hash_of_code(path.read_text(encoding="utf-8"), path.name, functions_only)
 
 
 def module_file(dotted: str, root: Path = ROOT) -> Path | None:

@@ -1,9 +1,26 @@
 """Progress bars: to the terminal when make runs a notebook, to the cell's output when a person does."""
 
+import contextlib
 import os
 import sys
 
 from tqdm import tqdm
+
+
+class _Log:
+    """A file that bars are written to; a full disk stops no training because of them."""
+
+    encoding = "utf-8"  # which tqdm asks for
+
+    def __init__(self, path: str):
+        self.path = path
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError), open(self.path, "a", encoding=self.encoding) as stream:
+            stream.write(text)
+
+    def flush(self) -> None:
+        """Do nothing: what was written is in the file."""
 
 
 def progress(total: int | None, description: str, unit: str = "it", disable: bool = False) -> tqdm:
@@ -13,7 +30,7 @@ def progress(total: int | None, description: str, unit: str = "it", disable: boo
     executed notebook stays small and the same from run to run.
     """
     path = os.environ.get("LAB_PROGRESS")
-    stream = open(path, "a", encoding="utf-8") if path else sys.stderr  # noqa: SIM115 (closed with the process)
+    stream = _Log(path) if path else sys.stderr
     interval = 0.5 if path is None or os.environ.get("LAB_TERMINAL") else 30
     options = {"file": stream, "mininterval": interval, "ncols": 100}
     return tqdm(total=total, desc=description, unit=unit, disable=disable, **options)

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from labcore.files.artifacts import ROOT
 
-PACKAGES = ("torch", "torchvision", "numpy", "pandas", "papermill", "matplotlib", "scikit-learn")
-PACKAGES += ("statsmodels", "onnx", "onnxruntime")
+# All that numbers and pictures come from; OpenVINO, which may be missing, counts where engines are compared.
+PACKAGES = ("torch", "torchvision", "torchao", "numpy", "pandas", "scipy", "scikit-learn", "statsmodels")
+PACKAGES += ("pillow", "kornia", "matplotlib", "seaborn", "papermill", "onnx", "onnxruntime", "onnxscript")
 
 
 def _output(*command: str) -> str:

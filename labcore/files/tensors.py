@@ -24,7 +24,7 @@ def save_tensors(path: Path, value, keep_old_as: str | None = None) -> None:
     buffer = io.BytesIO()
     torch.save(value, buffer)
     path = Path(path)
-    with atomic_path(path) as partial:
+    with atomic_path(path, buffer.getbuffer().nbytes) as partial:
         partial.write_bytes(buffer.getbuffer())
         if keep_old_as:
             with open(partial, "rb") as stream:

@@ -1,6 +1,7 @@
 """The command line behind make: report, studies, data, status, clean, keep, restore; train, for torchrun."""
 
 import argparse
+import signal
 import sys
 
 from labcore import LabError, nearest
@@ -74,4 +75,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    for number in (
+        signal.SIGTERM,
+        signal.SIGHUP,
+    ):  # end like Ctrl-C: kernels and unfinished files are removed
+        # nohup ignores the second; what torchrun starts may wait for others, and must end at once.
+        if signal.getsignal(number) is signal.SIG_DFL and sys.argv[1:2] != ["train"]:
+            signal.signal(number, signal.default_int_handler)
     sys.exit(main())

@@ -4,14 +4,20 @@ From there `make report WEIGHTS=committed` takes FP32 weights, and `make lab` al
 make lab copied has no stamps, so it is stale to make, which runs every stage itself.
 """
 
+import contextlib
+import json
+import re
 import shutil
+import zipfile
 from pathlib import Path
 
 from labcore import LabError
 from labcore.files.artifacts import (
     RECORD,
     RESTORED,
+    UNREADABLE,
     WEIGHTS_FILES,
+    atomic_path,
     copy_file,
     read_json,
     sha256_file,
@@ -20,6 +26,7 @@ from labcore.files.artifacts import (
 from labcore.lab.stale import STAGES, State
 
 LARGEST_INT8 = 10_000_000  # bytes: larger files of int8 networks are not kept, since minutes make them again
+CELLS = "cells.zip"
 NETWORKS = [stage for stage in STAGES if stage.name in ("fp32", "ptq", "qat")]
 
 
@@ -31,7 +38,8 @@ def folder_of(state: State) -> Path:
 def keep(state: State) -> list[Path]:
     """Copy the trained networks of a run to where they are kept: FP32's three files, small int8 files.
 
-    FP32 weights that are float16 numbers, all of a tensor, are written as such. Returns what was written;
+    With them go the cells of its studies, each of which says what it is the result of. FP32 weights that are
+    float16 numbers, all of a tensor, are written as such. Returns what was written;
     raises LabError where a stage is stale, and as `read_earlier` does, with what was kept before untouched.
     """
     from labcore.files.tensors import halved, save_tensors
@@ -51,7 +59,27 @@ def keep(state: State) -> list[Path]:
             target.unlink(missing_ok=True)  # of another run
         else:
             copy_file(source, target)
-    return [folder / "weights.pt", *(target for target in sources if target not in large)]
+    return [folder / "weights.pt", *(target for target in sources if target not in large), _pack_cells(state)]
+
+
+def _pack_cells(state: State) -> Path:
+    """Write the results of all experiments of studies into one file; the same give the same bytes."""
+    path = folder_of(state) / CELLS
+    with atomic_path(path) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as packed:
+        for cell in sorted(state.folder.glob("*/cells/*.json")):
+            info = zipfile.ZipInfo(cell.relative_to(state.folder).as_posix())
+            info.compress_type = zipfile.ZIP_DEFLATED
+            packed.writestr(info, cell.read_bytes())
+    return path
+
+
+def _unpack_cells(state: State, part: Path, stages: list[str]) -> None:
+    """Write the kept results of experiments where studies look for them; those of a damaged file are lost."""
+    with contextlib.suppress(*UNREADABLE), zipfile.ZipFile(folder_of(state) / CELLS) as packed:
+        for name in packed.namelist():
+            stage, _, file = name.partition("/cells/")
+            if stage in stages and re.fullmatch(r"[0-9a-f]+\.json", file):
+                write_json(part / name, json.loads(packed.read(name)))
 
 
 def restore(state: State) -> str:
@@ -84,17 +112,20 @@ def restore(state: State) -> str:
         stages = ["fp32"]
     part = state.folder.with_name(f".{state.profile.name}.part")
     shutil.rmtree(part, ignore_errors=True)
-    for stage in stages:
-        shutil.copytree(results / stage, part / stage)
-        kept = folder / f"{stage}.pt"
-        if kept.exists() and sha256_file(kept) == metrics[stage]["int8_sha256"]:
-            copy_file(kept, part / stage / "int8.pt")
-    for name in WEIGHTS_FILES:
-        copy_file(folder / name, part / "fp32" / name)
-    state.folder.mkdir(parents=True, exist_ok=True)
-    for stage in stages:
-        (part / stage).rename(state.folder / stage)
-    part.rmdir()
+    try:
+        for stage in stages:
+            shutil.copytree(results / stage, part / stage)
+            kept = folder / f"{stage}.pt"
+            if kept.exists() and sha256_file(kept) == metrics[stage]["int8_sha256"]:
+                copy_file(kept, part / stage / "int8.pt")
+        for name in WEIGHTS_FILES:
+            copy_file(folder / name, part / "fp32" / name)
+        _unpack_cells(state, part, stages)
+        state.folder.mkdir(parents=True, exist_ok=True)
+        for stage in stages:
+            (part / stage).rename(state.folder / stage)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
     run = Run(state.profile, state.source, state.seed, state.root)
     without = [name for name in ("ptq", "qat") if not run.path(name, "int8.pt").exists()]
     for stage in (stage for stage in stages if stage not in without):

@@ -4,6 +4,7 @@ Only what is stale runs. New prose in a notebook is copied into the executed one
 """
 
 import contextlib
+import errno
 import fcntl
 import shutil
 import time
@@ -69,15 +70,21 @@ def clean(state: State) -> list[Path]:
 
 @contextlib.contextmanager
 def _lock(state: State):
-    """Two runs must not write into the same folder; the lock goes with the process."""
+    """Two runs must not write into the same folder; the lock goes with the process.
+
+    Some file systems have no locks: there a note takes their place.
+    """
     state.folder.mkdir(parents=True, exist_ok=True)
     with open(state.folder / ".lock", "w", encoding="utf-8") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise LabError(
-                f"another run of profile {state.profile.name} is at work: wait for it or stop it."
-            ) from None
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):  # the system's words for busy
+                raise LabError(
+                    f"another run of profile {state.profile.name} is at work: wait for it or stop it."
+                ) from None
+            told = f"note: the file system of {state.folder} has no locks ({error.strerror})"
+            print(f"{told}; start no second run of profile {state.profile.name} beside this one.")
         yield
 
 

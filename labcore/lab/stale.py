@@ -2,12 +2,13 @@
 
 A stage is fresh when all that it was made from has the hash it had then, and what it wrote is still there. It
 is made from the code cells of its notebook, the modules of labcore they import, the profile, the images, the
-seed, the versions of packages, and the results of the stages before it. Docstrings and comments do not
-count, nor does the notebooks' prose.
+seed, the versions of packages, what the processor multiplies, and the results of the stages before it.
+Docstrings and comments do not count, nor does the notebooks' prose, nor how long something took.
 """
 
 import ast
 import contextlib
+import csv
 from dataclasses import asdict, dataclass
 from functools import cache, cached_property
 from importlib.metadata import distributions
@@ -48,7 +49,7 @@ STAGES = (
     Stage("explore", ("fp32",)),
     Stage("claims", ("fp32", "ptq", "qat", "compare", *(name for name in STUDIES if name != "explore"))),
 )
-# The first notebook and the report show the reference's hyperparameters beside the profile's.
+# An input of stages that take PROFILES, such as to train by its recipe, and of the report.
 _REFERENCE = {"the reference's profile": sha256_json(asdict(PROFILES["reference"]))}
 
 
@@ -100,17 +101,42 @@ def _import_statements(code: str, name: str) -> frozenset[tuple[str, tuple[str, 
     return frozenset((module, names) for module, names in statements if module.split(".")[0] == "labcore")
 
 
-def _code_hashes(*cells: str, name: str, root: Path) -> dict[str, str]:
-    """Return file -> hash of what the modules do that cells import.
+def _code_parts(*cells: str, name: str, root: Path) -> dict[str, str]:
+    """Return file -> hash of what the modules do that cells import, and what these modules ask for.
 
-    config.py is left out: what counts is the profile it gives, so another profile's change is none.
+    Of config.py only functions count, and the stage's profile, and the reference's where code takes PROFILES:
+    another profile's change is none. What the processor multiplies counts where code quantizes or trains.
     """
     modules = imported_modules(*cells, name=name, root=root)
-    return {
-        path.relative_to(root).as_posix(): code_hash(path)
+    parts = {
+        path.relative_to(root).as_posix(): code_hash(path, module == "labcore.config")
         for module, path in sorted(modules.items())
-        if module != "labcore.config"
     }
+    codes = [(cell, name) for cell in cells]
+    codes += [
+        (path.read_text(encoding="utf-8"), path.relative_to(root).as_posix()) for path in modules.values()
+    ]
+    taken = [names for code, title in codes for _, names in _import_statements(code, title)]
+    if any("PROFILES" in names for names in taken):
+        parts |= _REFERENCE
+    if "labcore.qconfig" in modules:
+        from labcore.qconfig import has_vnni  # imports torch, as reading the images does
+
+        parts["VNNI in the processor"] = str(has_vnni())  # 8 bits of activations with it, 7 without
+    if "labcore.train" in modules:
+        from labcore.training.device import multiplies_bfloat16
+
+        parts["bfloat16 in the processor"] = str(multiplies_bfloat16())
+    return parts
+
+
+def _without_seconds(value):
+    """Return JSON values without what a clock measured: entries whose names end in "seconds"."""
+    if isinstance(value, list):
+        return [_without_seconds(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    return {name: _without_seconds(item) for name, item in value.items() if not name.endswith("seconds")}
 
 
 class State:
@@ -146,21 +172,20 @@ class State:
         name = f"{stage.notebook}.ipynb"
         code, _ = notebook_sources(self.notebook(stage))
         parts = {f"code cells of notebooks/{name}": sha256_json(code)}
-        parts |= _code_hashes(*code, name=name, root=self.root)
+        parts |= _code_parts(*code, name=name, root=self.root)
         parts |= {
             "the profile": sha256_json(asdict(self.profile)),
             "the images": sha256_json(list(self.images)),
             "SEED": str(self.seed),
             "versions of Python and packages": sha256_json(versions()),
         }
-        if stage.name == "fp32":
-            parts |= _REFERENCE
-            if self.weights:
-                folder = weights_folder(self.weights, self.profile.name, self.root)
-                parts["WEIGHTS"] = sha256_json([sha256_file(folder / name) for name in WEIGHTS_FILES])
+        if stage.name == "fp32" and self.weights:
+            folder = weights_folder(self.weights, self.profile.name, self.root)
+            parts["WEIGHTS"] = sha256_json([sha256_file(folder / name) for name in WEIGHTS_FILES])
         if stage.name == "engines":
-            packages = [p for name in ("openvino", "torchao") for p in distributions(name=name)]
-            parts["versions of the engines"] = sha256_json({p.name: p.version for p in packages})
+            parts["the version of OpenVINO"] = sha256_json(
+                [p.version for p in distributions(name="openvino")]
+            )
         if stage.name == "claims":
             parts |= self.templates("template_ledger.md") | self.templates("template_reference.json")
         for needed in stage.needs:
@@ -173,20 +198,29 @@ class State:
         return {f"report/{path.name}": sha256_file(path) for path in paths}
 
     def results_of(self, name: str) -> dict[str, str]:
-        """Return the hash of what a stage found; where and when it was made is no part of it."""
+        """Return the hash of what a stage found; where, when and how fast it was made is no part of it."""
         outputs = self.stamp(name).get("outputs", {}).items()
         where_and_when = ("provenance.json", "training.json")
         results = {p: d for p, d in outputs if p.startswith("runs/") and not p.endswith(where_and_when)}
+        for path in map(Path, results):
+            with contextlib.suppress(
+                LabError, OSError
+            ):  # missing, or damaged: then the stage itself is stale
+                if path.name == "metrics.json":
+                    results[str(path)] = _without_seconds(read_json(self.root / path))
+                elif path.name == "history.csv":
+                    with open(self.root / path, encoding="utf-8", newline="") as stream:
+                        results[str(path)] = _without_seconds(list(csv.DictReader(stream)))
         return {f"the results of stage {name}": sha256_json(results)}
 
     def report_inputs(self) -> dict[str, str]:
         """Return what the report depends on: name -> hash."""
         parts = self.templates("template*")
-        parts |= _code_hashes("import labcore.report.build", name="the report", root=self.root)
+        parts |= _code_parts("import labcore.report.build", name="the report", root=self.root)
         for name in ("model", "observer"):  # printed with their comments
             path = self.root / "labcore" / f"{name}.py"
             parts[f"the source of labcore/{name}.py"] = sha256_file(path)
-        parts |= {"the profile": sha256_json(asdict(self.profile))} | _REFERENCE
+        parts["the profile"] = sha256_json(asdict(self.profile))
         for stage in self.reported():
             stamp = self.stamp(stage.name)
             results = {p: d for p, d in stamp.get("outputs", {}).items() if not p.startswith("report/")}

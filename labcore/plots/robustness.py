@@ -9,7 +9,6 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from labcore.plots.style import BARE, COLORS, NAMES, SHAPES, interval_lengths, new_figure, plain
-from labcore.stats import beyond_chance, normal_p_value
 
 
 def corruption_examples(examples: dict[str, np.ndarray]) -> Figure:
@@ -56,23 +55,22 @@ def severity_curves(table: pd.DataFrame) -> Figure:
     return figure
 
 
-def extra_heatmap(rows: Sequence[dict]) -> Figure:
+def extra_heatmap(rows: Sequence[dict], changed: Sequence[dict]) -> Figure:
     """Return what each corruption adds to a network's drop, in points; positive is worse.
 
-    Rows are `corruption_cost` of the study's metrics. A frame marks what chance does not explain, in view of
-    so many tests (`stats.beyond_chance`).
+    Rows are `corruption_cost` of the study's metrics. A frame marks those whose name and network are in
+    `changed`.
     """
     networks = [name for name in NAMES if name in rows[0]]
     costs = {(n, row["corruption"]): row[n]["extra_drop_pp"] for n in networks for row in rows}
-    tests = [{"cell": cell, "p_value": normal_p_value(cost)} for cell, cost in costs.items()]
     extra = pd.Series({cell: cost["mean"] for cell, cost in costs.items()}).unstack(sort=False)
     limit, names = extra.abs().max(axis=None) or 1, [name.replace(" ", "\n") for name in extra]
     figure, ((axis,),) = new_figure(height=0.38 * len(networks) + 1.2, width=8.4)
     look = {"cmap": "PuOr_r", "vmin": -limit, "vmax": limit, "cbar": False, "linewidths": 0.5}
     look |= {"annot": True, "fmt": "+.1f", "annot_kws": {"fontsize": 8.5}}
     sns.heatmap(extra.set_axis(names, axis=1).rename(index=NAMES), ax=axis, **look)
-    for found in beyond_chance(tests)["rows"]:
-        row, column = networks.index(found["cell"][0]), extra.columns.get_loc(found["cell"][1])
+    for found in (row for row in changed if row["name"] in extra.columns):
+        row, column = networks.index(found["network"]), extra.columns.get_loc(found["name"])
         axis.add_patch(Rectangle((column, row), 1, 1, fill=False, edgecolor="0.1", linewidth=2.2, zorder=4))
     axis.tick_params(labelsize=8, rotation=0)
     axis.grid(False)

@@ -33,9 +33,13 @@ class LeastErrorObserver(PowerOfTwoObserver):
     `averaging_constant` averages the errors too; 1 counts the last batch alone. Where a batch widens the
     range, earlier errors above the old exponents are taken to grow fourfold.
 
+    Errors are those under the zero point that holds in the end: unsigned ones are summed for both it can be.
+    An affine zero point moves as the range widens; a batch then counts as under the zero point of its time.
+
     Attributes:
         top_exponent: (C,), the largest exponent tried; EXPONENT_MIN where only zeros were seen.
-        squared_error: (C, _N_EXPONENTS), float64, of top_exponent, top_exponent - 1, and so on.
+        squared_error: (Z, C, _N_EXPONENTS), float64, of top_exponent, top_exponent - 1, and so on. Z is 2 if
+            unsigned: where nothing is negative, and otherwise; else 1.
 
     Reference: Nagel et al. (2021), "A white paper on neural network quantization", equation 10.
     """
@@ -49,7 +53,7 @@ class LeastErrorObserver(PowerOfTwoObserver):
         """Forget what was seen; `shape` is () for one range, (C,) for one per channel."""
         super().reset_min_max_vals(shape)
         device, channels = self.eps.device, math.prod(shape)
-        errors = torch.zeros(channels, _N_EXPONENTS, dtype=torch.float64, device=device)
+        errors = torch.zeros(1 + self.unsigned, channels, _N_EXPONENTS, dtype=torch.float64, device=device)
         self.register_buffer("top_exponent", torch.full((channels,), EXPONENT_MIN, device=device))
         self.register_buffer("squared_error", errors)
 
@@ -74,27 +78,29 @@ class LeastErrorObserver(PowerOfTwoObserver):
         self.top_exponent = top
 
     def _moved_errors(self, steps: Tensor) -> Tensor:
-        """Return the errors so far, (C, K), for candidates that lie so many exponents (C,) higher.
+        """Return the errors so far, (Z, C, K), for candidates that lie so many exponents (C,) higher.
 
         What was seen did not clip at the old top, so above it the squared error grows by the step's square.
         """
         index = -_candidates(steps)  # (C, K), negative above the old top
-        errors = self.squared_error.gather(1, index.clamp(0, _N_EXPONENTS - 1))
+        errors = self.squared_error.gather(2, index.clamp(0, _N_EXPONENTS - 1).expand_as(self.squared_error))
         return errors * 4.0 ** (-index).clamp(min=0)
 
     def _batch_errors(self, rows: Tensor, top: Tensor) -> Tensor:
-        """Return the squared errors (C, K) of a batch (C, n), infinite for exponents that cannot be best."""
+        """Return the squared errors (Z, C, K) of a batch (C, n), infinite for exponents never best."""
         exponents = _candidates(top).clamp(EXPONENT_MIN, EXPONENT_MAX)
-        errors = torch.full(exponents.shape, math.inf, dtype=torch.float64, device=rows.device)
+        errors = torch.full_like(self.squared_error, math.inf)
+        lowest = (torch.zeros_like(self.lowest), self.lowest - 1) if self.unsigned else (None,)
         exact = rows.double()
         for index in range(self._n_candidates(rows.shape[1])):
             scale = exact_power(exponents[:, index])
-            zero_point = self._zero_point(scale).float()[:, None]
-            scale = scale[:, None]
-            # torch.fake_quantize_per_channel_affine does the same several times more slowly.
-            codes = (rows / scale).round_().add_(zero_point).clamp_(self.quant_min, self.quant_max)
-            rounded = codes.sub_(zero_point).mul_(scale)
-            errors[:, index] = (rounded - exact).square_().sum(1)
+            steps = (rows / scale[:, None]).round_()
+            for error, low in zip(errors, lowest, strict=True):
+                zero_point = self._zero_point(scale, low).float()[:, None]
+                # torch.fake_quantize_per_channel_affine does the same several times more slowly.
+                codes = (steps + zero_point).clamp_(self.quant_min, self.quant_max)
+                rounded = codes.sub_(zero_point).mul_(scale[:, None])
+                error[:, index] = (rounded - exact).square_().sum(1)
         return errors
 
     def _n_candidates(self, n_values: int) -> int:
@@ -118,7 +124,9 @@ class LeastErrorObserver(PowerOfTwoObserver):
         exponents = _candidates(self.top_exponent)
         # eps keeps the least scale away from numbers whose reciprocal overflows, as in the other rules.
         allowed = (exponents.abs() <= limit) & (exponents >= torch.frexp(self.eps).exponent - 1)
-        errors = torch.where(allowed, self.squared_error, math.inf)
+        is_negative = self.unsigned & (self.lowest < 0).reshape(-1, 1)
+        errors = torch.where(is_negative, self.squared_error[-1], self.squared_error[0])
+        errors = torch.where(allowed, errors, math.inf)
         best = exponents.gather(1, errors.argmin(1, keepdim=True))[:, 0].clamp(-limit, limit)
         for_zeros = scale_approximate(self.raw_scale(), max_shift_amount)
         return torch.where(self.top_exponent == EXPONENT_MIN, for_zeros, exact_power(best))

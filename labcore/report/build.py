@@ -28,7 +28,8 @@ KEPT = (
     "*.csv",
     "logits*.npz",
     "answers.npz",
-    "mobile.npz",
+    "hits.npz",
+    "front.npz",
 )
 
 

@@ -13,8 +13,6 @@ from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
-
 from labcore import stats
 from labcore.config import NOTEBOOKS, STUDIES
 from labcore.files.artifacts import ROOT, read_json
@@ -164,8 +162,7 @@ class Evidence(NamedTuple):
 
 def _r1(e: Evidence) -> Found:
     if e["seeds"]:
-        accs = 100 * np.array(e["seeds"]["accuracy"]["fp32"])
-        found = e.over_trainings(stats.mean_over_images(accs))
+        found = e.over_trainings(e["seeds"]["fp32"])
     else:
         test = e["fp32"]["test"]
         found = interval_of({name: 100 * test[name] for name in ("acc", "acc_low", "acc_high")}, "acc")
@@ -282,7 +279,7 @@ def _r12(e: Evidence) -> Found:
 def _r13(e: Evidence) -> Found:
     dropout = Part("dropout", e.checks["resnet50"]["n_dropout"] > 0)
     if e["seeds"]:
-        gap = e.over_trainings(e["seeds"]["gap"]["fp32_on"])
+        gap = e.over_trainings(e["seeds"]["gap"]["fp32_on_last"])
     else:
         gap = e["fp32"]["test_gap"] | {"of": "image", "count": e["fp32"]["test_gap"]["n_test"]}
     shown = ("seeds", "gap") if e["seeds"] else ("fp32", "test_gap", "01_curves")
@@ -309,11 +306,8 @@ def _r16(e: Evidence) -> Found:
 def _r17(e: Evidence) -> Found:
     if not e["seeds"]:
         return Found([], "seeds")
-    gaps = [np.array(e["seeds"]["gap"][kind]["each"]) for kind in ("qat_unrounded", "fp32_on")]
-    found = {
-        "drop": e.drop("fp32_on", "qat_unrounded", None),
-        "gap": e.over_trainings(stats.mean_over_images(gaps[0] - gaps[1])),
-    }
+    drop, gap = e.drop("fp32_on_last", "qat_unrounded", None), e.over_trainings(e["seeds"]["gap_change"])
+    found = {"drop": drop, "gap": gap}
     return Found([e.part(name, one) for name, one in found.items()], "seeds", "pairs", "12_pairs")
 
 

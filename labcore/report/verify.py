@@ -59,16 +59,21 @@ def _ledger(results: Results) -> dict:
 
 
 def _robustness(folder: Path, metrics: dict) -> dict:
-    from labcore.studies.robustness import compare_networks, load_answers  # imports torch and kornia
+    from labcore.studies.robustness import (  # imports torch and kornia
+        clean_losses,
+        compare_networks,
+        load_answers,
+    )
 
     answers, labels = load_answers(folder / "robustness" / "answers.npz")
-    return compare_networks(answers, labels, len(statistics.load_classes(folder)))
+    clean = clean_losses(*statistics.load_stages(folder))
+    return compare_networks(answers, labels, clean, len(statistics.load_classes(folder)))
 
 
 def _mobile(folder: Path, metrics: dict) -> dict:
-    from labcore.studies.mobile import compare_architectures, load_answers  # imports torch
+    from labcore.studies.mobile import compare_architectures, load_hits  # imports torch
 
-    return compare_architectures(load_answers(folder / "mixed" / "mobile.npz"))
+    return compare_architectures(load_hits(folder / "mixed" / "hits.npz"))
 
 
 # What computes the statistics of each stage, from the results folder and the stage's metrics.

@@ -6,9 +6,11 @@ is made on them.
 """
 
 from dataclasses import replace
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.ao.nn.quantized import FloatFunctional
@@ -24,12 +26,12 @@ from labcore.config import Profile, Recipe
 from labcore.evaluate import predict
 from labcore.files.artifacts import UNREADABLE, read_npz, write_npz
 from labcore.files.code import modules_hash
-from labcore.files.tensors import state_hash
 from labcore.qconfig import FLOAT, RECOMMENDED, REFERENCE, Scheme
 from labcore.quantize import RoundedAverage, simulate
-from labcore.stats import mean_over_trainings
+from labcore.stats import mean_over_trainings, shared_hits
+from labcore.studies.errors import errors_alone
 from labcore.studies.study import Cell, Study
-from labcore.train import fit
+from labcore.train import fit, training_identity
 
 # Of weights and of activations. The claim is judged by the first, the others are held beside it.
 SCHEMES = {
@@ -166,7 +168,9 @@ class Mobile(Study):
     """A study's experiments on a network of MOBILE, trained from the run's seed + `number` if need be."""
 
     def __init__(self, study: Study, arch: str, number: int):
-        self.__dict__ |= {name: value for name, value in vars(study).items() if name != "reference"}
+        self.__dict__ |= {
+            name: value for name, value in vars(study).items() if name not in ("model", "reference")
+        }
         self._calibrated, self._answers, self.name = {}, {}, f"{arch}, training {number + 1}"
         seed = study.run.seed + number
         recipe, width_mult = mobile_recipe(study.run.profile, len(study.split.train))
@@ -175,8 +179,15 @@ class Mobile(Study):
         code = modules_hash("studies.mobile")  # what `forward` does is in no hash of a training's own
         folder = study.run.path(study.stage, f"networks/{arch}-{seed}-{code[:8]}")
         split = replace(study.split, validation=study.split.validation[::5])  # they choose the epoch
-        self.model = fit(model, recipe, study.data, split, seed, folder, description=self.name).model.cpu()
-        self.base = study.base | {"weights": state_hash(self.model.state_dict()), "mobile": code}
+        args = recipe, study.data, split, seed
+        identity = training_identity(*args, model)  # which decides the weights
+        self.base = study.base | {"weights": identity, "mobile": code}
+        self._fit = partial(fit, model, *args, folder, description=self.name)
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The FP32 network, trained when a cell first asks for it."""
+        return self._fit().model.cpu()
 
     def simulated(self, scheme: str) -> nn.Module:
         """Quantize by one of SCHEMES, in float with rounded numbers: int8 arithmetic with exact sums.
@@ -189,34 +200,46 @@ class Mobile(Study):
             parent.avgpool = RoundedAverage(parent.avgpool, source.activation_post_process)
         return network
 
-    def answers(self) -> dict[str, np.ndarray]:
-        """Return what FP32 and each quantized network answer to the test images: (N,) by scheme."""
+    def hits(self) -> dict[str, np.ndarray]:
+        """Return the `shared_hits` of FP32 and each quantized network on the test images: (N,) by scheme."""
         networks = {"fp32": lambda: self.model}
         networks |= {scheme: lambda scheme=scheme: self.simulated(scheme) for scheme in SCHEMES}
         networks[TORCH] = self.torch_default
         cells = {
-            scheme: Cell({"mobile": scheme}, lambda build=build: {"answers": self._answer(build())})
+            scheme: Cell({"mobile": scheme}, lambda build=build: {"right": self._right(build())})
             for scheme, build in networks.items()
         }
         table = self.cells(cells, f"{self.name}, quantized")
-        return {scheme: np.array(table.loc[scheme, "answers"]) for scheme in networks}
+        return {scheme: np.array(table.loc[scheme, "right"]) for scheme in networks}
 
-    def _answer(self, model: nn.Module) -> list[int]:
-        return predict(model, self.data.test_images, description=f"{self.name}, test").argmax(1).tolist()
+    def to_blame(self, rows: int = 3) -> pd.DataFrame:
+        """Return the activations that move the logits most, by the reference's scheme (`errors_alone`)."""
+
+        def compute() -> dict:
+            worst = errors_alone(self.simulated("reference"), self.batches[0][:64]).head(rows)
+            return {"worst": worst.to_dict("records")}
+
+        return pd.DataFrame(
+            self.cells({"worst": Cell({"to blame": rows}, compute)}, self.name)["worst"].item()
+        )
+
+    def _right(self, model: nn.Module) -> list[float]:
+        logits = predict(model, self.data.test_images, description=f"{self.name}, test")
+        return shared_hits(logits, self.data.test_labels).tolist()
 
 
-def save_answers(path: Path, answers: dict[str, list[dict[str, np.ndarray]]], labels: np.ndarray) -> None:
-    """Write `Mobile.answers` of trainings by network, int16: "network/scheme" (trainings, N), labels (N,)."""
+def save_hits(path: Path, hits: dict[str, list[dict[str, np.ndarray]]]) -> None:
+    """Write `Mobile.hits` of trainings by network, float32: "network/scheme" (trainings, N)."""
     arrays = {
-        f"{network}/{scheme}": np.stack([training[scheme] for training in trainings]).astype(np.int16)
-        for network, trainings in answers.items()
+        f"{network}/{scheme}": np.stack([training[scheme] for training in trainings]).astype(np.float32)
+        for network, trainings in hits.items()
         for scheme in trainings[0]
     }
-    write_npz(path, labels=labels.astype(np.int16), **arrays)
+    write_npz(path, **arrays)
 
 
-def load_answers(path: Path) -> dict[str, np.ndarray]:
-    """Return what `save_answers` wrote; LabError where it is missing or damaged."""
+def load_hits(path: Path) -> dict[str, np.ndarray]:
+    """Return what `save_hits` wrote; LabError where it is missing or damaged."""
     try:
         return read_npz(path)
     except UNREADABLE as error:
@@ -224,19 +247,19 @@ def load_answers(path: Path) -> dict[str, np.ndarray]:
 
 
 def compare_architectures(saved: dict[str, np.ndarray]) -> dict[str, list[dict]]:
-    """Return architectures: a row per network and scheme, from what `save_answers` wrote.
+    """Return architectures: a row per network and scheme, from what `save_hits` wrote.
 
     acc and fp32_acc are means over trainings. acc_drop_pp, _low and _high are the points lost against the
     same training's FP32, with the 95 % interval for other trainings and images (`mean_over_trainings`) and
     its `df`, degrees of freedom. `each` is the drop per training, `trainings` their number.
     """
-    rows, labels = [], saved["labels"]
-    for name, answers in saved.items():
+    rows = []
+    for name, hits in saved.items():
         network, _, scheme = name.partition("/")
-        if scheme in ("", "fp32"):
+        if scheme == "fp32":
             continue
-        right, before = answers == labels, saved[f"{network}/fp32"] == labels  # (trainings, N)
-        drop = mean_over_trainings(100.0 * (before.astype(float) - right))
+        right, before = hits.astype(float), saved[f"{network}/fp32"].astype(float)  # (trainings, N)
+        drop = mean_over_trainings(100 * (before - right))
         rows.append(
             {
                 "network": network,
@@ -248,7 +271,7 @@ def compare_architectures(saved: dict[str, np.ndarray]) -> dict[str, list[dict]]
                 "acc_drop_pp_high": drop["high"],
                 "df": drop["df"],
                 "each": drop["each"],
-                "trainings": len(answers),
+                "trainings": len(hits),
             }
         )
     return {"architectures": rows}

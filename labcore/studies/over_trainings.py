@@ -1,6 +1,5 @@
-"""What holds over the trainings of notebook 12, from the answers that it saved."""
+"""What holds over the trainings of notebook 12, from the hits that it saved, ties shared."""
 
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ PAIRS = (
     ("best_ptq", "best_qat"),
     ("fp32_on", "qat"),
     ("fp32_on", "best_qat"),
-    ("fp32_on", "qat_unrounded"),
+    ("fp32_on_last", "qat_unrounded"),
     ("float_same", "no_clamp"),
     ("float_best", "best_ptq"),
     ("no_clamp", "ptq"),
@@ -24,27 +23,25 @@ PAIRS = (
 
 
 def compare_starts(folder: Path, metrics: dict) -> dict:
-    """Return what holds over the trainings of notebook 12, from its answers and what `metrics` says of each.
+    """Return what holds over the trainings of notebook 12, from its hits and what `metrics` says of each.
 
     Args:
-        metrics: train_acc, accuracies on training images by kind; fusing, with each training's rise of the
-            logits' error.
+        metrics: fusing, with each training's rise of the logits' error.
 
     Returns:
-        accuracy: by kind, one per training;
+        accuracy: by kind, one per training; fp32, its mean in % (`mean_over_trainings`);
         pairs: rows before, after, and the drop of `after` in points (`mean_over_trainings`);
-        gap: by kind, training minus test accuracy in points;
+        gap: by kind, training minus test accuracy in points (`gap_over_trainings`); gap_change, how much
+            larger it is for the weights of QAT than for FP32 trained on;
         hidden: by cause, points of training accuracy that it hides in QAT with the reference's augmentation
             and mixup; "counting" is the part of mixup that even a perfect classifier would lose;
         fusing: by scheme, the rise of the squared error of the logits.
     """
-    saved = read_npz(folder / "seeds" / "answers.npz")
-    labels = saved.pop("labels")
-    hits = {
-        name.removeprefix("hits_"): saved.pop(name).astype(float) for name in list(saved) if "hits_" in name
-    }
-    right = {kind: (answers == labels).astype(float) for kind, answers in saved.items()}
-    accuracy = {kind: values.mean(axis=1).tolist() for kind, values in right.items()}
+    parts = {"right": {}, "train": {}, "hits": {}}  # (trainings, images) each, by kind
+    for name, values in read_npz(folder / "seeds" / "hits.npz").items():
+        part, kind = name.split("_", 1)
+        parts[part][kind] = values.astype(float)
+    right, train, hits = parts.values()
     pairs = [("fp32", kind) for kind in right if kind != "fp32"] + list(PAIRS)
     hidden = {
         "mixup": hits["augmented"] - hits["mixed"],
@@ -52,22 +49,19 @@ def compare_starts(folder: Path, metrics: dict) -> dict:
         "augmentation": hits["plain"] - hits["augmented"],
         "rounding": hits["unrounded"] - hits["plain"],
     }
+    change = [part["qat_unrounded"] - part["fp32_on_last"] for part in (train, right)]
     return {
-        "accuracy": accuracy,
+        "accuracy": {kind: values.mean(axis=1).tolist() for kind, values in right.items()},
+        "fp32": stats.mean_over_trainings(100 * right["fp32"]),
         "pairs": [
             {"before": one, "after": other} | stats.mean_over_trainings(100 * (right[one] - right[other]))
             for one, other in pairs
         ],
-        "gap": {
-            kind: _each(100 * (np.array(values) - accuracy[kind]))
-            for kind, values in metrics["train_acc"].items()
-        },
+        "gap": {kind: stats.gap_over_trainings(100 * train[kind], 100 * right[kind]) for kind in train},
+        "gap_change": stats.gap_over_trainings(*(100 * part for part in change)),
         "hidden": {cause: stats.mean_over_trainings(100 * values) for cause, values in hidden.items()},
-        "fusing": {scheme: _each(row["each"]) for scheme, row in metrics["fusing"].items()},
+        "fusing": {
+            scheme: stats.mean_over_images(np.array(row["each"])) | {"each": row["each"]}
+            for scheme, row in metrics["fusing"].items()
+        },
     }
-
-
-def _each(values: Iterable[float]) -> dict:
-    """Return the mean of one value per training with its 95 % t interval: mean, low, high, each."""
-    values = np.asarray(values, dtype=float)
-    return stats.mean_over_images(values) | {"each": values.tolist()}

@@ -1,6 +1,7 @@
 """What quantization costs on corrupted images.
 
 Below, `predictions` is the table that `answers` returns, and `labels` are the true classes, int64 (N,).
+`clean` is what `clean_losses` returns: what is lost on all test images, of which the N are `chosen`.
 """
 
 import hashlib
@@ -15,15 +16,36 @@ import pandas as pd
 from torch import nn
 
 from labcore import LabError
+from labcore.data import evenly_spaced
 from labcore.evaluate import predict
 from labcore.files.artifacts import UNREADABLE, read_npz, sha256_file, write_npz
 from labcore.files.code import modules_hash
-from labcore.stats import beyond_chance, compare_paired, mean_over_images, normal_p_value
+from labcore.stats import (
+    beyond_chance,
+    compare_paired,
+    mean_minus_all,
+    mean_over_images,
+    normal_p_value,
+)
 from labcore.studies.corruptions import CORRUPTIONS, GROUPS, SEVERITIES, corrupt, group_of
 from labcore.studies.study import Cell, Study
 
 IMAGES = 1_000  # test images that are corrupted, evenly spaced
 QUANTIZED = ("ptq", "qat")
+
+
+def chosen(n_test: int) -> np.ndarray:
+    """Return which of so many test images are corrupted: (N,) of them, evenly spaced."""
+    return evenly_spaced(np.arange(n_test), IMAGES)
+
+
+def clean_losses(logits: dict[str, np.ndarray], labels: np.ndarray) -> dict[str, np.ndarray]:
+    """Return what quantized networks lose on each clean test image, in points: 100, 0 or -100, by network.
+
+    `logits` (n_test, classes) are those of the stages by name; `labels` are of all test images.
+    """
+    right = {name: (each.argmax(1) == labels).astype(float) for name, each in logits.items()}
+    return {name: 100.0 * (right["fp32"] - right[name]) for name in QUANTIZED}
 
 
 def answers(
@@ -103,24 +125,26 @@ def cell_table(predictions: pd.DataFrame, labels: np.ndarray, classes: int) -> p
     return table
 
 
-def corruption_cost(predictions: pd.DataFrame, labels: np.ndarray, network: str) -> dict:
+def corruption_cost(
+    predictions: pd.DataFrame, labels: np.ndarray, clean: dict[str, np.ndarray], network: str
+) -> dict:
     """Return what a quantized network loses on clean images and on corrupted ones, and the difference.
 
     The same images are in every cell, so images are what is sampled, not cells. With d_i the mean over the
-    corrupted cells of 100 (FP32 right - network right) on image i, and c_i the same on the clean image,
-    clean_drop_pp, corrupted_drop_pp and extra_drop_pp are the means of c_i, d_i and d_i - c_i: each {"mean",
-    "low", "high"}, a t interval over i; positive is worse. fp32_acc and acc are means over corrupted cells.
+    corrupted cells of 100 (FP32 right - network right) on image i, corrupted_drop_pp is the mean of d_i over
+    the chosen images, clean_drop_pp that of `clean` over all, extra_drop_pp the difference of both: each
+    {"mean", "low", "high"}, a t interval over images; positive is worse. fp32_acc and acc are means over
+    corrupted cells.
     """
-    clean = (predictions["corruption"] == "clean").to_numpy()
-    fp32, quantized = _hits(predictions, "fp32", labels), _hits(predictions, network, labels)
-    lost_pp = 100.0 * (fp32 - quantized)  # (cells, N)
-    on_clean, on_corrupted = lost_pp[clean].mean(0), lost_pp[~clean].mean(0)  # (N,)
+    spoilt = predictions[predictions["corruption"] != "clean"]
+    fp32, quantized = _hits(spoilt, "fp32", labels), _hits(spoilt, network, labels)
+    on_corrupted, everywhere = 100.0 * (fp32 - quantized).mean(0), clean[network]  # (N,), (n_test,)
     return {
-        "fp32_acc": float(fp32[~clean].mean()),
-        "acc": float(quantized[~clean].mean()),
-        "clean_drop_pp": mean_over_images(on_clean),
+        "fp32_acc": float(fp32.mean()),
+        "acc": float(quantized.mean()),
+        "clean_drop_pp": mean_over_images(everywhere),
         "corrupted_drop_pp": mean_over_images(on_corrupted),
-        "extra_drop_pp": mean_over_images(on_corrupted - on_clean),
+        "extra_drop_pp": mean_minus_all(on_corrupted, everywhere, chosen(len(everywhere))),
     }
 
 
@@ -152,25 +176,28 @@ def verdict(cost: dict) -> str:
     return "shows no difference in cost between corrupted and clean images"
 
 
-def compare_networks(predictions: pd.DataFrame, labels: np.ndarray, classes: int) -> dict:
+def compare_networks(
+    predictions: pd.DataFrame, labels: np.ndarray, clean: dict[str, np.ndarray], classes: int
+) -> dict:
     """Return what quantization costs on corrupted images, for PTQ and QAT.
 
     Rows of `cell_table` (cells) and `severity_table` (levels); cost and verdict, by network; group_cost, by
     group; corruption_cost, a row for each; changed, the groups, corruptions and cells on which the cost
-    differs from that on clean images `beyond_chance`, as rows name, network, mean (points), p_value.
+    differs from that on clean images `beyond_chance`, all of them one family, as rows part ("group",
+    "corruption" or "cell"), name, network, mean (points), p_value.
     """
     names, is_clean = predictions["corruption"], predictions["corruption"] == "clean"
     groups, cells = names.map(group_of), names + " " + predictions["severity"].astype(str)
 
-    def cost(chosen: pd.Series) -> dict[str, dict]:
-        rows = predictions[is_clean | chosen]
-        return {network: corruption_cost(rows, labels, network) for network in QUANTIZED}
+    def cost(rows: pd.Series) -> dict[str, dict]:
+        cells_of = predictions[rows]
+        return {network: corruption_cost(cells_of, labels, clean, network) for network in QUANTIZED}
 
     everywhere = cost(~is_clean)
     by_group = {group: cost(groups == group) for group in sorted(GROUPS)}
     by_corruption = {name: cost(names == name) for name in CORRUPTIONS}
     by_cell = {cell: cost(cells == cell) for cell in cells[~is_clean]}
-    parts = {"groups": by_group, "corruptions": by_corruption, "cells": by_cell}
+    parts = {"group": by_group, "corruption": by_corruption, "cell": by_cell}
     return {
         "cells": cell_table(predictions, labels, classes).to_dict("records"),
         "levels": severity_table(predictions, labels).to_dict("records"),
@@ -178,15 +205,16 @@ def compare_networks(predictions: pd.DataFrame, labels: np.ndarray, classes: int
         "verdict": {network: verdict(of_network) for network, of_network in everywhere.items()},
         "group_cost": by_group,
         "corruption_cost": [{"corruption": name} | costs for name, costs in by_corruption.items()],
-        "changed": {part: beyond_chance(_extra_costs(costs)) for part, costs in parts.items()},
+        "changed": beyond_chance([row for part, costs in parts.items() for row in _extra_costs(part, costs)]),
     }
 
 
-def _extra_costs(costs: dict[str, dict[str, dict]]) -> list[dict]:
-    """Return what corruption adds to the cost, a row per part and network."""
+def _extra_costs(part: str, costs: dict[str, dict[str, dict]]) -> list[dict]:
+    """Return what corruption adds to the cost, a row per name and network."""
     extra = {pair: costs[pair[0]][pair[1]]["extra_drop_pp"] for pair in itertools.product(costs, QUANTIZED)}
     return [
-        {"name": name, "network": network, "mean": interval["mean"], "p_value": normal_p_value(interval)}
+        {"part": part, "name": name, "network": network}
+        | {"mean": interval["mean"], "p_value": normal_p_value(interval)}
         for (name, network), interval in extra.items()
     ]
 

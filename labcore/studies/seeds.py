@@ -7,10 +7,11 @@ import copy
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import cached_property
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.ao import quantization as tq
 
 from labcore import LabError
@@ -19,16 +20,17 @@ from labcore.evaluate import predict
 from labcore.files.artifacts import sha256_json
 from labcore.files.code import modules_hash
 from labcore.files.provenance import versions
-from labcore.files.tensors import state_hash
 from labcore.images.transforms import augment, mix, normalize
 from labcore.model import QuantizableBasicBlock, QuantizableBottleneck, build_model
 from labcore.qconfig import FLOAT, RECOMMENDED, REFERENCE, Scheme, has_vnni, make_qconfig
 from labcore.quantize import calibrate, convert, prepare_qat, simulate
 from labcore.run import Run
+from labcore.stats import shared_hits
 from labcore.studies.study import Cell, Study
-from labcore.train import MODULES, QAT_MODULES, fit
+from labcore.train import MODULES, QAT_MODULES, fit, training_identity
+from labcore.training.checkpoint import Checkpoints
 
-# What decides the answers of a network.
+# What decides the hits of a network.
 CODE = ("data", "evaluate", "studies.kernels", "studies.seeds", "studies.study", *MODULES, *QAT_MODULES)
 # Post-training quantization, of weights and of activations.
 PTQ = {
@@ -38,6 +40,8 @@ PTQ = {
     "best_ptq": RECOMMENDED,
     "float_best": tuple(replace(one, rule="none") for one in RECOMMENDED),
 }
+# What the weights after the last epoch answer without rounding.
+UNROUNDED = ("fp32_on_last", "qat_unrounded")
 # How training images are shown to QAT that was trained as in the reference (`Starts._hits`).
 VIEWS = ("plain", "unrounded", "augmented", "mixed", "counted")
 
@@ -55,7 +59,8 @@ class Starts(Study):
     def start(self, number: int) -> "Starts":
         """Return the study on another FP32 network; number 0 is the run's own.
 
-        It is trained by the profile's recipe on the same images, or goes on where it was killed.
+        It is trained by the profile's recipe on the same images, once a cell needs it, or goes on where it
+        was killed.
         """
         if number == 0:
             return self
@@ -65,39 +70,39 @@ class Starts(Study):
             raise LabError(f"other trainings need an init that draws fresh weights, {found}")
         other.seed = run.seed + number
         torch.manual_seed(other.seed)
-        first = build_model(profile.arch, len(self.data.classes), profile.width, profile.stem)
-        run.initialize(first, profile.fp32.init)
-        other.model = other._fit(first, profile.fp32, f"starts/{other.seed}", "FP32")
+        other._first = build_model(profile.arch, len(self.data.classes), profile.width, profile.stem)
+        run.initialize(other._first, profile.fp32.init)
         other._calibrated, other._answers = {}, {}
-        other.base = self.base | {"weights": state_hash(other.model.state_dict())}
-        other.__dict__.pop("reference", None)
+        identity = training_identity(profile.fp32, self.data, self.split, other.seed, other._first)
+        other.base = self.base | {"weights": identity}  # which decides them
+        for name in ("model", "reference"):
+            other.__dict__.pop(name, None)
         return other
 
-    def _fit(self, model: nn.Module, recipe: Recipe, folder: str, title: str) -> nn.Module:
-        path, split = self.run.path(self.stage, folder), self.split
-        if folder.startswith("fits/"):
-            split = replace(split, validation=split.validation[::5])  # they choose the epoch
-        return fit(
-            model, recipe, self.data, split, self.seed, path, description=f"{title}, seed {self.seed}"
-        ).model.cpu()
+    @cached_property
+    def model(self) -> nn.Module:
+        """The FP32 network of this start, trained when a cell first asks for it."""
+        args = self.run.profile.fp32, self.data, self.split, self.seed
+        path, title = self.run.path(self.stage, f"starts/{self.seed}"), f"FP32, seed {self.seed}"
+        return fit(self._first, *args, path, description=title).model.cpu()
 
     def experiments(self) -> dict[str, Cell]:
-        """Return a cell per network of this start: its answers on the test images, and what else it says."""
+        """Return a cell per network of this start: its hits on the test images, and what else it says."""
         reference = PROFILES["reference"].qat
         theirs = {name: getattr(reference, name) for name in ("augment", "mixup_alpha", "mixup_prob")}
         qat, reference_qat = self._prepared, lambda: self._prepared(*PTQ["ptq"])
-        todo = {"fp32": self._cell("fp32", lambda: {"answers": self._answer(self.model)})}
+        todo = {"fp32": self._cell("fp32", lambda: {"right": self._right(self.model)})}
         for name, schemes in PTQ.items():
             build = lambda schemes=schemes: self.quantized(*schemes)  # noqa: E731
-            todo[name] = self._cell(name, lambda build=build: {"answers": self._answer(build())})
+            todo[name] = self._cell(name, lambda build=build: {"right": self._right(build())})
         todo["additions"] = self._cell("additions", self._additions)
         for name, schemes in {"reference": PTQ["ptq"], "recommended": RECOMMENDED}.items():
             fusing = lambda schemes=schemes: self._fusing(*schemes)  # noqa: E731
             todo[f"fusing, {name}"] = self._cell(f"fusing, {name}", fusing)
         # Without rounding, but prepared for QAT: BatchNorm is then frozen with it, and nothing else differs.
         floats = lambda: reference_qat().apply(tq.disable_fake_quant)  # noqa: E731
-        todo["fp32_on"] = self._trained("fp32_on", floats, self.recipe, self._with_training_images)
-        todo["qat"] = self._trained("qat", reference_qat, self.recipe, self._with_training_images)
+        todo["fp32_on"] = self._trained("fp32_on", floats, self.recipe, self._unrounded)
+        todo["qat"] = self._trained("qat", reference_qat, self.recipe, self._unrounded)
         todo["best_qat"] = self._trained("best_qat", lambda: qat(*RECOMMENDED), self.recipe)
         folded = lambda: qat(*PTQ["ptq"], keep_batchnorm=False)  # noqa: E731
         todo["qat_folded"] = self._trained("qat_folded", folded, self.recipe)
@@ -108,27 +113,33 @@ class Starts(Study):
     def _cell(self, name: str, compute: Callable[[], dict], **more) -> Cell:
         return Cell({"start": self.seed, "network": name, **more}, compute)
 
-    def _answer(self, model: nn.Module) -> list[int]:
-        size = self.run.profile.eval_batch_size
-        return predict(model, self.data.test_images, size, "test").argmax(1).tolist()
+    def _right(self, model: nn.Module) -> list[float]:
+        """Return the `shared_hits` of the test images, so that no order of the classes decides."""
+        logits = predict(model, self.data.test_images, self.run.profile.eval_batch_size, "test")
+        return shared_hits(logits, self.data.test_labels).tolist()
 
     def _prepared(self, weight: Scheme, activation: Scheme, **options) -> nn.Module:
         qconfig = make_qconfig(weight, activation, "qat", full_range=True)
         return calibrate(prepare_qat(self.model, qconfig, **options), self.batches)
 
-    def _trained(self, name: str, build, recipe: Recipe, more: Callable = lambda _: {}) -> Cell:
-        """Make a cell: a network trained on, converted where kernels add exactly; `more` says what else."""
+    def _trained(self, name: str, build, recipe: Recipe, more: Callable = lambda *_: {}) -> Cell:
+        """Make a cell: a network trained on, converted where kernels add exactly; `more` says what else.
+
+        It is given the network of the best epoch, and the weights after the last one.
+        """
         folder = f"fits/{sha256_json([self.base, name, asdict(recipe)])[:24]}"
+        path, title = self.run.path(self.stage, folder), f"{name}, seed {self.seed}"
 
         def compute() -> dict:
-            model = self._fit(build(), recipe, folder, name)
+            split = replace(self.split, validation=self.split.validation[::5])  # they choose the epoch
+            prepared, args = build(), (recipe, self.data, split, self.seed)
+            model = fit(prepared, *args, path, description=title).model.cpu()
+            last = Checkpoints(path, training_identity(*args, prepared)).load()["model"]
             is_int8 = name != "fp32_on" and has_vnni()
-            return {"answers": self._answer(convert(model) if is_int8 else model)} | more(model)
+            return {"right": self._right(convert(model) if is_int8 else model)} | more(model, last)
 
         cell = self._cell(name, compute, recipe=asdict(recipe))
-        return replace(
-            cell, cleanup=lambda: shutil.rmtree(self.run.path(self.stage, folder), ignore_errors=True)
-        )
+        return replace(cell, cleanup=lambda: shutil.rmtree(path, ignore_errors=True))
 
     def _fusing(self, weight: Scheme, activation: Scheme) -> dict:
         """Return how much larger the logits' squared error is fused than apart, on validation images."""
@@ -137,29 +148,35 @@ class Starts(Study):
         return {"error_rise": float(fused - apart), "apart": float(apart), "fused": float(fused)}
 
     def _additions(self) -> dict:
-        """Return the answers of the reference's scheme, simulated, with int8 and with float additions.
+        """Return the hits of the reference's scheme, simulated, with int8 and with float additions.
 
         In the second neither the sums nor the branch that was computed for them are rounded.
         """
         simulated = simulate(self.prepared(*PTQ["ptq"]))
-        answers = {"answers": self._answer(simulated)}
+        right = {"right": self._right(simulated)}
         for block in simulated.modules():
             if isinstance(block, QuantizableBasicBlock | QuantizableBottleneck):
                 last = block.conv3 if isinstance(block, QuantizableBottleneck) else block.conv2
                 for part in (block.add_relu, last, block.downsample or nn.Identity()):
                     part.apply(tq.disable_fake_quant)
-        return answers | {"floats": self._answer(simulated)}
+        return right | {"floats": self._right(simulated)}
 
-    def _with_training_images(self, model: nn.Module) -> dict:
-        """Return what the weights answer without rounding, and on training images."""
+    def _unrounded(self, model: nn.Module, last: dict[str, Tensor]) -> dict:
+        """Return the hits of the weights after the last epoch, which no image chose, without rounding.
+
+        last: on the test images; train: on training images.
+        """
+        model.load_state_dict(last)
         model.apply(tq.disable_fake_quant)
         sample = self.split.train_sample
         logits = predict(model, self.data.train_images[sample], description="training images")
-        hits = logits.argmax(1) == self.data.train_labels[sample]
-        return {"unrounded": self._answer(model), "train_acc": float(hits.mean())}
+        return {
+            "last": self._right(model),
+            "train": shared_hits(logits, self.data.train_labels[sample]).tolist(),
+        }
 
     @torch.no_grad()
-    def _hits(self, model: nn.Module, batch_size: int = 64) -> dict:
+    def _hits(self, model: nn.Module, _=None, batch_size: int = 64) -> dict:
         """Return hits on training images, one number per image, as they are shown: see `VIEWS`.
 
         plain, as they are; unrounded, without fake quantization; augmented and mixed as in the reference, a

@@ -4,8 +4,8 @@ A notebook calls it before it saves its metrics, labcore.report.verify calls it 
 with a profile's stages (runs/<profile>, or report/<profile>/results) and what the stage has measured.
 """
 
+import itertools
 from collections.abc import Iterable
-from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ from scipy.stats import spearmanr
 
 from labcore import stats
 from labcore.engines.bench import DOT, FLOAT, POWER2
-from labcore.files.artifacts import load_logits, read_json
+from labcore.files.artifacts import load_logits, read_json, read_npz
 
 STAGES = ("fp32", "ptq", "qat")
 PAIRS = {"ptq": ("fp32", "ptq"), "qat": ("fp32", "qat"), "ptq_qat": ("ptq", "qat")}
@@ -231,28 +231,35 @@ def mixed(folder: Path, metrics: dict) -> dict:
     """Return how the networks of notebook 06's verdict do on the test images, and how well its solver does.
 
     Args:
-        metrics: verdict, and the solver's front, allocations, cost, layers and sizes.
+        metrics: verdict, and the solver's front, allocations, cost, layers and sizes. Of the front, each
+            image's loss and whether it was right are in front.npz, in the same order.
 
     Returns:
         verdict;
-        beaten: by "loss" and "acc", the allocations that a file no larger beats, and the best such file (by);
+        beaten: of the `tests` of an allocation against a file no larger, by loss and by accuracy, those that
+            chance does not explain: beaten and better, rows of name, by, measure and mean (nats or points,
+            by how much the other is better);
         foretold: for every allocation, the sum of its layers' rises, and the rise over 8 bits throughout;
         size_correlation: Spearman's, of the layers' numbers of weights and rises.
     """
-    front = sorted(metrics["front"], key=itemgetter("size_mb"))
+    front, saved = metrics["front"], read_npz(folder / "mixed" / "front.npz")
+    harm = {"loss": saved["losses"], "acc": -100.0 * saved["right"]}  # (files, N): less is better
+    rows = []
+    for (k, row), (j, other) in itertools.permutations(enumerate(front), 2):
+        if row["family"] == "mixed" and other["size_mb"] <= row["size_mb"]:
+            for measure, values in harm.items():
+                gain = stats.mean_over_images(values[k].astype(float) - values[j])
+                about = {"name": row["name"], "by": other["name"], "measure": measure}
+                rows.append(about | {"mean": gain["mean"], "p_value": stats.normal_p_value(gain)})
+    found = stats.beyond_chance(rows)
     loss = {(row["family"], row["name"]): row["loss"] for row in front}
-    beaten: dict[str, list[dict]] = {"loss": [], "acc": []}
-    for row in (row for row in front if row["family"] == "mixed"):
-        others = [other for other in front if other is not row and other["size_mb"] <= row["size_mb"]]
-        surest = min(others, key=itemgetter("loss"), default=row)
-        rightest = max(others, key=itemgetter("acc"), default=row)
-        if surest is not row and surest["loss"] <= row["loss"]:
-            beaten["loss"].append({"name": row["name"], "by": surest["name"]})
-        if rightest["acc"] > row["acc"]:
-            beaten["acc"].append({"name": row["name"], "by": rightest["name"]})
     return {
         "verdict": _beside_fp32(folder, "mixed", metrics["verdict"]),
-        "beaten": beaten,
+        "beaten": {
+            "tests": found["tests"],
+            "beaten": [row for row in found["rows"] if row["mean"] > 0],
+            "better": [row for row in found["rows"] if row["mean"] < 0],
+        },
         "foretold": [
             {
                 "name": name,

@@ -26,7 +26,7 @@ from labcore.files.tensors import state_hash
 from labcore.qconfig import CustomQConfig, Scheme, has_vnni, make_qconfig
 from labcore.quantize import calibrate, convert, layers, prepare_ptq, prepare_qat, recalibrate, simulate
 from labcore.run import Run
-from labcore.stats import paired_error, summarize_paired
+from labcore.stats import by_image, paired_error, summarize_paired
 from labcore.studies.errors import count_clamped
 from labcore.studies.kernels import on_onednn, predict_ptq, run_exactly
 from labcore.studies.mixed import overrides, save_packed
@@ -71,21 +71,21 @@ def run_cells(cells: dict[str, Cell], folder: Path, base: dict, description: str
 class Study:
     """The experiments of one stage of a run, on the FP32 network that the run trained.
 
-    `images`: judge on so many of the validation images, evenly spaced; None takes all.
+    Validation images judge: `images` of them, evenly spaced, or all; none by which study `without` judges.
     """
 
-    def __init__(self, run: Run, stage: str, images: int | None = None):
+    def __init__(self, run: Run, stage: str, images: int | None = None, without: "Study | None" = None):
         self.run, self.stage = run, stage
         self.data, self.split = run.data, run.split
         self.model = load_float(run.path("fp32", "weights.pt"), run.model())
-        judges = self.split.validation
-        judges = evenly_spaced(judges, images or len(judges))
+        judges = np.setdiff1d(self.split.validation, without.judges if without else [])
+        self.judges = judges = evenly_spaced(judges, images or len(judges))
         self.images, self.labels = self.data.train_images[judges], self.data.train_labels[judges]
         self._calibrated: dict[Scheme | str, nn.Module] = {}
         self._answers: dict[tuple[Scheme, Scheme], np.ndarray] = {}
         self.base = {
             "weights": state_hash(self.model.state_dict()),
-            "images": [self.data.sha256, self.split.sha256, len(judges), run.seed],
+            "images": [self.data.sha256, self.split.sha256, sha256_json(judges.tolist()), run.seed],
             "code": [modules_hash(*MODULES), versions()["torch"]],
             "numbers": [has_vnni(), multiplies_bfloat16()],
         }
@@ -205,9 +205,13 @@ class Study:
         return Cell(_key("ptq", weight, activation), compute)
 
     def mixed(self, bits: dict[str, int], weight: Scheme, activation: Scheme) -> Cell:
-        """Make a cell: PTQ, these layers with bits of their own, judged."""
-        key = _key("mixed", bits, weight, activation)
-        return self.judged(key, lambda: run_exactly(simulate(self.allocated(bits, weight, activation))))
+        """Make a cell: PTQ, these layers with bits of their own, judged; `losses` and `right` by image."""
+
+        def compute() -> dict:
+            logits = self.logits(run_exactly(simulate(self.allocated(bits, weight, activation))))
+            return self.judge(logits) | by_image(logits, self.labels)
+
+        return Cell(_key("mixed", bits, weight, activation), compute)
 
     def kernels(self, weight: Scheme, activation: Scheme, isa: str) -> Cell:
         """Make a cell: PTQ on oneDNN's kernels, limited to an instruction set (see `on_onednn`), judged."""

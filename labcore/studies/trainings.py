@@ -12,6 +12,7 @@ from torch import nn
 from labcore.config import PROFILES, Profile, Recipe
 from labcore.files.artifacts import sha256_json
 from labcore.files.code import modules_hash
+from labcore.files.provenance import versions
 from labcore.model import build_model
 from labcore.qconfig import CustomQConfig
 from labcore.quantize import prepare_qat
@@ -49,7 +50,8 @@ class Trainings(Study):
     def __init__(self, run: Run):
         super().__init__(run, "training")
         # What decides a training is in its cell's key; from scratch, no network that was trained before.
-        self.base = {"code": modules_hash("studies.trainings")}
+        # Beside that count the code that chooses the images which judge it, and what draws their order.
+        self.base = {"code": modules_hash("studies.trainings", "data"), "numpy": versions()["numpy"]}
         self.recipe = base_recipe(run.profile, len(self.split.train))
         self.seeds = [run.seed + step for step in range(run.profile.study_seeds)]
         self.verdict_seeds = [run.seed + step for step in range(run.profile.verdict_seeds)]

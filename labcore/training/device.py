@@ -7,11 +7,12 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
-from torch.ao.quantization import FakeQuantizeBase, FusedMovingAvgObsFakeQuantize
+from torch.ao.quantization import FakeQuantizeBase
 from torch.nn.parallel import DistributedDataParallel
 
 from labcore import LabError
 from labcore.files.provenance import cpu_name
+from labcore.quantizers.learned import LearnedFakeQuantize
 from labcore.training.distributed import current_world
 
 # What torch and libraries of the GPU say; cuDNN tries all its ways first.
@@ -42,9 +43,16 @@ def is_fake_quantized(model: nn.Module) -> bool:
 
 
 def autocast_dtype(model: nn.Module) -> torch.dtype:
-    """Return what a training step multiplies; torch's fused fake quantization needs float32."""
-    fused = any(isinstance(module, FusedMovingAvgObsFakeQuantize) for module in model.modules())
-    return torch.bfloat16 if multiplies_bfloat16() and not fused else torch.float32
+    """Return what a training step multiplies: float32 unless all scales of QAT are powers of two.
+
+    A code times another scale is rounded in bfloat16, and leaves the grid by up to most of a step.
+    """
+    has_float_scales = any(
+        getattr(fake.activation_post_process, "rule", "none") == "none"  # torch's observers have no rule
+        for fake in model.modules()
+        if isinstance(fake, FakeQuantizeBase) and not isinstance(fake, LearnedFakeQuantize)
+    )
+    return torch.bfloat16 if multiplies_bfloat16() and not has_float_scales else torch.float32
 
 
 def autocast(model: nn.Module) -> contextlib.AbstractContextManager:

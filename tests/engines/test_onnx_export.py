@@ -6,12 +6,12 @@ import pytest
 import torch
 from small import network, used
 
-from labcore import LabError
+from labcore import LabError, quantize
 from labcore.data import calibration_batches
 from labcore.engines.onnx_export import build_onnx, predict_onnx, save_onnx
 from labcore.images.transforms import normalize
-from labcore.qconfig import RECOMMENDED, CustomQConfig, Scheme, make_qconfig
-from labcore.quantize import calibrate, convert, prepare_ptq
+from labcore.qconfig import FLOAT, RECOMMENDED, CustomQConfig, Scheme, make_qconfig
+from labcore.quantize import calibrate, convert, prepare_ptq, prepare_qat
 from labcore.studies.mobile import build_mobile
 
 QCONFIGS = {
@@ -92,6 +92,72 @@ def test_the_file_holds_the_networks_integers_and_powers_of_two(quantized):
         assert constants[name.replace(".weight.", ".bias.")].dtype == np.int32
     scales = np.concatenate([np.ravel(part) for name, part in constants.items() if name.endswith(".scale")])
     assert scales.size > 50 and (np.frexp(scales)[0] == 0.5).all()
+
+
+# BatchNorm's gamma and beta of the first filter of two layers; of all filters where `whole`.
+FILTERS = {
+    "zero": (0.0, 16.0, False),
+    "tiny": (1e-6, 16.0, False),
+    "tiny_and_never_seen": (3e-7, -16.0, False),
+    "tiny_beside_a_huge_bias": (-1e-6, 3e6, False),
+    "layer_of_zeros": (0.0, 40.0, True),
+}
+LARGE_BIAS = {
+    "recommended": (prepare_ptq, make_qconfig(*RECOMMENDED)),
+    "float": (prepare_ptq, make_qconfig(FLOAT, FLOAT)),
+    "torch": (prepare_ptq, CustomQConfig.DEFAULT.value),
+    "qat": (prepare_qat, make_qconfig(*RECOMMENDED, "qat")),
+    "lsq": (prepare_qat, make_qconfig(FLOAT, FLOAT, "lsq")),
+}
+
+
+def with_filters(kind: str) -> torch.nn.Module:
+    gamma, beta, whole = FILTERS[kind]
+    model = used(network("resnet9", 8))
+    for name in ("bn1", "layer3.0.1"):
+        norm = model.get_submodule(name)
+        norm.weight.data[: None if whole else 1], norm.bias.data[: None if whole else 1] = gamma, beta
+    return model
+
+
+ALL_FILTERS = [(kind, scheme) for scheme in ("recommended", "torch") for kind in FILTERS]
+TWO_FILTERS = [(kind, scheme) for scheme in ("qat", "lsq") for kind in ("zero", "layer_of_zeros")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "scheme"), [*ALL_FILTERS, *TWO_FILTERS, ("tiny_beside_a_huge_bias", "float")]
+)
+@pytest.mark.usefixtures("fbgemm")
+def test_a_bias_beside_tiny_weights_is_in_the_file_and_in_every_kernel(kind, scheme, batches):
+    prepare, qconfig = LARGE_BIAS[scheme]
+    prepared = calibrate(prepare(with_filters(kind), qconfig), batches[:1])
+    model = convert(prepared)
+    onnx_model, found = build_onnx(model, SHAPE), by_torch(model, batches[:1])
+    parts = {part.name: onnx.numpy_helper.to_array(part) for part in onnx_model.graph.initializer}
+    for name in [name.removesuffix(".codes") for name in parts if name.endswith(".bias.codes")]:
+        step = parts[f"{name}.scale"].astype(float)
+        bias = by_name(model, name).detach().numpy()
+        error = np.abs(parts[f"{name}.codes"] * step - bias)
+        assert (error <= 0.51 * step + 2**-24 * np.abs(bias)).all(), name  # the step is a float32
+    # In steps of the last layer: rounded biases move values to their neighbours, also in ordinary networks.
+    tolerance = 4 * model.fc.scale * 0.125
+    assert np.abs(predict_onnx(onnx_model, batches[:1]) - found).max() <= tolerance
+    torch.backends.quantized.engine = "qnnpack"  # its kernels hold biases in 32 bits themselves
+    if scheme != "torch":
+        assert np.abs(by_torch(convert(prepared), batches[:1]) - found).max() <= tolerance
+
+
+def by_name(model: torch.nn.Module, name: str) -> torch.Tensor:
+    """The bias of a layer of an int8 network."""
+    return model.get_submodule(name.removesuffix(".bias")).bias()
+
+
+@pytest.mark.parametrize("kind", ["tiny", "zero"])
+def test_an_export_that_would_clip_a_bias_stops_with_the_layers_name(kind, batches, monkeypatch):
+    monkeypatch.setattr(quantize, "fit_biases", lambda int8: int8)
+    prepared = calibrate(prepare_ptq(with_filters(kind), QCONFIGS["best"]), batches)
+    with pytest.raises(LabError, match="conv1: its biases"):
+        build_onnx(convert(prepared), SHAPE)
 
 
 def test_the_batch_is_free_and_padding_is_zero(quantized, batches):

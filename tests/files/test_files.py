@@ -2,11 +2,23 @@
 
 import ast
 import json
+import re
+import resource
+from types import SimpleNamespace
 
+import nbformat
+import numpy as np
 import pytest
+import torch
+from matplotlib.figure import Figure
 
 from labcore import LabError
+from labcore.config import PROFILES
 from labcore.files import artifacts, code, provenance
+from labcore.files.progress import progress
+from labcore.files.tensors import save_tensors
+from labcore.lab.execute import write_executed
+from labcore.run import Run
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -16,6 +28,64 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
         partial.write_text("new")
         raise ValueError("stop")
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def executed(path):
+    cells = [nbformat.v4.new_markdown_cell("x" * 9000)]
+    write_executed(
+        path,
+        nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": {"name": "a", "display_name": "a"}}),
+    )
+
+
+def drawn(path):
+    run = Run(PROFILES["smoke"], None, 0, path.parents[2])
+    vars(run)["data"] = SimpleNamespace(label="noise")
+    axes = (figure := Figure()).subplots()
+    axes.imshow(np.random.default_rng(0).random((64, 64)))
+    run.save_figure(figure, path.stem)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: artifacts.write_text(path, "ü" * 4500),
+        lambda path: artifacts.write_json(path, ["x" * 9000]),
+        lambda path: artifacts.write_npz(path, a=np.zeros(2000), b=np.array("text")),
+        lambda path: save_tensors(path, {"a": torch.zeros(2000)}),
+        lambda path: artifacts.copy_file(artifacts.ROOT / "labcore/stats.py", path),
+        executed,
+        drawn,
+    ],
+    ids=["text", "json", "npz", "tensors", "copy", "notebook", "figure"],
+)
+def test_a_full_disk_names_the_file_and_the_space_it_needs(write, tmp_path):
+    """The system's limit of a file's size stands for the disk: its writes fail as those on a full one do."""
+    path = tmp_path / "figures/smoke/file.png"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"old")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))
+    try:
+        with pytest.raises(LabError) as caught:
+            write(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    told = str(caught.value)
+    assert path.read_bytes() == b"old" and not list(tmp_path.rglob("*.part"))
+    write(path)
+    needed, free = re.search(
+        rf"no space left to write {path}: it needs ([\d.,]+) MB.*, ([\d.,]+) MB are", told
+    ).groups()
+    assert 9000 <= 1e6 * float(needed.replace(",", "")) <= path.stat().st_size + 500
+    assert float(free.replace(",", "")) > 0
+
+
+def test_a_bar_on_a_full_disk_stops_nothing(monkeypatch):
+    monkeypatch.setenv("LAB_PROGRESS", "/dev/full")  # each write to it fails as on a full disk
+    with progress(2, "x") as bar:
+        bar.update(2)
+    assert bar.n == 2
 
 
 def test_json_round_trips_and_refuses_nan(tmp_path):

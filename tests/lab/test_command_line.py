@@ -1,5 +1,7 @@
 """Bad options are one line and a status."""
 
+import errno
+import fcntl
 import subprocess
 
 import pytest
@@ -9,8 +11,10 @@ from project import ROOT
 
 from labcore import LabError
 from labcore.config import STUDIES as STUDY_STAGES
+from labcore.lab import pipeline
 from labcore.lab.__main__ import chosen_studies, main
 from labcore.lab.execute import execute
+from labcore.lab.stale import State
 
 
 @pytest.mark.parametrize(
@@ -62,6 +66,28 @@ def test_jupyterlab_is_this_machines_and_asks_nobody_for_news():
 )
 def test_studies_are_chosen_by_number_notebook_or_stage(text, stages):
     assert chosen_studies(text) == stages
+
+
+@pytest.mark.parametrize(
+    "name", ["EWOULDBLOCK", "EAGAIN", "EACCES", "ENOLCK", "ENOTSUP", "EOPNOTSUPP", "ENOSYS", "EINVAL", "EIO"]
+)
+def test_only_a_lock_that_is_busy_stops_a_run(name, tmp_path, monkeypatch, capsys):
+    """flock(2) and fcntl(2) have these words for busy; the others come from network file systems."""
+
+    def flock(*_):
+        raise OSError(getattr(errno, name), "the system's word")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    if name in ("EWOULDBLOCK", "EAGAIN", "EACCES"):
+        with (
+            pytest.raises(LabError, match="^another run of profile smoke is at work"),
+            pipeline._lock(State("smoke", root=tmp_path)),
+        ):
+            pytest.fail("entered")
+        return
+    with pipeline._lock(State("smoke", root=tmp_path)):
+        said = capsys.readouterr().out
+    assert said.startswith("note: ") and "has no locks (the system's word)" in said and said.count("\n") == 1
 
 
 def test_an_unknown_notebook_parameter_is_refused(tmp_path):

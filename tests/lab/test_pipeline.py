@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import time
+import zipfile
 
 import numpy as np
 import onnxruntime
@@ -18,7 +19,7 @@ from small import counted_updates, stop
 
 from labcore import LabError
 from labcore.config import PROFILES, override
-from labcore.files.artifacts import RESTORED, read_json
+from labcore.files.artifacts import RESTORED, read_json, write_json
 from labcore.files.tensors import load_tensors
 from labcore.lab.execute import execute
 from labcore.lab.parallel import first_model, train_stage
@@ -296,8 +297,12 @@ def test_weights_trained_before_stand_for_the_training_and_the_report_says_so(bu
 
 def test_kept_networks_serve_a_report_and_notebooks_where_nothing_was_run(built, tmp_path, monkeypatch):
     project = built.copy(tmp_path / "lab")
+    cell = project.root / "runs/smoke/qat/cells/ab12.json"
+    write_json(cell, {"result": 1})
     kept = sorted(project.run("keep").stdout.split()[1::2])
-    names = ("history.csv", "ptq.pt", "qat.pt", "training.json", "weights.pt")
+    with zipfile.ZipFile(project.root / "report/smoke/weights/cells.zip", "a") as packed:
+        packed.writestr("qat/cells/../../../evil.json", "1")
+    names = ("cells.zip", "history.csv", "ptq.pt", "qat.pt", "training.json", "weights.pt")
     assert kept == [f"report/smoke/weights/{name}" for name in names]
     before = project.hashes("runs/smoke/fp32", "runs/smoke/ptq", "runs/smoke/qat")
     shutil.rmtree(project.root / "runs/smoke")
@@ -314,6 +319,7 @@ def test_kept_networks_serve_a_report_and_notebooks_where_nothing_was_run(built,
     assert said in project.run("restore").stdout
     after = project.hashes("runs/smoke/fp32", "runs/smoke/ptq", "runs/smoke/qat")
     assert all("checkpoint" in name for name in set(before) - set(after))
+    assert read_json(cell) == {"result": 1} and not list(project.root.glob("runs/**/evil.json"))
     assert {name for name in after if after[name] != before.get(name)} == {
         f"runs/smoke/{stage}/{RESTORED}" for stage in ("fp32", "ptq", "qat")
     }, "the same bytes, of networks too"

@@ -1,6 +1,8 @@
 """What makes a stage stale: every module that it runs, its options and its code, and nothing else."""
 
+import ast
 import re
+import sys
 from modulefinder import ModuleFinder
 from pathlib import Path
 
@@ -10,7 +12,9 @@ from PIL import Image
 from project import NOTEBOOKS, REPORT, Project, code_cells
 
 from labcore import LabError
-from labcore.lab.stale import STAGES, imported_modules
+from labcore.files.artifacts import write_json
+from labcore.files.provenance import versions
+from labcore.lab.stale import STAGES, State, imported_modules
 
 
 @pytest.fixture
@@ -152,6 +156,110 @@ def test_comments_in_printed_source_and_words_concern_only_what_shows_them(proje
     project.edit(name, lambda text: text.replace("# int8 from", "# in int8 from").replace("R1", "R1 "))
     assert project.stale()[stage] == f"changed: {part}"
     assert set(project.stale()) == {stage, "report"}
+
+
+TRAINING = {
+    "fp32",
+    "qat",
+    "observers",
+    "mixed",
+    "training",
+    "robustness",
+    "parts",
+    "seeds",
+    "explore",
+    "claims",
+}
+ALL = {stage.name for stage in STAGES}
+
+
+@pytest.mark.parametrize(
+    ("target", "value", "part", "stages"),
+    [
+        ("labcore.qconfig.has_vnni", lambda: "another", "VNNI in the processor", ALL - {"fp32"}),
+        ("labcore.training.device.multiplies_bfloat16", lambda: "another", "bfloat16 in the", TRAINING),
+        (
+            "labcore.lab.stale._REFERENCE",
+            {"the reference's profile": "another"},
+            "the reference's profile",
+            {"fp32", "training", "seeds", "claims"},
+        ),
+        ("labcore.lab.stale.versions", dict, "versions of Python and packages", ALL),
+    ],
+)
+def test_the_machine_and_the_reference_make_those_stages_stale_that_they_decide(
+    project, target, value, part, stages, monkeypatch
+):
+    monkeypatch.setattr(target, value)
+    assert {name for name, why in project.state().status().items() if part in why} == stages
+
+
+def test_what_config_does_counts_beside_the_profile(project):
+    project.edit(
+        "labcore/config.py", lambda text: text.replace("and self.fp32.init !=", "or self.fp32.init !=")
+    )
+    assert all("labcore/config.py" in why for why in project.state().status().values() if "waits" not in why)
+
+
+def test_the_published_numbers_of_the_reference_are_an_input_of_the_ledger(project):
+    project.edit("report/template_reference.json", lambda text: text.replace("9", "8", 1))
+    assert project.stale()["claims"] == "changed: report/template_reference.json"
+
+
+def test_every_package_that_a_stage_imports_has_its_version_noted():
+    """But for those that only show, and OpenVINO, which counts where engines are compared."""
+    notebooks = [nbformat.read(State("smoke").notebook(stage), as_version=4) for stage in STAGES]
+    cells = [cell.source for notebook in notebooks for cell in code_cells(notebook)]
+    paths = imported_modules(*cells).values()
+    nodes = [node for path in paths for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    packages = {name.split(".")[0] for name in names} - sys.stdlib_module_names
+    packages -= {"labcore", "openvino", "IPython", "ipywidgets", "tqdm", "jinja2"}
+    assert {{"PIL": "pillow", "sklearn": "scikit-learn"}.get(name, name) for name in packages} <= set(
+        versions()
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "other", "same"),
+    [
+        (
+            "metrics.json",
+            '{"calibration_seconds": 1.5, "acc": 0.5}',
+            '{"calibration_seconds": 2, "acc": 0.5}',
+            True,
+        ),
+        ("metrics.json", '{"a": [{"train_seconds": 1}, {"b": 1}]}', '{"a": [{}, {"b": 1}]}', True),
+        ("metrics.json", '{"a": [{"train_seconds": 1}, {"b": 1}]}', '{"a": [{}, {"b": 2}]}', False),
+        ("metrics.json", '{"latency_ms": 1}', '{"latency_ms": 2}', False),
+        ("metrics.json", '{"acc": 0.5}', '{"acc": ', False),
+        (
+            "history.csv",
+            "epoch,val_acc,train_seconds\n1,0.5,3\n",
+            "epoch,val_acc,train_seconds\n1,0.5,4\n",
+            True,
+        ),
+        (
+            "history.csv",
+            "epoch,val_acc,train_seconds\n1,0.5,3\n",
+            "epoch,val_acc,train_seconds\n1,0.6,3\n",
+            False,
+        ),
+        ("logits.npz", "1", "2", False),
+        ("provenance.json", "1", "2", True),
+    ],
+)
+def test_how_long_something_took_is_no_result(tmp_path, name, content, other, same):
+    """So a figure that is drawn again, for which something is timed again, makes nothing else stale."""
+    state, hashes = State("smoke", root=tmp_path), []
+    for text in (content, other):
+        path = state.folder / "ptq" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        write_json(state.stamp_path("ptq"), {"outputs": {f"runs/smoke/ptq/{name}": text}})
+        hashes.append(state.results_of("ptq"))
+    assert (hashes[0] == hashes[1]) == same
 
 
 def test_new_prose_in_a_notebook_runs_nothing(project):

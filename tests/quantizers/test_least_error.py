@@ -11,12 +11,13 @@ every_symmetric = pytest.mark.parametrize("kind", ["symmetric", "signed", "unsig
 
 
 def squared_errors(kind: str, bits: int, given: list[torch.Tensor], exponents: range) -> list[float]:
-    """Of one channel, for every exponent, with torch's own fake quantization."""
+    """Of one channel, for every exponent, with torch's own fake quantization and the last zero point."""
     low, high = limits(kind, bits).values()
     values = torch.cat([batch.flatten() for batch in given])
     smallest, errors = min(0.0, values.min().item()), []
+    is_middle = kind == "symmetric" or (kind == "unsigned" and smallest < 0)
     for exponent in exponents:
-        scale, zero_point = 2.0**exponent, 2 ** (bits - 1) if kind == "symmetric" else 0
+        scale, zero_point = 2.0**exponent, 2 ** (bits - 1) if is_middle else 0
         if kind.endswith("affine"):
             zero_point = int(np.clip(low - np.rint(smallest / scale), low, high))
         rounded = torch.fake_quantize_per_tensor_affine(values, scale, zero_point, low, high)
@@ -50,6 +51,27 @@ def test_it_equals_a_search_through_all_exponents(kind, bits, outlier):
 def test_errors_are_summed_over_batches_also_of_very_different_size(kind, bits, factors):
     given = [samples(kind, seed) * factor for seed, factor in enumerate(factors)]
     assert_least(shown(make(kind, bits, rule="least_error"), *given), kind, bits, given)
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize(
+    ("lows", "highs"),
+    [
+        ((0, -0.01), (1, 0.01)),
+        ((0, -1e-6), (1, 1)),
+        ((0, 0, -3), (1, 2, 0)),
+        ((-1, 0), (0, 1)),
+        ((0, 0), (2, 1)),
+    ],
+    ids=str,
+)
+def test_errors_are_those_under_the_zero_point_that_holds_in_the_end(lows, highs, bits):
+    given = [torch.linspace(low, high, 1000) for low, high in zip(lows, highs, strict=True)]
+    observer = shown(make("unsigned", bits, rule="least_error"), *given)
+    assert_least(observer, "unsigned", bits, given)
+    assert observer.calculate_qparams()[1] == (2 ** (bits - 1) if min(lows) < 0 else 0)
+    if (lows, bits) == ((0, -0.01), 8):
+        assert observer.calculate_qparams()[0] == 2.0**-7
 
 
 def test_a_larger_batch_is_clipped_where_its_steps_would_cost_the_values_before_more():

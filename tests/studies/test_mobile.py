@@ -25,9 +25,9 @@ from labcore.studies.mobile import (
     Mobile,
     build_mobile,
     compare_architectures,
-    load_answers,
+    load_hits,
     mobile_recipe,
-    save_answers,
+    save_hits,
 )
 from labcore.studies.study import Study
 
@@ -180,29 +180,33 @@ def study(tiny_data, tiny_split, tmp_path, monkeypatch) -> Study:
 def test_trainings_differ_by_seed_are_loaded_again_and_answer_every_test_image(study, monkeypatch):
     monkeypatch.setattr(mobile, "SCHEMES", {"reference": SCHEMES["reference"]})
     first, second = (Mobile(study, "mobilenet_v2", number) for number in range(2))
-    assert list(study.run.path("mixed", "networks").glob("mobilenet_v2-6-*")), "the run's seed is 5"
+    assert not study.run.path("mixed", "networks").exists(), "nothing is trained before a cell asks for it"
     assert first.base["weights"] != second.base["weights"] != study.base["weights"]
-    answers = second.answers()
-    assert list(answers) == ["fp32", "reference", TORCH]
-    assert np.array_equal(answers["fp32"], answers_of(second.model, study.data).argmax(1))
+    hits = second.hits()
+    assert list(study.run.path("mixed", "networks").glob("mobilenet_v2-6-*")), "the run's seed is 5"
+    assert list(hits) == ["fp32", "reference", TORCH]
+    right = answers_of(second.model, study.data).argmax(1) == study.data.test_labels
+    assert np.array_equal(hits["fp32"], right)
+    blamed = second.to_blame()
+    assert blamed["logit_mse"].is_monotonic_decreasing and len(blamed) == 3
     monkeypatch.setattr(mobile, "simulate", None)  # whatever is kept is not computed again
     again = Mobile(study, "mobilenet_v2", 1)
     assert again.base == second.base
-    assert all(np.array_equal(again.answers()[scheme], answers[scheme]) for scheme in answers)
+    assert again.to_blame().equals(blamed)
+    assert all(np.array_equal(again.hits()[scheme], hits[scheme]) for scheme in hits)
 
 
 def test_a_row_compares_a_scheme_with_the_fp32_of_the_same_training(tmp_path):
-    labels = np.array([0, 1, 2, 3])
-    answers = {
+    hits = {
         "a": [
-            {"fp32": np.array([0, 1, 2, 0]), "reference": np.array([0, 0, 0, 0])},
-            {"fp32": np.array([0, 1, 2, 3]), "reference": np.array([0, 1, 2, 0])},
+            {"fp32": np.array([1, 1, 1, 0]), "reference": np.array([1, 0, 0, 0])},
+            {"fp32": np.ones(4), "reference": np.array([1, 1, 1, 0])},
         ],
-        "b": [{"fp32": labels, "x y": labels}] * 2,
+        "b": [{"fp32": np.ones(4), "x y": np.ones(4)}] * 2,
     }
-    save_answers(tmp_path / "mobile.npz", answers, labels)
-    saved = load_answers(tmp_path / "mobile.npz")
-    assert {name: part.dtype.str for name, part in saved.items()} == dict.fromkeys(saved, "<i2")
+    save_hits(tmp_path / "hits.npz", hits)
+    saved = load_hits(tmp_path / "hits.npz")
+    assert {name: part.dtype.str for name, part in saved.items()} == dict.fromkeys(saved, "<f4")
     one, other = compare_architectures(saved)["architectures"]
     lost = mean_over_trainings(100.0 * np.array([[0, 1, 1, 0], [0, 0, 0, 1]]))
     assert one == {
@@ -219,7 +223,7 @@ def test_a_row_compares_a_scheme_with_the_fp32_of_the_same_training(tmp_path):
     }
     assert (other["network"], other["scheme"], other["acc_drop_pp_high"]) == ("b", "x y", 0.0)
     with pytest.raises(LabError, match="run notebook 06 again"):
-        load_answers(tmp_path / "none.npz")
+        load_hits(tmp_path / "none.npz")
 
 
 def test_small_profiles_train_narrow_networks_and_others_those_of_torchvision():

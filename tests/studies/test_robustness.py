@@ -22,6 +22,7 @@ from labcore.studies.corruptions import CORRUPTIONS, GROUPS, SEVERITIES, corrupt
 from labcore.studies.study import run_cells
 
 LABELS = np.array([0, 1, 2, 0])
+CLEAN = {"ptq": np.zeros(4), "qat": np.array([0.0, 0, 0, 100])}  # points lost on the images of `found`
 
 
 @pytest.fixture
@@ -40,20 +41,42 @@ def interval(lost: list[float]) -> dict:
 
 
 def test_costs_by_hand(found):
-    cost = robustness.corruption_cost(found, LABELS, "ptq")
+    cost = robustness.corruption_cost(found, LABELS, CLEAN, "ptq")
     assert cost["fp32_acc"] == 0.75 and cost["acc"] == pytest.approx((2 + 3) / 8)
     assert cost["corrupted_drop_pp"] == cost["extra_drop_pp"] == interval([50, 0, 100, -100])
     assert cost["clean_drop_pp"] == {"mean": 0, "low": 0, "high": 0}
-    qat = robustness.corruption_cost(found, LABELS, "qat")
+    qat = robustness.corruption_cost(found, LABELS, CLEAN, "qat")
     assert qat["clean_drop_pp"]["mean"] == 25 and qat["corrupted_drop_pp"]["mean"] == 0
     assert qat["extra_drop_pp"] == interval([0, 0, 0, -100])
 
 
 def test_more_cells_of_the_same_images_make_no_narrower_interval(found):
     twice = pd.concat([found, found[found["corruption"] != "clean"]], ignore_index=True)
-    once = robustness.corruption_cost(found, LABELS, "ptq")
-    for key, value in robustness.corruption_cost(twice, LABELS, "ptq").items():
+    once = robustness.corruption_cost(found, LABELS, CLEAN, "ptq")
+    for key, value in robustness.corruption_cost(twice, LABELS, CLEAN, "ptq").items():
         assert value == pytest.approx(once[key])
+
+
+def test_the_clean_term_is_that_of_all_test_images(monkeypatch, found):
+    monkeypatch.setattr(robustness, "IMAGES", 4)
+    everywhere = np.random.default_rng(0).choice([-100.0, 0, 0, 0, 100], 40)
+    rows, d = robustness.chosen(40), np.array([50.0, 0, 100, -100])
+    cost = robustness.corruption_cost(found, LABELS, {"ptq": everywhere}, "ptq")
+    assert cost["clean_drop_pp"] == interval(everywhere) and cost["corrupted_drop_pp"] == interval(d)
+    # The variance of a sum over all images, in which only the chosen have a d: independent terms.
+    pairs = np.cov(d, everywhere[rows])
+    variance = pairs[0, 0] / 4 + np.var(everywhere, ddof=1) / 40 - 2 * pairs[0, 1] / 40
+    extra, half = cost["extra_drop_pp"], stats.t.ppf(0.975, 3) * variance**0.5
+    assert extra["mean"] == pytest.approx(d.mean() - everywhere.mean())
+    assert [extra["low"], extra["high"]] == pytest.approx([extra["mean"] - half, extra["mean"] + half])
+
+
+def test_all_tests_are_one_family(found):
+    clean, rain = (found[found["corruption"] == name] for name in ("clean", "rain"))
+    every = pd.concat([clean, *(rain.assign(corruption=name) for name in CORRUPTIONS)])
+    changed = robustness.compare_networks(every, LABELS, CLEAN, 4)["changed"]
+    parts = len(GROUPS) + len(CORRUPTIONS) + len(CORRUPTIONS) * len(SEVERITIES)
+    assert changed == {"tests": 2 * parts, "rows": []}
 
 
 def test_cell_table_by_hand(found):
@@ -76,7 +99,7 @@ def test_severity_table_by_hand(found):
 def test_an_interval_needs_two_images(found):
     one = found.assign(**{name: found[name].str[:1] for name in ("fp32", "ptq", "qat")})
     with pytest.raises(LabError, match="at least 2 images, found 1"):
-        robustness.corruption_cost(one, LABELS[:1], "ptq")
+        robustness.corruption_cost(one, LABELS[:1], {"ptq": np.zeros(1)}, "ptq")
 
 
 def test_the_verdict_follows_the_interval():

@@ -30,8 +30,9 @@ def study(tiny_data, tiny_split, tmp_path, monkeypatch):
 def test_another_start_is_another_network_and_the_first_is_the_runs_own(study):
     other = study.start(1)
     assert study.start(0) is study and other.seed == 1
-    assert not torch.equal(other.model.conv1.weight, study.model.conv1.weight)
     assert other.base != study.base, "cells of one start are not those of another"
+    assert not study.run.path("seeds", "starts").exists(), "nothing is trained before a cell asks for it"
+    assert not torch.equal(other.model.conv1.weight, study.model.conv1.weight)
     again = study.start(1)
     assert all(
         torch.equal(a, b) for a, b in zip(other.model.parameters(), again.model.parameters(), strict=True)
@@ -43,14 +44,9 @@ def test_the_networks_of_a_start_answer_every_test_image(study, tiny_data):
     cells = study.experiments()
     table = study.cells({name: cells[name] for name in ("fp32", "ptq", "additions", "fp32_on", "qat")}, "few")
     n_test = len(tiny_data.test_labels)
-    for name, column in (
-        ("fp32", "answers"),
-        ("ptq", "answers"),
-        ("additions", "floats"),
-        ("qat", "unrounded"),
-    ):
+    for name, column in (("fp32", "right"), ("ptq", "right"), ("additions", "floats"), ("qat", "last")):
         assert len(table.loc[name, column]) == n_test
-    assert table.loc["fp32_on", "answers"] == table.loc["fp32_on", "unrounded"], "nothing is rounded in FP32"
+    assert len(table.loc["qat", "train"]) == len(study.split.train_sample)
     assert not list(study.run.path("seeds", "fits").glob("*")), "what the cells came from is removed"
     assert study.recipe.epochs == 2 and study.recipe.freeze_at == 0.5, (
         "one epoch more, frozen after the first"
@@ -61,7 +57,7 @@ def test_the_networks_of_a_start_answer_every_test_image(study, tiny_data):
 def test_float_additions_leave_every_other_rounding(study):
     simulated = simulate(study.prepared(*PTQ["ptq"]))
     seen = []
-    study._answer = lambda model: seen.append(
+    study._right = lambda model: seen.append(
         {name for name, part in model.named_modules() if getattr(part, "fake_quant_enabled", [0])[0]}
     )
     study._additions()
@@ -105,24 +101,28 @@ def test_hits_are_those_of_the_same_images_and_a_mixed_one_counts_by_shares(stud
 
 
 def test_drops_add_up_gaps_and_causes_are_those_of_the_arrays(tmp_path):
-    rng, labels = np.random.default_rng(0), np.arange(40) % 4
+    rng = np.random.default_rng(0)
     kinds = {name for pair in over_trainings.PAIRS for name in pair} | {"fp32"}
-    answers = {kind: np.where(rng.random((3, 40)) < 0.8, labels, 9) for kind in sorted(kinds)}
-    hits = {f"hits_{view}": rng.integers(0, 2, (3, 30)).astype(float) for view in VIEWS}
-    write_npz(tmp_path / "seeds/answers.npz", labels=labels, **answers, **hits)
+    right = {kind: rng.choice([0, 0.5, 1], (3, 40), p=[0.1, 0.1, 0.8]) for kind in sorted(kinds)}
+    train = {kind: rng.random((3, 60)) < 0.9 for kind in seeds.UNROUNDED}
+    hits = {view: rng.integers(0, 2, (3, 30)).astype(float) for view in VIEWS}
+    named = {"right": right, "train": train, "hits": hits}
+    arrays = {f"{part}_{kind}": values for part, each in named.items() for kind, values in each.items()}
+    write_npz(tmp_path / "seeds/hits.npz", **arrays)
     fusing = {"reference": {"each": [-0.1, -0.2, -0.3]}}
-    found = over_trainings.compare_starts(
-        tmp_path, {"train_acc": {"fp32_on": [0.9, 0.8, 1.0]}, "fusing": fusing}
-    )
+    found = over_trainings.compare_starts(tmp_path, {"fusing": fusing})
     drops = {(row["before"], row["after"]): row["mean"] for row in found["pairs"]}
     assert set(drops) == {("fp32", kind) for kind in kinds - {"fp32"}} | set(over_trainings.PAIRS)
     acc = found["accuracy"]
-    assert acc["qat"] == (answers["qat"] == labels).mean(axis=1).tolist()
+    assert acc["qat"] == right["qat"].mean(axis=1).tolist()
     assert drops["ptq", "qat"] == pytest.approx(100 * (np.mean(acc["ptq"]) - np.mean(acc["qat"])))
     assert drops["ptq", "qat"] == pytest.approx(drops["fp32", "qat"] - drops["fp32", "ptq"])
-    gap = 100 * (np.array([0.9, 0.8, 1.0]) - acc["fp32_on"])
-    assert found["gap"]["fp32_on"]["each"] == pytest.approx(gap.tolist())
-    expected = 100 * (hits["hits_unrounded"] - hits["hits_plain"]).mean()
+    assert found["fp32"]["mean"] == pytest.approx(100 * np.mean(acc["fp32"]))
+    gap = {kind: 100 * (train[kind].mean(1) - acc[kind]) for kind in seeds.UNROUNDED}
+    assert found["gap"]["fp32_on_last"]["each"] == pytest.approx(gap["fp32_on_last"].tolist())
+    change = gap["qat_unrounded"] - gap["fp32_on_last"]
+    assert found["gap_change"]["each"] == pytest.approx(change.tolist())
+    expected = 100 * (hits["unrounded"] - hits["plain"]).mean()
     assert found["hidden"]["rounding"]["mean"] == pytest.approx(expected)
     rise = found["fusing"]["reference"]  # t of two degrees of freedom is 4.303
     assert (rise["mean"], rise["high"]) == pytest.approx((-0.2, -0.2 + 4.303 * 0.1 / 3**0.5), abs=1e-4)

@@ -87,6 +87,13 @@ def study(tmp_path) -> Trainings:
     return Trainings(run)
 
 
+def test_cells_are_kept_by_the_code_that_judges_them_and_by_numpy(study, monkeypatch):
+    for name, changed in (("versions", lambda: {"numpy": "another"}), ("modules_hash", lambda *names: names)):
+        monkeypatch.setattr(trainings, name, changed)
+        assert Trainings(study.run).base != study.base
+    assert set(Trainings(study.run).base["code"]) == {"studies.trainings", "data"}
+
+
 def test_a_training_that_diverges_counts_as_guessing(study, capsys, monkeypatch):
     def diverging(*args, **options):
         raise Diverged("the training loss is no longer finite", 0)
