@@ -31,7 +31,8 @@ from labcore.train import MODULES, QAT_MODULES, fit, training_identity
 from labcore.training.checkpoint import Checkpoints
 
 # What decides the hits of a network.
-CODE = ("data", "evaluate", "studies.kernels", "studies.seeds", "studies.study", *MODULES, *QAT_MODULES)
+CODE = ("data", "evaluate", "quantizers.bias", "studies.kernels", "studies.seeds", "studies.study")
+CODE += (*MODULES, *QAT_MODULES)
 # Post-training quantization, of weights and of activations.
 PTQ = {
     "ptq": (REFERENCE, REFERENCE),

@@ -35,7 +35,7 @@ from labcore.training.device import multiplies_bfloat16
 
 # What decides the result of a cell.
 MODULES = ("data", "model", "observer", "qconfig", "quantize", "evaluate", "stats")
-MODULES += ("images.transforms", "quantizers.learned", "quantizers.least_error")
+MODULES += ("images.transforms", "quantizers.bias", "quantizers.learned", "quantizers.least_error")
 MODULES += tuple(f"studies.{name}" for name in ("errors", "kernels", "mixed", "refine", "study"))
 
 

@@ -12,7 +12,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from labcore import LabError
 from labcore.files.provenance import cpu_name
-from labcore.quantizers.learned import LearnedFakeQuantize
 from labcore.training.distributed import current_world
 
 # What torch and libraries of the GPU say; cuDNN tries all its ways first.
@@ -50,7 +49,7 @@ def autocast_dtype(model: nn.Module) -> torch.dtype:
     has_float_scales = any(
         getattr(fake.activation_post_process, "rule", "none") == "none"  # torch's observers have no rule
         for fake in model.modules()
-        if isinstance(fake, FakeQuantizeBase) and not isinstance(fake, LearnedFakeQuantize)
+        if isinstance(fake, FakeQuantizeBase) and not hasattr(fake, "log2_scale")  # a learned exponent
     )
     return torch.bfloat16 if multiplies_bfloat16() and not has_float_scales else torch.float32
 
