@@ -285,7 +285,7 @@ def test_another_option_makes_every_stage_stale_and_says_which(project, options,
         for shade, name in ((0, "dark"), (255, "bright")):
             folder = project.root / "mine" / split / name
             folder.mkdir(parents=True)
-            Image.new("RGB", (32, 32), (shade,) * 3).save(folder / "0.png")
+            Image.new("RGB", (32, 32), (shade, shade, 9 * (split == "test"))).save(folder / "0.png")
     reasons = project.stale(**options)
     assert all(part in reasons[stage] for stage in REPORT)
 
