@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -147,22 +147,6 @@ def mean_over_images(values: np.ndarray) -> dict[str, float]:
     return {"mean": mean, "low": float(low), "high": float(high)}
 
 
-def mean_minus_all(part: np.ndarray, everywhere: np.ndarray, rows: np.ndarray) -> dict[str, float]:
-    """Return the mean of one value per image of a sample, less the mean of another over all images.
-
-    `part` (n,) belongs to the images `rows` of all, of which `everywhere` (N,) has a value each: mean, low,
-    high, a t interval over images. Its variance is var(part) / n + var(all) / N - 2 cov / N, since the sample
-    is among all; where the sample is all, this is the paired difference.
-    """
-    n, count = len(part), len(everywhere)
-    mean_over_images(part)  # checks how many there are
-    covariance = np.cov(part, everywhere[rows])[0, 1]
-    variance = part.var(ddof=1) / n + (everywhere.var(ddof=1) - 2 * covariance) / count
-    mean = float(part.mean() - everywhere.mean())
-    half = float(stats.t.ppf(0.975, n - 1) * math.sqrt(max(variance, 0.0)))
-    return {"mean": mean, "low": mean - half, "high": mean + half}
-
-
 def mean_over_trainings(values: np.ndarray) -> dict[str, float]:
     """Return the mean of values, (trainings, images), and its 95 % interval for other trainings and images.
 
@@ -279,18 +263,6 @@ def holm(p_values: Sequence[float]) -> np.ndarray:
     return adjusted
 
 
-def paired_by_class(
-    before: np.ndarray, after: np.ndarray, labels: np.ndarray, classes: Sequence[str]
-) -> dict[str, dict]:
-    """Return `compare_paired` on the images of each class alone; classes without images are left out."""
-    by_class = {name: labels == label for label, name in enumerate(classes)}
-    return {
-        name: compare_paired(before[own], after[own], labels[own])
-        for name, own in by_class.items()
-        if own.any()
-    }
-
-
 def bootstrap_drop(
     before: np.ndarray, after: np.ndarray, labels: np.ndarray, resamples: int = 2000, seed: int = 0
 ) -> tuple[float, float]:
@@ -370,121 +342,3 @@ def class_accuracy(logits: np.ndarray, labels: np.ndarray, classes: Sequence[str
     """Return the accuracy per class as a fraction; a class without images has NaN."""
     counts = confusion(logits, labels, classes)
     return pd.Series(np.diag(counts) / counts.sum(axis=1).replace(0, np.nan).to_numpy(), index=classes)
-
-
-def latency_table(measured: pd.DataFrame, baseline: str) -> pd.DataFrame:
-    """Return a row per model: medians and quartiles (_low, _high) of latency_ms, and of speedup.
-
-    A speedup is the ratio of the time of `baseline` to the model's, within a round. Its `median_interval` is
-    speedup_sure_low, speedup_sure_high; None where the rounds are too few.
-    """
-    wide = measured.pivot(index="round", columns="model", values="latency_ms")
-    speedups, columns = wide[[baseline]].to_numpy() / wide, {}
-    for name, table in (("latency_ms", wide), ("speedup", speedups)):
-        columns[name] = table.median()
-        columns |= {f"{name}_low": table.quantile(0.25), f"{name}_high": table.quantile(0.75)}
-    sure = {model: median_interval(speedups[model].to_numpy()) or (None, None) for model in wide}
-    ends = pd.DataFrame(sure, index=["speedup_sure_low", "speedup_sure_high"], dtype=object).T
-    return pd.DataFrame(columns).join(ends).loc[list(dict.fromkeys(measured["model"]))]
-
-
-def effective_number(values: np.ndarray) -> float:
-    """Return how many independent values say as much as these, which were measured one after the other.
-
-    With r as the correlation of neighbours, if that is above 0: n (1 - r) / (1 + r) (Bayley and Hammersley,
-    1946).
-    """
-    if len(values) < 3 or np.ptp(values) == 0:
-        return len(values)
-    apart = np.asarray(values) - np.mean(values)
-    r = min(max(float((apart[1:] * apart[:-1]).sum() / np.square(apart).sum()), 0.0), 0.9)
-    return max(len(values) * (1 - r) / (1 + r), 1.0)
-
-
-def median_interval(values: np.ndarray) -> tuple[float, float] | None:
-    """Return the 95 % interval of a median by order statistics, which assumes no distribution.
-
-    Quartiles say how far single values scatter; this says how well their median is known. Values must be in
-    the order in which they were measured: if neighbours are alike, their `effective_number` counts. None for
-    fewer than six.
-    """
-    count, ordered = int(effective_number(values)), np.sort(values)
-    out = int(stats.binom.ppf(0.025, count, 0.5))  # of so many values, which end is the interval's
-    rank = ((2 * out - 1) * len(ordered) + count) // (2 * count)  # (out - 0.5) / count of them, rounded
-    return (float(ordered[rank - 1]), float(ordered[-rank])) if out else None
-
-
-def mean_over_rounds(ratios: np.ndarray) -> dict[str, float]:
-    """Return the geometric mean of one ratio (or time) per round with its 95 % interval: mean, low, high.
-
-    Student's t of the logarithms, with the `effective_number` of rounds. Raises LabError for fewer than two.
-    """
-    if len(ratios) < 2:
-        raise LabError(f"an interval needs at least 2 rounds, found {len(ratios)}; raise latency_rounds.")
-    logs = np.log(np.asarray(ratios))
-    count = effective_number(logs)
-    half = stats.t.ppf(0.975, max(count - 1, 1)) * logs.std(ddof=1) / math.sqrt(count)
-    ends = {"mean": 0.0, "low": -half, "high": half}
-    return {name: math.exp(logs.mean() + end) for name, end in ends.items()}
-
-
-def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
-    """Return what seeds give together, from accuracies: a row per recipe, a column per seed (or NaN).
-
-    A row has seeds (how many), accs, acc (their mean), acc_std, and the difference to the first recipe in
-    points, paired by seed: diff_pp (its mean) and diff_pp_std.
-    """
-    difference = 100 * (table - table.iloc[0])
-    return pd.DataFrame(
-        {
-            "seeds": table.notna().sum(axis=1),
-            "accs": [row.dropna().tolist() for _, row in table.iterrows()],
-            "acc": table.mean(axis=1),
-            "acc_std": table.std(axis=1),
-            "diff_pp": difference.mean(axis=1),
-            "diff_pp_std": difference.std(axis=1),
-        }
-    )
-
-
-def seed_spread(tables: Iterable[list[dict]]) -> tuple[float, int]:
-    """Return what one difference scatters by from seed to seed, in points, and its degrees of freedom.
-
-    An accuracy is taken as recipe + seed + rest, fitted to all tables at once, where a recipe of several
-    tables counts once; a difference scatters by sqrt(2) times the rest. Pooling the spreads of differences
-    themselves would count the seeds of the baseline, which all share, as often as there are recipes.
-    """
-    rows = {(row.get("recipe"), *row["accs"]): row["accs"] for table in tables for row in table}
-    padded = pd.DataFrame([dict(enumerate(accs)) for accs in rows.values()])
-    accs = 100 * padded.to_numpy(dtype=float)  # (recipes, seeds), NaN where none
-    recipe, seed = np.nonzero(~np.isnan(accs))
-    design = np.hstack([np.eye(len(accs))[recipe], np.eye(accs.shape[1])[seed]])
-    fitted, _, rank, _ = np.linalg.lstsq(design, accs[recipe, seed])
-    free = len(recipe) - int(rank)
-    return math.sqrt(2 * np.square(accs[recipe, seed] - design @ fitted).sum() / max(free, 1)), free
-
-
-def sure_pp(seeds: int, spread: tuple[float, int], comparisons: int = 1) -> float:
-    """Return half the 95 % interval (Student's t) of a mean difference of so many seeds, in points.
-
-    Of several `comparisons` all intervals hold together (Bonferroni), however their shared baseline ties them
-    to each other; Dunnett's (1955), for one shared baseline, are at most a twentieth narrower.
-    """
-    std, free = spread
-    return stats.t.ppf(1 - 0.025 / comparisons, free) * std / math.sqrt(seeds) if free else math.inf
-
-
-def with_seed_intervals(rows: list[dict], spread: tuple[float, int] | None = None) -> list[dict]:
-    """Return the rows of a table with the 95 % interval of each difference (diff_pp) to the first of them.
-
-    All of a table hold together (`sure_pp`). Without a `spread` of all recipes each has its own.
-    """
-    first, *others = rows
-    comparisons = max(1, len(others))
-    halves = [
-        sure_pp(row["seeds"], spread or (row["diff_pp_std"], row["seeds"] - 1), comparisons) for row in others
-    ]
-    return [
-        row | {"diff_pp_low": row["diff_pp"] - half, "diff_pp_high": row["diff_pp"] + half}
-        for row, half in zip(rows, [0.0, *halves], strict=True)
-    ]

@@ -3,12 +3,11 @@
 import math
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
 from scipy.optimize import minimize_scalar
-from scipy.stats import binom, binomtest, dunnett, norm, t
+from scipy.stats import binom, binomtest, norm, t
 from sklearn.metrics import confusion_matrix
 from statsmodels.stats.multitest import multipletests
 
@@ -171,15 +170,6 @@ def test_the_rise_of_the_squared_error_is_by_image():
     assert set(stats.paired_error(target, before, before).values()) == {0.0}
 
 
-def test_each_class_is_compared_alone_and_classes_without_images_have_no_row():
-    labels = np.array([0] * 9 + [1] * 6)
-    before, after = voting([0] * 8 + [1] + [1] * 6), voting([0] + [1] * 8 + [1] * 4 + [0] * 2)
-    found = stats.paired_by_class(before, after, labels, ["cat", "dog", "absent"])
-    names = ("only_before", "only_after", "both", "neither")
-    counts = {label: [row[name] for name in names] for label, row in found.items()}
-    assert counts == {"cat": [7, 0, 1, 1], "dog": [2, 0, 4, 0]}
-
-
 def test_other_trainings_and_images_fall_into_the_interval_as_often_as_it_says():
     rng = np.random.default_rng(0)
     for trainings, images, spread in ((5, 200, (1, 0, 5)), (3, 100, (1, 5, 5)), (3, 500, (0, 3, 10))):
@@ -236,33 +226,6 @@ def test_the_chance_of_a_mean_is_read_off_its_interval():
     assert stats.normal_p_value({"mean": 1.0, "low": 1.0, "high": 1.0}) == 1, "nothing varied"
     uneven = {"mean": 1.0, "low": -1.0, "high": 2.0}
     assert [stats.normal_p_value(uneven, end) for end in (2.0, -1.0)] == pytest.approx([0.05, 0.05])
-
-
-def test_the_interval_of_a_median_lies_between_the_order_statistics_of_the_binomial():
-    values, low = np.random.default_rng(4).permutation(np.arange(20.0) ** 2), int(binom.ppf(0.025, 20, 0.5))
-    assert stats.effective_number(values) == 20, "neighbours are not alike"
-    found = stats.median_interval(values)
-    assert found == (np.sort(values)[low - 1], np.sort(values)[20 - low]), (
-        "the 6th of both ends leave out 4.1 %"
-    )
-    assert stats.median_interval(values[:5]) is None, "halves of 5 leave out 6.25 %"
-    of_23 = np.random.default_rng(4).permutation(np.arange(23.0))  # where 6.5 / 23 * 23 is below 6.5
-    assert stats.median_interval(of_23) == (6, 16)
-    wide = stats.median_interval(np.sort(values))
-    assert wide is None or wide[1] - wide[0] > found[1] - found[0], "neighbours are alike: fewer values"
-
-
-def test_neighbours_that_are_alike_count_as_fewer():
-    rng, correlation = np.random.default_rng(0), 0.4
-    series = rng.normal(size=(2000, 50))
-    for column in range(1, 50):
-        series[:, column] = correlation * series[:, column - 1] + 0.84**0.5 * series[:, column]
-    counts = np.median([stats.effective_number(values) for values in series])
-    assert counts == pytest.approx(1 / series.mean(axis=1).var(), rel=0.15), "of so many independent ones"
-    ratios = np.exp([0.1, -0.1, 0.3, 0.0, 0.2])  # neighbours are no more alike than chance makes them
-    half = t.ppf(0.975, 4) * np.std(np.log(ratios), ddof=1) / 5**0.5
-    expected = [math.exp(0.1 + end) for end in (0, -half, half)]
-    assert list(stats.mean_over_rounds(ratios).values()) == pytest.approx(expected)
 
 
 def test_a_gap_has_the_interval_of_two_shares():
@@ -325,60 +288,3 @@ def test_the_confusion_is_scikit_learns_with_true_classes_as_rows():
 def test_the_accuracy_of_a_class_is_a_fraction_of_its_own_images():
     found = stats.class_accuracy(voting([0, 0, 1, 1, 2]), np.array([0, 0, 0, 1, 1]), ("cat", "dog", "owl"))
     assert found[["cat", "dog"]].tolist() == [2 / 3, 1 / 2] and math.isnan(found["owl"])
-
-
-def test_latencies_have_medians_quartiles_and_the_ratios_within_a_round():
-    rows = [(0, "z", 10.0), (0, "a", 5.0), (1, "a", 4.0), (1, "z", 12.0), (2, "z", 40.0), (2, "a", 4.0)]
-    table = stats.latency_table(pd.DataFrame(rows, columns=["round", "model", "latency_ms"]), "z")
-    assert list(table.index) == ["z", "a"], "the order of the models"
-    times, ratios = (table[[f"{name}_low", name, f"{name}_high"]] for name in ("latency_ms", "speedup"))
-    assert times.to_numpy().tolist() == [[11, 12, 26], [4, 4, 4.5]]
-    assert ratios.to_numpy().tolist() == [[1, 1, 1], [2.5, 3, 6.5]], "of 2, 3, 10"
-    assert table.loc["a", "speedup_sure_low"] is None, "three rounds are too few"
-    rows = [(i, name, ms) for i in range(9) for name, ms in (("z", 10.0 + i % 2), ("a", 5.0 + i % 3))]
-    sure = stats.latency_table(pd.DataFrame(rows, columns=["round", "model", "latency_ms"]), "z").loc["a"]
-    ratios = np.array([(10 + i % 2) / (5 + i % 3) for i in range(9)])
-    assert (sure["speedup_sure_low"], sure["speedup_sure_high"]) == stats.median_interval(ratios)
-
-
-def test_seeds_are_paired_and_their_spread_is_what_recipe_and_seed_leave_over():
-    accs = pd.DataFrame([[0.80, 0.82, 0.81], [0.83, 0.84, math.nan]], index=["as it is", "other"])
-    rows = stats.over_seeds(accs).to_dict("records")
-    assert [row["seeds"] for row in rows] == [3, 2] and rows[1]["accs"] == [0.83, 0.84]
-    assert rows[1]["acc"] == pytest.approx(0.835) and rows[1]["diff_pp"] == pytest.approx(2.5)
-    assert rows[1]["diff_pp_std"] == pytest.approx(math.sqrt(0.5)), "of 3 and 2 points"
-    # One difference of two seeds: its own spread. The first row, of two tables, counts once.
-    assert stats.seed_spread([rows, rows[:1]]) == (pytest.approx(math.sqrt(0.5)), 1)
-
-
-def test_the_spread_of_seeds_is_as_sure_as_its_degrees_of_freedom():
-    rng, found = np.random.default_rng(0), []
-    for _ in range(400):
-        accs = 0.8 + rng.normal(0, 0.02, (1, 3)) + rng.normal(0, 0.01, (12, 3))  # seeds differ by two points
-        rows = [{"recipe": f"{number}", "accs": row.tolist()} for number, row in enumerate(accs)]
-        pp, free = stats.seed_spread([[rows[0], *rows[1:6]], [rows[0], *rows[6:]]])
-        found.append(pp**2)
-    assert free == 22, "of 36, less 12 recipes and 2 seeds"
-    assert np.mean(found) == pytest.approx(2, rel=0.05)
-    assert 2 * np.mean(found) ** 2 / np.var(found) == pytest.approx(free, rel=0.2)
-
-
-def test_differences_to_one_first_recipe_hold_together_and_are_hardly_wider_than_dunnetts():
-    rng = np.random.default_rng(0)
-    samples = rng.normal(size=(6, 4))
-    theirs = dunnett(*samples[1:], control=samples[0], rng=np.random.default_rng(0)).confidence_interval()
-    spread = math.sqrt(2 * samples.var(axis=1, ddof=1).mean()), 18  # of six groups of four
-    rows = [{"seeds": 4, "diff_pp": mean} for mean in (0.0, *(samples[1:] - samples[0]).mean(axis=1))]
-    found = stats.with_seed_intervals(rows, spread=spread)
-    for row, low, high in zip(found[1:], theirs.low, theirs.high, strict=True):
-        assert 1 < (row["diff_pp_high"] - row["diff_pp_low"]) / (high - low) < 1.06
-        assert row["diff_pp"] == pytest.approx((low + high) / 2)
-    assert found[0]["diff_pp_low"] == found[0]["diff_pp_high"] == 0
-
-
-def test_a_difference_over_seeds_has_students_interval():
-    rows = [{"seeds": seeds, "diff_pp": mean} for seeds, mean in ((3, 0.0), (3, 0.33))]
-    found = stats.with_seed_intervals(rows, spread=(0.2, 4))  # sure to 2.776 * 0.2 / sqrt(seeds)
-    assert [round(found[1][f"diff_pp_{end}"], 2) for end in ("low", "high")] == [0.01, 0.65]
-    own = [row | {"diff_pp_std": 0.2} for row in rows]
-    assert stats.with_seed_intervals(own)[1]["diff_pp_low"] == pytest.approx(0.33 - 4.302653 * 0.2 / 3**0.5)

@@ -146,7 +146,7 @@ def confusion_difference(differences: dict[str, pd.DataFrame]) -> Figure:
 def class_drops(stages: dict[str, dict[str, dict]]) -> Figure:
     """Return what each class loses against FP32 in points, with 95 % intervals; positive is worse.
 
-    By stage and class, what `stats.paired_by_class` gives. Of more than 20 classes the most changed stand.
+    By stage and class, a row of `paired_by_class`. Of more than 20 classes the most changed stand.
     """
     drops = {stage: pd.DataFrame(classes).T.astype(float) for stage, classes in stages.items()}
     largest = pd.concat([table["acc_drop_pp"].abs() for table in drops.values()], axis=1).max(axis=1)

@@ -13,7 +13,6 @@ from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from labcore import stats
 from labcore.config import NOTEBOOKS, STUDIES
 from labcore.files.artifacts import ROOT, read_json
 from labcore.report.judge import (
@@ -30,6 +29,7 @@ from labcore.report.judge import (
     of_images,
 )
 from labcore.report.tables import fill_template, pick
+from labcore.studies.over_trainings import sure_pp
 
 if TYPE_CHECKING:  # a run needs torch, the ledger does not
     from labcore.run import Run
@@ -269,7 +269,7 @@ def _r12(e: Evidence) -> Found:
     spread, parts = e["training"]["seed_spread"], []
     for name in ("stopped in mid-cycle", "ending with a cycle"):
         row = pick(e["training"]["tables"]["schedule"], {"recipe": f"restarts, {name}"})
-        half = stats.sure_pp(row["seeds"], (spread["pp"], spread["df"]))
+        half = sure_pp(row["seeds"], (spread["pp"], spread["df"]))
         found = {"mean": -row["diff_pp"], "low": -row["diff_pp"] - half, "high": -row["diff_pp"] + half}
         found |= {"of": "training", "count": row["seeds"], "df": spread["df"]}
         parts.append(e.part(name, found))

@@ -6,6 +6,7 @@ Below, `predictions` is the table that `answers` returns, and `labels` are the t
 
 import hashlib
 import itertools
+import math
 from collections.abc import Iterable
 from functools import partial
 from importlib import metadata
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from scipy.stats import t as student
 from torch import nn
 
 from labcore import LabError
@@ -23,7 +25,6 @@ from labcore.files.code import modules_hash
 from labcore.stats import (
     beyond_chance,
     compare_paired,
-    mean_minus_all,
     mean_over_images,
     normal_p_value,
 )
@@ -144,8 +145,24 @@ def corruption_cost(
         "acc": float(quantized.mean()),
         "clean_drop_pp": mean_over_images(everywhere),
         "corrupted_drop_pp": mean_over_images(on_corrupted),
-        "extra_drop_pp": mean_minus_all(on_corrupted, everywhere, chosen(len(everywhere))),
+        "extra_drop_pp": _mean_minus_all(on_corrupted, everywhere, chosen(len(everywhere))),
     }
+
+
+def _mean_minus_all(part: np.ndarray, everywhere: np.ndarray, rows: np.ndarray) -> dict[str, float]:
+    """Return the mean of one value per image of a sample, less the mean of another over all images.
+
+    `part` (n,) belongs to the images `rows` of all, of which `everywhere` (N,) has a value each: mean, low,
+    high, a t interval over images. Its variance is var(part) / n + var(all) / N - 2 cov / N, since the sample
+    is among all; where the sample is all, this is the paired difference.
+    """
+    n, count = len(part), len(everywhere)
+    mean_over_images(part)  # checks how many there are
+    covariance = np.cov(part, everywhere[rows])[0, 1]
+    variance = part.var(ddof=1) / n + (everywhere.var(ddof=1) - 2 * covariance) / count
+    mean = float(part.mean() - everywhere.mean())
+    half = float(student.ppf(0.975, n - 1) * math.sqrt(max(variance, 0.0)))
+    return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
 def severity_table(predictions: pd.DataFrame, labels: np.ndarray) -> pd.DataFrame:

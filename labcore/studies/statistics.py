@@ -5,7 +5,7 @@ with a profile's stages (runs/<profile>, or report/<profile>/results) and what t
 """
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,9 @@ from scipy.stats import spearmanr
 
 from labcore import stats
 from labcore.engines.bench import DOT, FLOAT, POWER2
+from labcore.engines.times import latency_table, mean_over_rounds, median_interval
 from labcore.files.artifacts import load_logits, read_json, read_npz
+from labcore.studies import over_trainings
 
 STAGES = ("fp32", "ptq", "qat")
 PAIRS = {"ptq": ("fp32", "ptq"), "qat": ("fp32", "qat"), "ptq_qat": ("ptq", "qat")}
@@ -88,6 +90,18 @@ def _beside_fp32(folder: Path, stage: str, names: Iterable[str]) -> dict[str, di
     }
 
 
+def paired_by_class(
+    before: np.ndarray, after: np.ndarray, labels: np.ndarray, classes: Sequence[str]
+) -> dict[str, dict]:
+    """Return `stats.compare_paired` on each class alone; classes without images are left out."""
+    by_class = {name: labels == label for label, name in enumerate(classes)}
+    return {
+        name: stats.compare_paired(before[own], after[own], labels[own])
+        for name, own in by_class.items()
+        if own.any()
+    }
+
+
 def compare(folder: Path, metrics: dict) -> dict:
     """Return what notebook 04 says of answers on the test images, and of sizes.
 
@@ -107,7 +121,7 @@ def compare(folder: Path, metrics: dict) -> dict:
         {"network": stage, "class": label}
         | {key: row[key] for key in ("only_before", "only_after", "p_value")}
         for stage in ("ptq", "qat")
-        for label, row in stats.paired_by_class(*pairs[stage], classes).items()
+        for label, row in paired_by_class(*pairs[stage], classes).items()
     ]
     return {
         "paired": {
@@ -143,12 +157,12 @@ def times(folder: Path, metrics: dict) -> dict:
     speeds = []
     for network in ("ptq", "qat", "float_scales"):
         ratios = (wide["affine"] / wide[network]).to_numpy()
-        if ends := stats.median_interval(ratios):
+        if ends := median_interval(ratios):
             speed = {"speed": float(np.median(ratios)), "low": ends[0], "high": ends[1]}
             speeds.append({"network": network} | speed)
-    tables = {f"ptq_to_{name}": stats.latency_table(rounds, model) for name, model in baselines.items()}
+    tables = {f"ptq_to_{name}": latency_table(rounds, model) for name, model in baselines.items()}
     return {
-        "latency": stats.latency_table(rounds, "fp32").T.to_dict(),
+        "latency": latency_table(rounds, "fp32").T.to_dict(),
         **{name: table.loc["ptq"].to_dict() for name, table in tables.items()},
         "middle_zero_point": {"rows": speeds, "slower": sum(row["high"] < 1 for row in speeds)},
     }
@@ -179,7 +193,7 @@ def shift_speed(folder: Path, measured: dict[str, dict | None]) -> dict[str, flo
         ratios, engines = (wide["float_scales"] / wide["ptq"]).to_frame(), 1
     by_round = ratios.median(axis=1).to_numpy()
     counts = {"rounds": len(by_round), "comparisons": ratios.shape[1], "engines": engines}
-    return stats.mean_over_rounds(by_round) | counts
+    return mean_over_rounds(by_round) | counts
 
 
 def observers(folder: Path, metrics: dict) -> dict:
@@ -289,19 +303,21 @@ def training(folder: Path, metrics: dict) -> dict:
         freedom), sure (pp by number of seeds), comparisons.
     """
     tables = {question: _over_seeds(rows) for question, rows in metrics["tables"].items()}
-    spread = stats.seed_spread(tables.values())
+    spread = over_trainings.seed_spread(tables.values())
     counts = sorted({int(row["seeds"]) for rows in tables.values() for row in rows})
     statistics = {
-        "tables": {question: stats.with_seed_intervals(rows, spread) for question, rows in tables.items()},
+        "tables": {
+            question: over_trainings.with_seed_intervals(rows, spread) for question, rows in tables.items()
+        },
         "seed_spread": {
             "pp": spread[0],
             "df": spread[1],
-            "sure": [{"seeds": count, "pp": stats.sure_pp(count, spread)} for count in counts],
+            "sure": [{"seeds": count, "pp": over_trainings.sure_pp(count, spread)} for count in counts],
             "comparisons": sum(len(rows) - 1 for rows in tables.values()),
         },
     }
     if "longer" in metrics:
-        rows = stats.with_seed_intervals(_over_seeds(list(metrics["longer"].values())))
+        rows = over_trainings.with_seed_intervals(_over_seeds(list(metrics["longer"].values())))
         statistics["longer"] = dict(zip(metrics["longer"], rows, strict=True))
     return statistics
 
@@ -309,5 +325,5 @@ def training(folder: Path, metrics: dict) -> dict:
 def _over_seeds(rows: list[dict]) -> list[dict]:
     """Return the rows, computed again from the accuracy of each seed (accs)."""
     accs = pd.DataFrame([dict(enumerate(row["accs"])) for row in rows])
-    again = stats.over_seeds(accs).to_dict("records")
+    again = over_trainings.over_seeds(accs).to_dict("records")
     return [row | values for row, values in zip(rows, again, strict=True)]

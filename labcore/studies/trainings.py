@@ -17,7 +17,7 @@ from labcore.model import build_model
 from labcore.qconfig import CustomQConfig
 from labcore.quantize import prepare_qat
 from labcore.run import Run
-from labcore.stats import over_seeds
+from labcore.studies.over_trainings import over_seeds
 from labcore.studies.study import Cell, Study
 from labcore.train import Diverged, fit, training_identity
 

@@ -6,7 +6,8 @@ import pytest
 
 from labcore.plots import comparison
 from labcore.plots.style import NAMES
-from labcore.stats import calibration, paired_by_class
+from labcore.stats import calibration
+from labcore.studies.statistics import paired_by_class
 
 
 @pytest.mark.parametrize("count", [4, 20])

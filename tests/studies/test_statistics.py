@@ -129,3 +129,12 @@ def test_without_engines_one_network_is_timed_in_rounds(tmp_path):
     table.to_csv(tmp_path / "compare/latency.csv", index=False)
     found = statistics.shift_speed(tmp_path, {"engines": None})
     assert found["mean"] == pytest.approx((1.1 * 0.9) ** (1 / 3)) and found["rounds"] == 3
+
+
+def test_each_class_is_compared_alone_and_classes_without_images_have_no_row():
+    labels = np.array([0] * 9 + [1] * 6)
+    before, after = ([0] * 8 + [1] + [1] * 6), ([0] + [1] * 8 + [1] * 4 + [0] * 2)
+    found = statistics.paired_by_class(np.eye(3)[before], np.eye(3)[after], labels, ["cat", "dog", "absent"])
+    names = ("only_before", "only_after", "both", "neither")
+    counts = {label: [row[name] for name in names] for label, row in found.items()}
+    assert counts == {"cat": [7, 0, 1, 1], "dog": [2, 0, 4, 0]}
