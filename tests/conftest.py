@@ -19,7 +19,7 @@ from labcore.quantize import calibrate, convert, prepare_ptq
 def nothing_is_left_behind():
     """Fail where a process that a test started is still there after the last test."""
     yield
-    left = processes.left_behind(10)
+    left = processes.left_behind(30)
     assert not left, f"tests left processes behind: {left}"
 
 
