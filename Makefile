@@ -13,13 +13,14 @@ RUN = $(VENV)/bin/python -m labcore.lab
 VARIABLES = PROFILE DATA SEED SET WEIGHTS STUDIES PYTHON VENV PORT
 UNKNOWN := $(filter-out $(VARIABLES),$(foreach v,$(.VARIABLES),$(if $(filter command,$(origin $v)),$v)))
 $(if $(UNKNOWN),$(error unknown variable $(UNKNOWN): known are $(VARIABLES)))
-# Through the environment, so that a path may hold blanks and quotes.
-export LAB_PROFILE := $(PROFILE)
-export LAB_DATA := $(DATA)
-export LAB_SEED := $(SEED)
-export LAB_SET := $(SET)
-export LAB_WEIGHTS := $(WEIGHTS)
-export LAB_STUDIES := $(STUDIES)
+# Through the environment and as they are, so that a path may hold blanks, quotes and dollars: make runs none of them.
+export LAB_PROFILE := $(value PROFILE)
+export LAB_DATA := $(value DATA)
+export LAB_SEED := $(value SEED)
+export LAB_SET := $(value SET)
+export LAB_WEIGHTS := $(value WEIGHTS)
+export LAB_STUDIES := $(value STUDIES)
+unexport $(VARIABLES)
 # glibc would give every large block of memory back and ask for it again, layer by layer. Keeping it saves 10 to 20 % of a
 # training step on a CPU (docs/benchmarks). Other systems ignore this.
 export MALLOC_MMAP_THRESHOLD_ ?= 1073741824
@@ -31,7 +32,7 @@ unexport PYTHONDONTWRITEBYTECODE
 PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 # JupyterLab would fetch news, and ask for its newest release.
 QUIET = --LabApp.news_url=None --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate
-OPTIONS = --profile "$$LAB_PROFILE" --data "$$LAB_DATA" --seed "$$LAB_SEED" --set "$$LAB_SET" --weights "$$LAB_WEIGHTS" --studies "$$LAB_STUDIES"
+OPTIONS = --profile="$$LAB_PROFILE" --data="$$LAB_DATA" --seed="$$LAB_SEED" --set="$$LAB_SET" --weights="$$LAB_WEIGHTS" --studies="$$LAB_STUDIES"
 
 .PHONY: help report studies data verify test test-fast lab status keep clean
 .DEFAULT_GOAL := help
@@ -54,7 +55,7 @@ report studies data status keep clean: $(VENV)/.installed
 	@$(RUN) $@ $(OPTIONS)
 
 verify: $(VENV)/.installed
-	@$(VENV)/bin/python -m labcore.report.verify --profile "$$LAB_PROFILE"
+	@$(VENV)/bin/python -m labcore.report.verify --profile="$$LAB_PROFILE"
 
 test: $(VENV)/.installed
 	@$(PYTEST)

@@ -26,6 +26,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, a quota, the largest
 # What readers of damaged or foreign files raise; MemoryError comes of a forged size.
 UNREADABLE = (OSError, KeyError, ValueError, TypeError, EOFError, MemoryError, OverflowError, RuntimeError)
 UNREADABLE += (tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error)
+FOREIGN = (*UNREADABLE, AttributeError, IndexError, ArithmeticError)  # and what values of other kinds lead to
 
 
 def sha256_file(path: Path) -> str:
@@ -95,9 +96,14 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
+def json_text(value) -> str:
+    """Return a JSON file's text, which reads well and differs little from run to run. NaN is a ValueError."""
+    return json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n"
+
+
 def write_json(path: Path, value) -> None:
-    """Write a JSON file atomically, in a form that reads well and differs little from run to run."""
-    write_text(path, json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
+    """Write a JSON file atomically, as `json_text` has it."""
+    write_text(path, json_text(value))
 
 
 def read_json(path: Path):
@@ -106,7 +112,7 @@ def read_json(path: Path):
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise LabError(f"{path} is missing: run the stage that writes it (make report runs all).") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no text, no JSON, a number too long, too deep
         raise LabError(f"{path} is damaged ({error}): delete it and run make report again.") from None
 
 

@@ -53,10 +53,10 @@ def load_tensors(path: Path, mmap: bool = False):
         raise LabError(f"{path} is missing: run the stage that writes it (make report runs all).")
     try:
         with open(path, "rb") as stream:
-            if stream.read(9)[8:] == b"{":
+            if stream.read(9)[8:] == b"{" or Path(path).suffix == ".safetensors":
                 return _read_safetensors(path)
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Detected pickle protocol")  # refused just below
+            warnings.simplefilter("ignore")  # about what is refused just below, or by `load_weights`
             if not mmap and zipfile.is_zipfile(path):
                 with zipfile.ZipFile(path) as parts:
                     if changed := parts.testzip():

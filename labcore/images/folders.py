@@ -9,6 +9,7 @@ import re
 import stat
 import tarfile
 import unicodedata
+import warnings
 import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -77,7 +78,12 @@ def read_images(source: Path, size: int) -> tuple[str, dict[str, np.ndarray]]:
         places = _places(source, [member.name for member in images], left, done)
         images = [member for member in images if member.name in places]
         description = f"Reading {source.name}"
-        with ThreadPoolExecutor(2) as pool, progress(len(images), description, unit="image") as bar:
+        with (
+            ThreadPoolExecutor(2) as pool,
+            progress(len(images), description, unit="image") as bar,
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore")  # of Pillow, about what is refused or told
             for batch in _batches(source, images):
                 for picture, told in pool.map(read, batch):
                     pictures.append(picture)
@@ -277,7 +283,8 @@ def _members(source: Path) -> Iterator[list[Member]]:
                 yield list(_in_tar(source, stack.enter_context(tarfile.open(source, "r:*", tarinfo=_Header))))
     except UNREADABLE as error:
         kind = "" if source.is_dir() else "truncated, locked or no .zip, .tar, .tar.gz, .tar.xz: "
-        raise LabError(f"{source} cannot be read ({kind}{error}); fetch or pack it again.") from error
+        cause = str(error)[:300]  # which may quote a damaged name of many bytes
+        raise LabError(f"{source} cannot be read ({kind}{cause}); fetch or pack it again.") from error
 
 
 def _member(name: str, size: int, open_it: Callable[[], BinaryIO]) -> Member:

@@ -68,6 +68,12 @@ def main(arguments: list[str] | None = None) -> int:
     except (LabError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):  # torch's words
+            raise
+        cause = " ".join(str(error).split())[-200:]
+        print(f"error: not enough memory ({cause}): give smaller images, width or arch.", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("\nstopped; run again to go on from the last checkpoint.", file=sys.stderr)
         return 130

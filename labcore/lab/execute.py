@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import os
+import shutil
 import socket
 import sys
 import tempfile
@@ -21,6 +22,7 @@ from zmq import ZMQError
 
 from labcore import LabError, nearest
 from labcore.files.artifacts import ROOT, room_for, write_text
+from labcore.files.processes import is_running
 
 
 class OwnKernel(AsyncKernelManager):
@@ -137,7 +139,11 @@ def _connection() -> Iterator[dict]:
     with contextlib.ExitStack() as stack:
         for parent in (tempfile.gettempdir(), "/tmp"):
             with contextlib.suppress(OSError):
-                folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="lab-", dir=parent))
+                for left in Path(parent).glob("lab-*-*"):  # by a run that was killed
+                    if not is_running(left.name.split("-")[1]):
+                        shutil.rmtree(left, ignore_errors=True)
+                prefix = f"lab-{os.getpid()}-"
+                folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=prefix, dir=parent))
                 reached["connection_file"] = f"{folder}/kernel.json"
                 with socket.socket(socket.AF_UNIX) as probe:
                     probe.bind(f"{folder}/kernel-probe")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from labcore import LabError
 from labcore.files.artifacts import (
+    FOREIGN,
     RECORD,
     RESTORED,
     UNREADABLE,
@@ -89,6 +90,18 @@ def restore(state: State) -> str:
     sentence; empty where the profile was run here, or keeps nothing. Raises LabError for what is kept and
     damaged.
     """
+    try:
+        return _restore(state)
+    except OSError:
+        raise
+    except FOREIGN as error:
+        cause = f"{type(error).__name__}: {error}"
+        raise LabError(
+            f"{state.report} is damaged ({cause}): restore it from git, or run make report."
+        ) from error
+
+
+def _restore(state: State) -> str:
     from labcore.qconfig import has_vnni
     from labcore.run import Run
     from labcore.training.earlier import read_earlier

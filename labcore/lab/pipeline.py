@@ -14,6 +14,7 @@ from pathlib import Path
 from labcore import LabError
 from labcore.config import STUDIES
 from labcore.files.artifacts import RECORD, read_json, sha256_file, write_json
+from labcore.files.processes import is_running
 from labcore.lab.kept import folder_of
 from labcore.lab.stale import STAGES, Stage, State
 
@@ -32,6 +33,7 @@ def run(state: State, studies: Collection[str] = ()) -> None:
             else:
                 print(f"{stage.notebook}: up to date")
         _build_report(state)
+        _remove_unfinished(state)
 
 
 def _say_how_long(state: State) -> None:
@@ -66,6 +68,14 @@ def clean(state: State) -> list[Path]:
     with contextlib.suppress(OSError):
         state.report.rmdir()  # where nothing is kept
     return written
+
+
+def _remove_unfinished(state: State) -> None:
+    """Remove what processes that were killed did not finish writing."""
+    for folder in (state.folder, state.figures, state.report):
+        for part in folder.rglob(".*.*.part"):  # labcore.files.artifacts.atomic_path
+            if not is_running(part.suffixes[-2][1:]):
+                part.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ It needs report/<profile>/results and the figures, no images, no network and no 
 
 import argparse
 import difflib
+import hashlib
 import math
 import os
 import shutil
@@ -16,7 +17,7 @@ from pathlib import Path
 from labcore import LabError, nearest
 from labcore.config import NOTEBOOKS, PROFILES
 from labcore.engines import tables
-from labcore.files.artifacts import ROOT, UNREADABLE, read_json, sha256_file, write_json
+from labcore.files.artifacts import FOREIGN, ROOT, json_text, read_json, sha256_file, write_text
 from labcore.report.build import build
 from labcore.report.claims import ledger
 from labcore.report.judge import counts
@@ -181,10 +182,13 @@ def verify(profile: str, root: Path = ROOT) -> list[str]:
             faults += check(results)
         except LabError as error:
             faults.append(str(error))
-        except (*UNREADABLE, AttributeError, IndexError) as error:
-            cause = f"{type(error).__name__}: {error}"
-            faults.append(str(LabError(f"{name} of {profile} cannot be checked: {cause}")))
+        except FOREIGN as error:
+            faults.append(_unchecked(name, profile, error))
     return faults
+
+
+def _unchecked(name: str, profile: str, error: Exception) -> str:
+    return str(LabError(f"{name} of {profile} cannot be checked: {type(error).__name__}: {error}"))
 
 
 def renewed(saved, computed, tolerance: float = 1e-9):
@@ -202,9 +206,10 @@ def renewed(saved, computed, tolerance: float = 1e-9):
 def write_again(profile: str, root: Path = ROOT) -> None:
     """Write statistics, ledger and pages again, as after a change of a statistic, a rule or the template.
 
-    Metrics that are not those of the run, by their hash, stay as they are, and the check names them.
+    Metrics that are not those of the run, by their hash, stay as they are, and the check names them. Nothing
+    is written before all was computed.
     """
-    results = Results(profile, root)
+    results, texts = Results(profile, root), {}
     for stage in [*(stage for stage in results.stages if stage != "claims"), "claims"]:
         path, name = results.folder / stage / "metrics.json", f"{stage}/metrics.json"
         if stage != "claims" and sha256_file(path) != results.run["files"].get(name):
@@ -213,9 +218,11 @@ def write_again(profile: str, root: Path = ROOT) -> None:
             results.stages[stage] = renewed(results.stages[stage], computed, tolerance)
         if stage == "claims":
             results.stages[stage] |= counts(results.stages[stage]["rows"])  # no verdict that is gone
-        write_json(path, results.stages[stage])
-        results.run["files"][name] = sha256_file(path)
-    write_json(results.folder / "run.json", results.run)
+        texts[path] = json_text(results.stages[stage])
+        results.run["files"][name] = hashlib.sha256(texts[path].encode()).hexdigest()
+    texts[results.folder / "run.json"] = json_text(results.run)
+    for path, text in texts.items():
+        write_text(path, text)
     build(profile, root=root)
 
 
@@ -233,6 +240,8 @@ def main(arguments: list[str] | None = None) -> int:
         faults = verify(options.profile)
     except LabError as error:
         faults = [str(error)]
+    except FOREIGN as error:
+        faults = [_unchecked("results", options.profile, error)]
     for line in faults:
         print(f"error: {line}", file=sys.stderr)
     if not faults:

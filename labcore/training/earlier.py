@@ -83,11 +83,16 @@ def read_earlier(folder: Path, expected: dict) -> Earlier:
             )
     if bad := [name for name, value in weights.items() if not value.isfinite().all()]:
         raise LabError(f"{folder / WEIGHTS} holds NaN or infinity in {bad[0]}; train again.")
-    history = pd.read_csv(folder / HISTORY)
-    if not (set(history.columns) >= COLUMNS and 1 <= record["best_epoch"] <= len(history)):
+    try:
+        history = pd.read_csv(folder / HISTORY)
+    except (OSError, ValueError) as error:
+        raise LabError(f"{folder / HISTORY} cannot be read ({error}): restore it, or train.") from error
+    numbers = set(history.select_dtypes("number"))
+    if not (numbers >= COLUMNS and 1 <= record["best_epoch"] <= len(history)):
         raise LabError(
             f"{folder / HISTORY} must have a row per epoch, up to the best, {record['best_epoch']}, with "
-            f"columns {', '.join(sorted(COLUMNS))}; found {len(history)} rows of {', '.join(history)}."
+            f"numbers in {', '.join(sorted(COLUMNS))}; found {len(history)} rows of numbers in "
+            f"{', '.join(sorted(numbers)) or 'no column'}."
         )
     return Earlier(folder, weights, history, record)
 

@@ -100,7 +100,7 @@ def test_json_round_trips_and_refuses_nan(tmp_path):
     ("read", "content", "message"),
     [
         (artifacts.read_json, None, "is missing: run the stage"),
-        (artifacts.read_json, b"{", "is damaged"),
+        *((artifacts.read_json, text, "is damaged") for text in (b"{", b"\xff", b"9" * 5000, b"[" * 100_000)),
         (code.notebook_sources, None, "is missing: restore it"),
         *((code.notebook_sources, text, "is no notebook") for text in (b"{", b"[]", b"{}", b"\xff")),
         (code.notebook_sources, b'{"cells": [1]}', "is no notebook"),

@@ -167,6 +167,7 @@ WHOLE = safetensors({"a": torch.ones(2)})
         (WHOLE + b"\0", "expected 8 bytes of tensors, found 9"),
         (WHOLE[:30], "bytes in a file of 30"),
         (b"\xff" * 8 + WHOLE[8:], "a header of 18446744073709551615 bytes"),
+        (b"\xff" * 20, "a header of 18446744073709551615 bytes"),
         (WHOLE.replace(b"F32", b"F8x"), "a is F8x, expected F64, F32"),
         (WHOLE.replace(b"[2]", b"[3]"), "a of shape [3] cannot be"),
         (WHOLE.replace(b"[2]", b"-2 "), "damaged"),
@@ -188,6 +189,11 @@ def test_safetensors_that_lie_are_refused_in_a_line(content, said, tmp_path):
     with pytest.raises(LabError) as caught:
         load_tensors(tmp_path / "a.safetensors")
     assert "a.safetensors" in str(caught.value) and said in str(caught.value)
+
+
+def test_torch_warns_of_nothing_that_is_refused_later(tmp_path):
+    torch.save({"a": torch.eye(2).to_sparse()}, tmp_path / "a.pt")
+    assert load_tensors(tmp_path / "a.pt")["a"].is_sparse
 
 
 class Touches:

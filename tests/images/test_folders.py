@@ -4,6 +4,7 @@ import gzip
 import os
 import tarfile
 import unicodedata
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -170,6 +171,22 @@ def test_a_zip_that_cannot_be_opened_is_refused(tmp_path, offset, value):
     path = write(tmp_path / "images.zip", small_tree())
     flip(path, path.read_bytes().index(b"PK\x01\x02") + offset, value)
     assert "fetch or pack it again" in refusal(path)
+
+
+def test_a_damaged_name_is_told_in_a_short_line(tmp_path):
+    path = write(tmp_path / "images.zip", small_tree())
+    flip(path, 27, 8)  # the length of the first name, in front of its file, is larger by 2,048
+    assert (
+        "File name in directory 'train/cat/0.png' and header" in refusal(path) and len(refusal(path)) < 1000
+    )
+
+
+def test_pillow_warns_of_nothing_that_is_refused(tmp_path):
+    path = write(tmp_path / "images", small_tree() | {"train/cat/9.tif": encode(pixels(9), "TIFF")[:60]})
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        assert "the image 'train/cat/9.tif' is damaged" in refusal(path)
+    assert not shown
 
 
 @pytest.mark.parametrize("name", ["images", "photo.png", *(f"images{end}" for end in (*SUFFIXES, ".rar"))])

@@ -4,7 +4,9 @@ import errno
 import fcntl
 import subprocess
 
+import numpy as np
 import pytest
+import torch
 from jupyterlab import NeverCheckForUpdate
 from jupyterlab.labapp import LabApp
 from project import ROOT
@@ -33,6 +35,14 @@ def test_bad_options_are_one_line_and_a_status(arguments, message, capsys):
     assert main(["studies", "--profile", "smoke", *arguments]) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("need", [lambda: torch.empty(10**15), lambda: np.empty(10**15)])
+def test_too_little_memory_is_one_line(need, monkeypatch, capsys):
+    monkeypatch.setattr(pipeline, "run", lambda *_: need())
+    assert main(["report", "--profile", "smoke"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: not enough memory (") and error.count("\n") == 1
 
 
 @pytest.mark.parametrize(

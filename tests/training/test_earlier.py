@@ -12,7 +12,7 @@ from small import equal, fresh
 
 from labcore import LabError
 from labcore.config import PROFILES, Recipe, override
-from labcore.files.artifacts import WEIGHTS_FILES, weights_folder
+from labcore.files.artifacts import WEIGHTS_FILES, sha256_file, weights_folder
 from labcore.files.tensors import halved, save_tensors, state_hash
 from labcore.lab.parallel import first_model
 from labcore.lab.stale import State
@@ -95,6 +95,14 @@ def rewrite(**values):
     return lambda folder: change(folder, **values)
 
 
+def history(text: str):
+    def write(folder):
+        (folder / "history.csv").write_text(text)
+        change(folder, history_sha256=sha256_file(folder / "history.csv"))
+
+    return write
+
+
 def nan(folder):
     weights = fresh().state_dict()
     weights["conv1.weight"][0] = torch.nan
@@ -123,6 +131,12 @@ def nan(folder):
         (rewrite(finished=None), "is no record of a training"),
         (rewrite(provenance={"commit": "abc"}), "is no record of a training"),
         (rewrite(provenance=PROVENANCE | {"cpu": 7}), "is no record of a training"),
+        (history(""), r"history.csv cannot be read \(No columns to parse from file\)"),
+        (history("a,b\n1,2,3\n4\n1,2,3,4\n"), "history.csv cannot be read"),
+        (
+            history(",".join(COLUMNS) + "\n" + ",".join("x" for _ in COLUMNS)),
+            "numbers in epoch, .* 1 rows of",
+        ),
         (rewrite(best_epoch=0), "must have a row per epoch, up to the best, 0, .*; found 2 rows"),
         (rewrite(best_epoch=3), "must have a row per epoch, up to the best, 3"),
     ],
