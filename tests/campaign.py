@@ -34,16 +34,17 @@ from project import NOTEBOOKS, REPORT, Project
 
 BYTES = 12 * 2**30  # of memory, for a process that gets inputs
 
-# In the copies a second passes whenever a duration is measured, so that files with times are the same too.
+# In the copies 1.25 seconds pass whenever a duration is measured, so that files with times are the same too.
 CLOCK = {
-    "labcore/train.py": [("time.perf_counter() - began", "1.0")],
-    "labcore/evaluate.py": [("time.perf_counter() - began", "1.0")],
-    "labcore/lab/pipeline.py": [("time.time() - began", "1.0")],
-    "notebooks/02_ptq.ipynb": [("time.perf_counter() - began", "1.0")],
-    "notebooks/08_claims.ipynb": [("perf_counter() - began", "1.0")],
+    "labcore/train.py": [("time.perf_counter() - began", "1.25")],
+    "labcore/evaluate.py": [("time.perf_counter() - began", "1.25")],
+    "labcore/lab/pipeline.py": [("time.time() - began", "1.25")],
+    "notebooks/02_ptq.ipynb": [("time.perf_counter() - began", "1.25")],
+    "notebooks/08_claims.ipynb": [("perf_counter() - began", "1.25")],
 }
 # What else differs from run to run: what was shown while it ran.
 DIFFERS = ("progress.log", "kernel.log")
+TIMELESS = ("weights.pt", "int8.pt", "*.npz", "*.onnx", "qparams*.csv", "0[123]_*.png")  # without that clock
 STAGES = ["images", *REPORT, "report"]  # in the order in which they are made
 
 
@@ -77,15 +78,15 @@ def own_images(folder: Path) -> Path:
 class Copy:
     """A project in a folder with all that its run writes, temporary files included."""
 
-    def __init__(self, folder: Path, images: Path):
+    def __init__(self, folder: Path, images: Path | str = "", names: tuple[str, ...] = ("*",)):
         self.project, self.temporary = Project(folder / "lab"), folder / "tmp"
-        self.arguments = ["report", "--profile", "smoke", f"--data={images}"]
+        self.images, self.names = images, names  # what is compared
 
     def start(self) -> subprocess.Popen:
         shutil.rmtree(self.temporary, ignore_errors=True)
         self.temporary.mkdir(parents=True)
-        with patch.dict(os.environ, {"OMP_NUM_THREADS": "1", "TMPDIR": str(self.temporary)}):
-            return self.project.start(*self.arguments)
+        with patch.dict(os.environ, TMPDIR=str(self.temporary)):
+            return self.project.start("report", "--profile=smoke", f"--data={self.images}")
 
     def processes(self) -> dict[int, str]:
         """Command lines of all that runs here, by id."""
@@ -110,22 +111,20 @@ class Copy:
 
     def content(self) -> dict[str, str]:
         hashes = self.project.hashes("runs", "figures", "report", "data")
-        return {name: digest for name, digest in hashes.items() if not name.endswith(DIFFERS)}
+        compared = {name for name in hashes if any(map(Path(name).match, self.names))}
+        return {name: hashes[name] for name in compared if not name.endswith(DIFFERS)}
 
     def left(self) -> list[str]:
         """What a run that has ended must not leave."""
         deadline = time.monotonic() + 10
         while self.processes() and time.monotonic() < deadline:
             time.sleep(0.1)
-        files = [
-            path
-            for pattern in ("*.part", "*.partial.ipynb", "*.verify-*")
-            for path in self.project.root.rglob(pattern)
-        ]
-        files += self.temporary.glob("*")
-        return [f"left running: {line}" for line in self.processes().values()] + [
-            f"left: {path.name}" for path in files
-        ]
+        root, patterns = self.project.root, ("*.part", "*.partial.ipynb", "*.verify-*")
+        files = [path.name for pattern in patterns for path in root.rglob(pattern)]
+        # torch makes a cache of its own there.
+        files += [path.name for path in self.temporary.glob("*") if not path.name.startswith("torchinductor")]
+        running = [f"left running: {line}" for line in self.processes().values()]
+        return running + [f"left: {name}" for name in files]
 
 
 def undisturbed(folder: Path) -> tuple[Copy, dict[str, float]]:
@@ -145,18 +144,24 @@ def undisturbed(folder: Path) -> tuple[Copy, dict[str, float]]:
             last = last or now
             seconds[name] = seconds.get(name, 0) + now - last
             last = now
-    assert not project.finish(process, 60).returncode
+    ended = project.finish(process, 60)
+    assert ended.returncode == 0, ended.stderr
     return copy, {"images": first, "all": now} | {name: first + each for name, each in seconds.items()}
 
 
 def kill(whole: Copy, folder: Path, stage: str, whom: str, seconds: float) -> Kill:
     """Kill a run at a moment and run again to the end; say what differs from the undisturbed one."""
-    copy = Copy(folder, whole.project.root.parent / "images")
+    copy = Copy(folder, whole.images, whole.names)
     whole.project.copy(copy.project.root)
-    copy.forget(stage)
-    process = copy.start()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(seconds)
+    while True:
+        copy.forget(stage)
+        process = copy.start()
+        try:
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            break
+        Project.finish(process, 60)
+        seconds /= 2  # it was faster than the undisturbed one
     there = copy.processes()
     kernels = [pid for pid, line in there.items() if "ipykernel_launcher" in line]
     if not kernels and whom == "kernel":  # before the first, between two, or after the last
@@ -231,6 +236,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="at a time")
     options = parser.parse_args()
     run = {"kills": kills, "fuzz": inputs}[options.what]
+    os.environ["OMP_NUM_THREADS"] = "1"  # more give other sums
     with tempfile.TemporaryDirectory(prefix="campaign-") as folder:
         done = run(options.count, options.seed, Path(folder), options.jobs)
     bad = sum(bool(one.faults) for one in done)

@@ -4,6 +4,7 @@ Each kind is a function of a random generator and a folder: it writes there what
 arguments of the command that is to read it. The same generator gives the same input.
 """
 
+import contextlib
 import io
 import json
 import pickle
@@ -19,7 +20,7 @@ import numpy as np
 import pandas as pd
 import torch
 from project import REPORT
-from trees import encode, pixels, small_tree
+from trees import encode, pixels, small_tree, write
 
 from labcore.config import PROFILES
 from labcore.files.artifacts import ROOT, read_json, sha256_file, write_json
@@ -33,20 +34,9 @@ TEXTS = [*CODE, "{{ 7*7 }}", "%s%n", "../../x", "\x1b[31m", "a\u2028b", "é", "e
 NUMBERS = ["0", "-1", "1", "2", "3", "7", "9", "16", "1e-3", "0.5", "1.0", "100", "nan", "-inf", "1e999"]
 NUMBERS += ["9" * 5000, "0x10", "1_0", "１２", "٣"]
 WORDS = ["identity", "whitened", "weights", "warm_restarts", "trivial", "reflect", "resnet18", "resnet50"]
-VALUES = [
-    *NUMBERS,
-    *TEXTS,
-    *WORDS,
-    "x" * 9999,
-    "None",
-    "True",
-    "()",
-    "(1,)",
-    "0.1,0.2",
-    "0.2,0.1",
-    "=",
-    "a=b",
-]
+VALUES = [*NUMBERS, *TEXTS, *WORDS, "x" * 9999, "None", "True", "()", "(1,)"]
+VALUES += ["0.1,0.2", "0.2,0.1", "=", "a=b"]
+LIKELY = {int: NUMBERS[:8], float: ["0", "0.5", "1.0", "1e-3", "100"], str: WORDS}
 # What few images are trained with; and a training of a second.
 FEW = "fp32.batch_size=2 qat.batch_size=2 calibration_images=2 validation_fraction=0.34"
 SHORT = "fp32.epochs=1 fp32.epoch_images=64 fp32.batch_size=16 qat.batch_size=16 qat.epoch_images=64"
@@ -94,10 +84,7 @@ def set_string(rng: Random, folder: Path) -> list[str]:
     pairs = SHORT.split() if rng.random() < 0.3 else []
     for _ in range(rng.randint(1, 3)):
         name, now = rng.choice(list(_values(PROFILES["smoke"]).items()))
-        likely = {int: NUMBERS[:8], float: ["0", "0.5", "1.0", "1e-3", "100"], str: WORDS}.get(
-            type(now), VALUES
-        )
-        value = rng.choice(likely if rng.random() < 0.6 else VALUES)
+        value = rng.choice(LIKELY.get(type(now), VALUES) if rng.random() < 0.6 else VALUES)
         if rng.random() < 0.05:
             name = damaged(name.encode(), rng).decode(errors="surrogateescape")
         pairs.append(f"{name}{'' if rng.random() < 0.03 else '='}{value}")
@@ -111,15 +98,7 @@ def set_string(rng: Random, folder: Path) -> list[str]:
 
 KINDS = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM")
 MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "I", "F")
-NAMES = [
-    "../../pwned",
-    "/pwned",
-    "train/cat/../../../../pwned.png",
-    "C:\\pwned",
-    "..\\pwned",
-    "train/cat/",
-    "",
-]
+NAMES = ["../../pwned", "/pwned", "train/cat/../../../../pwned.png", "C:\\pwned", "..\\pwned", "x/", ""]
 NAMES += [f"train/{text}/0.png" for text in TEXTS] + [f"train/cat/{text}.png" for text in TEXTS]
 NAMES += ["train/cat/\0.png", "train/cat/a\nb.png", "train/CAT/0.png", "val/cat/0.png", "train/cat/0.png"]
 NAMES += ["x/" * 2000 + "0.png", "train/cat/0.png/0.png", "."]
@@ -129,19 +108,13 @@ LINKS += (b"L", b"x", b"?")
 
 def image(rng: Random, folder: Path) -> list[str]:
     """One of eight images is damaged."""
-    tree, content = small_tree("pets/"), b""
+    tree, content = small_tree(), b""
     while not content:
-        try:
-            content = encode(
-                pixels(rng.randrange(99), rng.choice((1, 8, 33))), rng.choice(KINDS), rng.choice(MODES)
-            )
-        except (OSError, ValueError):  # Pillow writes no such kind of this mode
-            continue
+        array = pixels(rng.randrange(99), rng.choice((1, 8, 33)))
+        with contextlib.suppress(OSError, ValueError):  # Pillow writes no such kind of this mode
+            content = encode(array, rng.choice(KINDS), rng.choice(MODES))
     tree[rng.choice(list(tree))] = damaged(content, rng)
-    for name, part in tree.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(part)
-    return ["report", "--profile=smoke", f"--data={folder / 'pets'}", f"--set={FEW}"]
+    return ["report", "--profile=smoke", f"--data={write(folder / 'pets', tree)}", f"--set={FEW}"]
 
 
 def archive(rng: Random, folder: Path) -> list[str]:
@@ -180,9 +153,8 @@ def _tar(members: list, suffix: str, rng: Random) -> bytes:
             if odd == 0:
                 member.type = rng.choice(LINKS)
             elif odd == 1:
-                member.pax_headers = {
-                    rng.choice(("path", "size", "GNU.sparse.realsize")): rng.choice(NUMBERS)
-                }
+                header = rng.choice(("path", "size", "GNU.sparse.realsize"))
+                member.pax_headers = {header: rng.choice(NUMBERS)}
             elif odd == 2:  # addfile would ask for as many bytes
                 member.size = rng.choice((2**20 + 1, 2**33, 2**62))
                 tar.fileobj.write(member.tobuf(kind, errors="surrogateescape") + content)
@@ -206,16 +178,9 @@ def _odd_state(rng: Random):
     name = rng.choice(list(state))
     if how < 3:
         v = state[name]
-        odd = [
-            v * torch.nan,
-            v.to(torch.complex64),
-            v.int(),
-            v.half(),
-            v.to_sparse(),
-            v.to("meta"),
-            v.tolist(),
-        ]
-        odd += [v.flatten()[:-1], torch.ones(1).double().expand(10**13), torch.empty(0), Command(), 3, None]
+        odd = [v * torch.nan, v.to(torch.complex64), v.int(), v.half(), v.to_sparse(), v.to("meta")]
+        odd += [v.tolist(), v.flatten()[:-1], torch.ones(1).double().expand(10**13), torch.empty(0)]
+        odd += [Command(), 3, None]
         state[name] = rng.choice(odd)
     elif how == 3:
         del state[name]
@@ -360,8 +325,8 @@ def results(rng: Random, lab: Path) -> list[str]:
     """One or two files of report/cpu, which verify checks or writes again and make lab copies."""
     command = rng.choice((["verify"], ["verify"], ["verify", "--write"], ["restore", "--data=digits"]))
     inside = "weights" if command[0] == "restore" and rng.random() < 0.6 else "results"
-    for _ in range(rng.choice((1, 1, 2))):
-        path = rng.choice(sorted(p for p in (lab / "report/cpu" / inside).rglob("*") if p.is_file()))
+    paths = sorted(path for path in (lab / "report/cpu" / inside).rglob("*") if path.is_file())
+    for path in rng.sample(paths, rng.choice((1, 1, 2))):
         spoil(path, rng)
         listed = lab / "report/cpu/results/run.json"
         if path != listed and path.is_file() and inside == "results" and rng.random() < 0.8:

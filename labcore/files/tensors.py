@@ -145,8 +145,8 @@ def load_weights(model: nn.Module, state, source: str = "checkpoint") -> None:
                 f"{source} is of another network: expected shape {shapes.get(name)} for {name}, found "
                 f"{found.get(name)}; check arch, width, stem and the number of classes."
             )
-        if expected[name].is_floating_point() and not state[name].is_floating_point():
-            kind = state[name].dtype
+        kind = state[name].dtype
+        if kind.is_complex or (expected[name].is_floating_point() and not kind.is_floating_point):
             raise LabError(f"{source}: expected floating point for {name}, found {kind}; save floats.")
     if others := {str(v.dtype)[6:] for name, v in state.items() if v.dtype != expected[name].dtype}:
         said.append(f"{', '.join(sorted(others))} converted")

@@ -10,6 +10,7 @@ import math
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -235,9 +236,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--write", action="store_true", help=write_again.__doc__)
     options = parser.parse_args(arguments)
     try:
-        if options.write:
-            write_again(options.profile)
-        faults = verify(options.profile)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of numbers such as NaN, which are told as faults
+            if options.write:
+                write_again(options.profile)
+            faults = verify(options.profile)
     except LabError as error:
         faults = [str(error)]
     except FOREIGN as error:

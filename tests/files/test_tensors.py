@@ -111,6 +111,7 @@ def filled(value: float, dtype: torch.dtype = torch.float32):
         (lambda s: s | {"bn1.num_batches_tracked": torch.tensor(torch.nan)}, "NaN or infinity in bn1.num_b"),
         (filled(1, torch.int8), "expected floating point for fc.weight, found torch.int8"),
         (filled(1, torch.complex64), "expected floating point for fc.weight, found torch.complex64"),
+        (lambda s: s | {"bn1.num_batches_tracked": torch.tensor(1j)}, "tracked, found torch.complex64"),
         (lambda s: s | {"fc.weight": s["fc.weight"].to_sparse()}, "fc.weight cannot be read"),
         (lambda s: s | {"fc.weight": s["fc.weight"].to("meta")}, "fc.weight cannot be read"),
         (lambda s: s | {"fc.weight": s["fc.weight"].tolist()}, "for fc.weight, found None"),

@@ -44,8 +44,11 @@ def test_inputs_end_in_success_or_in_one_line(tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_runs_go_on_to_the_same_files(tmp_path):
-    assert not [kill for kill in campaign.kills(2, 0, tmp_path, jobs=2) if kill.faults]
+@pytest.mark.parametrize(("stage", "whom", "seconds"), [("ptq", "kernel", 9), ("report", "parent", 8)])
+def test_a_killed_run_goes_on_to_the_same_files(built, tmp_path, stage, whom, seconds):
+    whole = campaign.Copy(tmp_path / "whole", names=campaign.TIMELESS)
+    built.copy(whole.project.root)
+    assert not campaign.kill(whole, tmp_path / "killed", stage, whom, seconds).faults
 
 
 def test_what_a_killed_run_left_goes_with_the_next_one(tmp_path, monkeypatch):
