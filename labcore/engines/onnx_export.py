@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from torch.ao.nn import intrinsic, quantized
 
 from labcore import LabError
-from labcore.files.artifacts import atomic_path
+from labcore.files.artifacts import write_bytes
 from labcore.model import GlobalMaxPool2d
 from labcore.quantizers.bias import Tracer, weight_scales
 
@@ -161,8 +161,9 @@ def build_onnx(
 
 def save_onnx(path: Path, model: onnx.ModelProto) -> int:
     """Write the model, whole or not at all; return its size in bytes."""
-    with atomic_path(path) as partial:
-        return partial.write_bytes(model.SerializeToString(deterministic=True))
+    content = model.SerializeToString(deterministic=True)
+    write_bytes(path, content)
+    return len(content)
 
 
 def predict_onnx(model: onnx.ModelProto, batches: Iterable[Tensor], optimize: bool = True) -> np.ndarray:

@@ -5,7 +5,6 @@ make lab copied has no stamps, so it is stale to make, which runs every stage it
 """
 
 import contextlib
-import json
 import re
 import shutil
 import zipfile
@@ -22,6 +21,7 @@ from labcore.files.artifacts import (
     copy_file,
     read_json,
     sha256_file,
+    write_bytes,
     write_json,
 )
 from labcore.lab.stale import STAGES, State
@@ -80,7 +80,7 @@ def _unpack_cells(state: State, part: Path, stages: list[str]) -> None:
         for name in packed.namelist():
             stage, _, file = name.partition("/cells/")
             if stage in stages and re.fullmatch(r"[0-9a-f]+\.json", file):
-                write_json(part / name, json.loads(packed.read(name)))
+                write_bytes(part / name, packed.read(name))
 
 
 def restore(state: State) -> str:
