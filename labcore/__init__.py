@@ -6,6 +6,7 @@ Importing this package stays cheap: the modules that need torch are imported by 
 
 import difflib
 import os
+import re
 import sys
 from collections.abc import Iterable
 
@@ -25,3 +26,12 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """Return the hint for a mistyped name: the nearest known one, or all of them."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}."
+
+
+def first_line(error: Exception) -> str:
+    """Return an error in one line, for a message that names the file; without torch's advice on pickles."""
+    text = re.sub(r"\x1b\[\d*m", "", str(error)).strip()
+    if "weights_only" in text:
+        found = re.search(r"GLOBAL (\S+)", text)
+        return f"it holds {found[1]}" if found else "only tensors, numbers and text are read"
+    return (text.splitlines() or [type(error).__name__])[0][:160]

@@ -6,13 +6,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from labcore import LabError
 from labcore.files.artifacts import ROOT
 from labcore.images.sources import Unreachable, read_source
-from labcore.images.transforms import normalize
 
 
 @dataclass(frozen=True)
@@ -121,7 +118,7 @@ def make_split(labels: np.ndarray, validation_fraction: float, calibration_image
     return Split(*(np.sort(part) for part in (train, validation, calibration)))
 
 
-def calibration_batches(data: ImageData, split: Split, batch_size: int = 128) -> list[Tensor]:
+def calibration_batches(data: ImageData, split: Split, batch_size: int = 128) -> list["torch.Tensor"]:  # noqa: F821
     """Return the calibration images (B, 3, H, W), normalised float32, in a fixed order that mixes classes.
 
     Sorted by class, what moves with the batches (a moving average, a learned scale) would end on the last
@@ -131,5 +128,9 @@ def calibration_batches(data: ImageData, split: Split, batch_size: int = 128) ->
         raise LabError("the calibration set is empty: set calibration_images to at least 1.")
     if np.isin(split.calibration, split.validation).any():
         raise LabError("calibration images are also validation images: calibrate on training images only.")
+    import torch  # which takes seconds, and reading the images needs none of it
+
+    from labcore.images.transforms import normalize
+
     images = data.train_images[np.random.default_rng(0).permutation(split.calibration)]
     return [normalize(batch) for batch in torch.from_numpy(images).split(batch_size)]

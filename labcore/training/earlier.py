@@ -11,11 +11,11 @@ from pathlib import Path
 import pandas as pd
 from torch import Tensor
 
-from labcore import LabError
+from labcore import LabError, first_line
 from labcore.config import Recipe
 from labcore.data import ImageData, Split
 from labcore.files.artifacts import RECORD, WEIGHTS_FILES, read_json, sha256_file, write_json
-from labcore.files.tensors import first_line, load_tensors, state_hash
+from labcore.files.tensors import load_tensors, state_hash
 from labcore.training.checkpoint import differences
 
 WEIGHTS, HISTORY, _ = WEIGHTS_FILES

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import platform
 import re
 import resource
 from types import SimpleNamespace
@@ -172,3 +173,13 @@ def test_a_notebook_is_code_and_prose(tmp_path):
 def test_provenance_names_the_machine():
     facts = provenance.provenance()
     assert facts["threads"] >= 1 and facts["cpu"] and facts["instructions"] and facts["versions"]["torch"]
+
+
+def test_what_the_processor_multiplies_is_known_without_torch():
+    flags = provenance.arithmetic()
+    if platform.system() == "Linux" and platform.machine() == "x86_64":
+        for word, supported in (
+            ("avx512_vnni", "_is_vnni_supported"),
+            ("amx_tile", "_is_amx_tile_supported"),
+        ):
+            assert (word in flags) == getattr(torch.cpu, supported)(), word
