@@ -153,7 +153,8 @@ def mean_over_trainings(values: np.ndarray) -> dict[str, float]:
     Both are drawn: the variance of the mean is (T + I - R) / size, with the mean squares of a two-way
     analysis of variance without replication (trainings T, images I at least R, the rest R). Its degrees of
     freedom, `df`, are Satterthwaite's (1946). Where trainings scatter no more than the rest, it is I / size.
-    Also `std`, that of the trainings' own means, and `each` of them.
+    But few trainings cannot show that they scatter little: it is at least Student's t interval of their own
+    means. Also `std`, that of these means, and `each` of them.
 
     Raises LabError for fewer than two trainings or two images.
     """
@@ -196,12 +197,17 @@ def _mean_squares(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, tuple[flo
 
 
 def _over_trainings(by_training: np.ndarray, parts: np.ndarray, free: np.ndarray) -> dict:
-    """Return a mean with its interval, from the parts of its variance and their degrees of freedom."""
-    mean, variance = float(by_training.mean()), float(parts.sum())
+    """Return a mean with the wider interval of two: by the parts of its variance, and by the trainings' own.
+
+    Args:
+        free: the degrees of freedom of the parts; those of the trainings come first.
+    """
+    mean, variance, std = float(by_training.mean()), float(parts.sum()), float(by_training.std(ddof=1))
     df = float(variance**2 / (parts**2 / free).sum() if variance > 0 else free[0])
-    half = float(stats.t.ppf(0.975, df) * math.sqrt(variance))
+    errors = {df: math.sqrt(variance), float(free[0]): std / math.sqrt(len(by_training))}
+    half, df = max((float(stats.t.ppf(0.975, each) * error), each) for each, error in errors.items())
     ends = {"mean": mean, "low": mean - half, "high": mean + half, "df": df}
-    return ends | {"std": float(by_training.std(ddof=1)), "each": by_training.tolist()}
+    return ends | {"std": std, "each": by_training.tolist()}
 
 
 def by_image(logits: np.ndarray, labels: np.ndarray) -> dict[str, list]:

@@ -4,7 +4,8 @@
     python tests/campaign.py fuzz --count 2000 --seed 0
 
 Run them from the project's folder, after make test. Each prints a summary, and ends with status 1 where
-something is not as it should be. tests/lab/test_campaign.py runs a short version of both.
+something is not as it should be; --write puts the summary where reports find it. tests/lab/test_campaign.py
+runs a short version of both.
 """
 
 import argparse
@@ -30,8 +31,12 @@ import fuzz
 import mutations
 import numpy as np
 from PIL import Image
-from project import NOTEBOOKS, REPORT, Project
+from project import NOTEBOOKS, REPORT, ROOT, Project
 
+from labcore.files.artifacts import read_json, write_json
+from labcore.files.provenance import cpu_name, git_commit, today
+
+WRITTEN = ROOT / "report" / "template_campaign.json"
 BYTES = 12 * 2**30  # of memory, for a process that gets inputs
 
 # In the copies 1.25 seconds pass whenever a duration is measured, so that files with times are the same too.
@@ -215,11 +220,31 @@ def inputs(count: int, seed: int, folder: Path, jobs: int) -> list[fuzz.Outcome]
     share = {"count": count, "seed": seed, "folder": folder, "parts": jobs, "processes": 20 // jobs}
     with ProcessPoolExecutor(jobs, get_context("spawn"), _limit_memory) as pool:
         done = [one for some in pool.map(partial(fuzz.fuzz, **share), range(jobs)) for one in some]
-    for kind in mutations.KIND:
-        statuses = Counter(one.status for one in done if one.kind == kind)
-        names = {0: "done", 1: "refused in one line", "reached": "accepted up to the notebooks"}
-        print(f"{kind:10}", ", ".join(f"{names.get(key, key)}: {n}" for key, n in statuses.items()))
+    for row in by_kind(done):
+        print(", ".join(f"{name}: {value}" for name, value in row.items()))
     return done
+
+
+def by_kind(done: list[fuzz.Outcome]) -> list[dict]:
+    """What became of the inputs of each kind, in numbers."""
+    names = {"refused": [1], "accepted": [0, "reached"]}  # "reached": accepted up to the notebooks
+    rows = []
+    for kind in mutations.KIND:
+        of_kind = [one for one in done if one.kind == kind]
+        good = Counter(one.status for one in of_kind if not one.faults)
+        counts = {name: sum(good[status] for status in statuses) for name, statuses in names.items()}
+        rows.append({"inputs": kind, "count": len(of_kind)} | counts)
+    return rows
+
+
+def by_target(done: list[Kill]) -> list[dict]:
+    """How many kills of each kind there were, and after how many the next run ended with equal files."""
+    rows = []
+    for whom in ("kernel", "parent", "all"):
+        of_kind = [one for one in done if one.whom == whom]
+        equal = sum(not one.faults for one in of_kind)
+        rows.append({"killed": whom, "count": len(of_kind), "equal": equal})
+    return rows
 
 
 def _limit_memory() -> None:
@@ -234,13 +259,18 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="at a time")
+    parser.add_argument("--write", action="store_true", help=f"the summary into {WRITTEN.name}")
     options = parser.parse_args()
-    run = {"kills": kills, "fuzz": inputs}[options.what]
+    run, summary = {"kills": (kills, by_target), "fuzz": (inputs, by_kind)}[options.what]
     os.environ["OMP_NUM_THREADS"] = "1"  # more give other sums
     with tempfile.TemporaryDirectory(prefix="campaign-") as folder:
         done = run(options.count, options.seed, Path(folder), options.jobs)
     bad = sum(bool(one.faults) for one in done)
     print(f"{options.what}: {len(done) - bad} of {len(done)} as they should be")
+    if options.write:
+        facts = {"seed": options.seed, "commit": git_commit(), "day": today(), "cpu": cpu_name()}
+        before = read_json(WRITTEN) if WRITTEN.exists() else {}
+        write_json(WRITTEN, before | {options.what: facts | {"rows": summary(done)}})
     return int(bad > 0)
 
 

@@ -11,6 +11,7 @@ from trees import encode, pixels, raising, small_tree, write
 
 from labcore import LabError
 from labcore.data import Split, calibration_batches, evenly_spaced, load_data, make_split
+from labcore.images import sources
 from labcore.images.transforms import normalize
 from labcore.lab.stale import State
 from labcore.run import open_run
@@ -176,11 +177,17 @@ def test_one_blank_image_in_both_parts_stops_no_small_set(tmp_path, shared):
 def test_one_line_says_what_was_read_and_comes_from_the_cache_too(tmp_path, capsys, monkeypatch):
     source = str(write(tmp_path / "pets", small_tree() | {"readme.txt": b"Pyramids"}))
     for _ in range(2):
+        sources._tell.cache_clear()  # as in another process
         load_data(source, root=tmp_path)
         (line,) = (part for part in capsys.readouterr().err.splitlines() if "note" in part)
         left_out = "no image of a format that is read: 1, such as 'readme.txt'"
         assert line == f"note: 'pets': 8 images read; 1 file left out ({left_out})."
-    monkeypatch.setenv("LOCAL_RANK", "1")
+    load_data(source, root=tmp_path)  # told before
+    sources._tell.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setenv("LOCAL_RANK", "1")
+        load_data(source, root=tmp_path)
+    monkeypatch.setattr(sources, "parent_process", lambda: "a pool's")
     load_data(source, root=tmp_path)
     assert "note" not in capsys.readouterr().err
 

@@ -186,6 +186,18 @@ def test_other_trainings_and_images_fall_into_the_interval_as_often_as_it_says()
     assert found["std"] == pytest.approx(np.std(values.mean(axis=1), ddof=1))
 
 
+def test_few_trainings_cannot_show_that_they_scatter_little():
+    rng, widened = np.random.default_rng(0), 0
+    for _ in range(20):
+        values = rng.normal(0, 5, (3, 500))  # no training differs from another
+        found, own = stats.mean_over_trainings(values), t_interval(values.mean(axis=1))
+        assert found["low"] < own[0] + 1e-9 and found["high"] > own[1] - 1e-9
+        if found["df"] == 2:
+            widened += 1
+            assert [found["low"], found["high"]] == pytest.approx(own)
+    assert 0 < widened < 20
+
+
 def test_a_gap_between_two_sets_of_images_is_held_as_often_as_it_says():
     rng, held = np.random.default_rng(0), []
     for _ in range(700):

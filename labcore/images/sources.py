@@ -5,8 +5,9 @@ import http.client
 import os
 import socket
 import sys
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
+from multiprocessing import parent_process
 from pathlib import Path
 
 import numpy as np
@@ -40,15 +41,21 @@ def read_source(source: str, size: int, root: Path) -> tuple[str, Arrays]:
     """
     if source == "digits":
         return "Digits (scikit-learn)", _digits(size)
-    data, cache = root / "data", root / "data/cache"
+    data = root / "data"
     if source in CIFAR:
         return CIFAR[source], _cifar(CIFAR[source], size, data)
     path = _find(source, root)
-    key, arrays = cached(path, size, cache, lambda: read_images(path, size))
+    key, arrays = cached(path, size, data / "cache", lambda: read_images(path, size))
     name = path.name.encode("utf-8", "replace").decode()
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # of processes that train together, one speaks
-        print(f"note: {name!r}: {arrays['told']}", file=sys.stderr)
+    _tell(f"note: {name!r}: {arrays['told']}")
     return KNOWN_COPIES.get(key, f"own images: {name}"), arrays
+
+
+@cache
+def _tell(note: str) -> None:
+    """Print a note on stderr once, in the first of processes that work together and in none of a pool."""
+    if os.environ.get("LOCAL_RANK", "0") == "0" and parent_process() is None:
+        print(note, file=sys.stderr)
 
 
 def fetch(source: str, root: Path) -> str:

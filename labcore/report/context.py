@@ -35,6 +35,7 @@ def context(name: str, root: Path = ROOT) -> dict:
         "trained": read_json(folder / "fp32" / "training.json"),
         "profile": profile,
         "reference": read_json(root / "report" / "template_reference.json"),
+        "campaign": read_json(root / "report" / "template_campaign.json"),
         "reference_profile": reference,
         "provenance": provenance,
         "fact": partial(_fact, provenance),

@@ -73,8 +73,8 @@ class Part(NamedTuple):
     def needed(self) -> str:
         """Return how many units would decide, were what was found true; "" where that says nothing."""
         if not self.is_of_its_unit:
-            return f"{self.trainings} trainings" if self.trainings else ""
-        mean, count = self.found["mean"], self.found["count"]
+            return f"{self.trainings} trainings" if self.trainings else "a measurement"
+        mean, count, name = self.found["mean"], self.found["count"], UNITS[self.found["of"]]
         error = (self.found["high"] - self.found["low"]) / (2 * t.ppf(0.975, self.df))  # of the mean
         spread = self.found.get("std", error * math.sqrt(count))
         distance = min(abs(mean - end) for end in (self.low, self.high))
@@ -85,7 +85,7 @@ class Part(NamedTuple):
         of_images, room = max(error**2 - spread**2 / count, 0), (distance / 2.8) ** 2
         if of_images < room:
             units = stats.units_needed(2.8 * math.sqrt(room - of_images), spread)
-            return f"{units:,} {UNITS[self.found['of']]}" if units < 1e7 else "over 10 million images"
+            return f"{units:,} {name}" if units <= 100 * count else f"over {100 * count:,} {name}"
         left = room - spread**2 / count
         images = self.found.get("images", 0) * of_images / left if left > 0 else 0
         return f"{math.ceil(images):,} images" if images else "more trainings and more images"

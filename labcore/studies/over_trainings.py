@@ -14,11 +14,13 @@ from labcore.files.artifacts import read_npz
 # Networks of notebook 12 that are held against each other, and not only against FP32.
 PAIRS = (
     ("ptq", "qat"),
+    ("ptq", "best_ptq"),
     ("best_ptq", "best_qat"),
     ("fp32_on", "qat"),
     ("fp32_on", "best_qat"),
     ("fp32_on_last", "qat_unrounded"),
     ("float_same", "no_clamp"),
+    ("float_same", "least_alone"),
     ("float_best", "best_ptq"),
     ("no_clamp", "ptq"),
     ("qat", "qat_folded"),

@@ -38,6 +38,7 @@ PTQ = {
     "ptq": (REFERENCE, REFERENCE),
     "no_clamp": (Scheme(), Scheme()),
     "float_same": (FLOAT, FLOAT),
+    "least_alone": (Scheme(rule="least_error"), Scheme(rule="least_error")),
     "best_ptq": RECOMMENDED,
     "float_best": tuple(replace(one, rule="none") for one in RECOMMENDED),
 }

@@ -33,6 +33,7 @@ FINALISTS = (
 # is clamped or not. Float scales span the whole range; an exponent that is chosen by its error may also clip.
 PEERS = (
     ("float_same", "no_clamp"),
+    ("float_same", "least_alone"),
     ("float_same", "input_up"),
     ("float_best", "best_ptq"),
     ("no_clamp", "reference"),

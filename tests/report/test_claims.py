@@ -48,12 +48,12 @@ def images(points: float, half: float = 0.2) -> dict:
     return row | {"both": 9000, "neither": 800, "only_before": 110, "only_after": 90, "p_value": 0.2}
 
 
-def seeds(half: float = 0.05, gap: float = 4.0, **drops: float) -> dict:
+def seeds(half: float = 0.05, **drops: float) -> dict:
     """What notebook 12 finds over five trainings: drops by "before__after", 0 where none is given."""
     names = (
         "fp32__ptq fp32__qat ptq__qat fp32_on_last__qat_unrounded float_same__no_clamp float_best__best_ptq"
     )
-    names += " no_clamp__ptq qat__qat_folded int_additions__float_additions"
+    names += " float_same__least_alone no_clamp__ptq qat__qat_folded int_additions__float_additions"
     pairs = [name.split("__") + [drops.get(name, 0.0)] for name in names.split()]
     hidden = {name: drops.get(name, 0.0) for name in ("mixup", "augmentation", "rounding")}
     return {
@@ -63,10 +63,6 @@ def seeds(half: float = 0.05, gap: float = 4.0, **drops: float) -> dict:
         "pairs": [
             {"before": one, "after": other} | around(points, half, std=0.05) for one, other, points in pairs
         ],
-        "gap": {
-            "fp32_on_last": around(gap, half),
-            "qat_unrounded": around(gap + drops.get("gap_change", 0.0), half),
-        },
         "gap_change": around(drops.get("gap_change", 0.0), half),
         "hidden": {name: around(points, half) for name, points in hidden.items()},
         "fusing": {"reference": around(drops.get("fusing", 0.0), 0.01)},
@@ -116,10 +112,13 @@ EACH = {"mean": 0.02, "low": 0.019, "high": 0.021, "rounds": 12}
 RESNET50 = {"fp32_mb": 94.4, "int8_mb": 24.1, "n_dropout": 0, "calibration_seconds": 1.3, "n_calibration": 64}
 CHECKS = {"arch": "resnet9", "device": "a processor", "latency_rounds": 20, "n_int8_additions": 2}
 CHECKS |= {"prefix": {"refused_as_it_is": True, "loads_stripped": True}, "needs_train_mode": True}
-CHECKS["rounding"] = {"no_clamp": images(0.4), "best_ptq": images(-0.4), "reference": images(0.5)}
+CHECKS["rounding"] = dict(no_clamp=images(0.4), least_alone=images(0.1), best_ptq=images(-0.4))
+CHECKS["rounding"]["reference"] = images(0.5)
 CHECKS |= {"shift": rounds(0.957, 1.002), "resnet50": RESNET50 | {"seconds_per_image": EACH}}
-CHECKS["overflow"] = {"clamped": 0.0, "unclamped": 0.29, "largest_is_wrong": True, "n_images": 8}
-CHECKS["overflow"]["prevented"] = around(0.29, 0.15)
+CHECKS["overflow"] = {"n_sums": 9000, "clamped": 1, "unclamped": 7, "n_images": 16, "n_with_wrong_sums": 14}
+CHECKS["overflow"] |= {"n_layers": 9, "n_bound": 3, "n_bound_and_wrong": 1, "largest_is_wrong": True}
+CHECKS["overflow"]["helped"] = around(80.0, 15.0)
+CHECKS["affine_uses_all_codes"] = True
 CHECKS["zero_scale"] = {"returned": True, "never_given": True}
 THEIRS = {"arch": "resnet50"}
 HALF = {"seeds": seeds(fp32__ptq=0.2)}  # ResNet-50 tolerates it
@@ -205,16 +204,19 @@ def test_what_it_takes_to_decide_follows_from_the_power_of_the_t_test():
     assert int(needed.split()[0].replace(",", "")) == pytest.approx(2.8**2 * 10_000, rel=0.03)
     found = around(0.2, 0.4, of="training", count=5, std=0.455, images=10_000)
     assert Part("a", None, found, high=0.1, unit="points", trainings=5).needed().endswith(" trainings")
+    assert Part("a", unit="times").needed() == "a measurement"
+    found = around(0.101, 0.05, of="round", count=20)
+    assert Part("a", None, found, high=0.1, unit="times").needed() == "over 2,000 rounds of timing"
 
 
 AS_MEASURED = {
     CONFIRMED: "R3 R16",
-    REFUTED: "R4 R5 R11 R12 R13",
-    CONDITION: "R8 R18 R19 R20",
+    REFUTED: "R5 R11 R12 R13",
+    CONDITION: "R4 R8 R18 R19",
     UNDECIDED: "R6 R10",
-    OPEN: "R1 R2 R7 R9 R14 R15 R17",
+    OPEN: "R1 R2 R7 R9 R14 R15 R17 R20",
 }
-INSPECTIONS = "R3 R4 R11 R16 R19"
+INSPECTIONS = "R3 R4 R11 R13 R16 R19"
 
 
 def test_every_claim_has_a_row_with_its_verdict_and_a_value():
@@ -230,11 +232,16 @@ def test_every_claim_has_a_row_with_its_verdict_and_a_value():
         assert not any(text in row["value"] for text in ("nan", "None", "  ", "{", "inf"))
     found = counts(list(found.values()))
     assert found["counts"] == {verdict: len(claims.split()) for verdict, claims in AS_MEASURED.items()}
-    assert found["kinds"] == {OPEN: 7, INSPECTED: 5, MEASURED: 8}
+    assert found["kinds"] == {OPEN: 8, INSPECTED: 6, MEASURED: 6}
 
 
 R2_LOST = {"fp32__ptq": 0.3, "fp32__qat": 0.3, "ptq__qat": 0.3}
+R6_LOST = dict.fromkeys(("float_same__no_clamp", "float_same__least_alone", "float_best__best_ptq"), 0.3)
 R2_WON = {"fp32__ptq": -0.1, "fp32__qat": -0.2, "ptq__qat": -0.1}
+
+
+REPEATED = THEIRS | {"is_reference": True}
+GAP = around(0.2, 0.3, n_test=10_000)
 
 
 # Every measured claim can be confirmed (or true under a condition), refuted and undecided: none is constant.
@@ -256,7 +263,8 @@ R2_WON = {"fp32__ptq": -0.1, "fp32__qat": -0.2, "ptq__qat": -0.1}
         ("R5", {}, {"shift": rounds(0.957, 1.03)}, UNDECIDED),
         ("R5", {}, {"shift": rounds(1.03, 1.1)}, CONFIRMED),
         ("R6", {"seeds": seeds(float_same__no_clamp=0.3)}, {}, CONDITION),
-        ("R6", {"seeds": seeds(float_same__no_clamp=0.3, float_best__best_ptq=0.3)}, {}, REFUTED),
+        ("R6", {"seeds": seeds(**R6_LOST)}, {}, REFUTED),
+        ("R6", {"seeds": seeds(**R6_LOST | {"float_same__least_alone": 0.0})}, {}, CONDITION),
         ("R6", {"seeds": seeds(0.02)}, {}, CONFIRMED),
         ("R6", {"observers": None}, {"rounding": {}}, OPEN),
         ("R7", {}, THEIRS, REFUTED),
@@ -264,8 +272,9 @@ R2_WON = {"fp32__ptq": -0.1, "fp32__qat": -0.2, "ptq__qat": -0.1}
         ("R7", {}, THEIRS | {"rounding.reference": images(0.1)}, UNDECIDED),
         ("R7", {"observers.n_tensors_below": 4}, THEIRS | {"rounding.reference": images(-0.2)}, CONFIRMED),
         ("R7", {"observers": None}, THEIRS, OPEN),
-        ("R8", {}, {"overflow.prevented": around(0.0, 0.05)}, REFUTED),
-        ("R8", {}, {"overflow.prevented": around(0.0, 0.0)}, UNDECIDED),
+        ("R8", {}, {"overflow.helped": around(10.0, 15.0)}, REFUTED),
+        ("R8", {}, {"overflow.helped": around(50.0, 20.0)}, UNDECIDED),
+        ("R8", {}, {"overflow.helped": None}, UNDECIDED),  # no sum was wrong
         ("R8", {}, {"overflow.largest_is_wrong": False}, CONFIRMED),
         ("R9", {"seeds": seeds(int_additions__float_additions=-0.2)}, {}, CONFIRMED),
         ("R9", {"seeds": seeds()}, {}, REFUTED),
@@ -279,9 +288,10 @@ R2_WON = {"fp32__ptq": -0.1, "fp32__qat": -0.2, "ptq__qat": -0.1}
         ("R12", {"training": schedules(0.6, 0.0, 20)}, {}, CONDITION),
         ("R12", {"training": schedules(0.0, 0.0, 3)}, {}, UNDECIDED),
         ("R12", {"training": schedules(0.0, 0.0, 20)}, {}, REFUTED),  # no effect is an answer
-        ("R13", {"seeds": seeds(gap=0.2)}, {}, CONDITION),  # no overfitting, but no dropout either
-        ("R13", {"seeds": seeds(0.9, gap=0.2)}, {}, UNDECIDED),
-        ("R13", {"seeds": seeds(gap=0.2)}, {"resnet50.n_dropout": 1}, CONFIRMED),
+        ("R13", {"fp32.test_gap": GAP}, THEIRS, REFUTED),  # by inspection: the gap is of another recipe
+        ("R13", {"fp32.test_gap": GAP}, REPEATED, CONDITION),  # no overfitting, but no dropout either
+        ("R13", {"fp32.test_gap": GAP | {"high": 1.7}}, REPEATED, UNDECIDED),
+        ("R13", {"fp32.test_gap": GAP}, REPEATED | {"resnet50.n_dropout": 1}, CONFIRMED),
         ("R14", {"seeds": seeds(mixup=5.0, rounding=3.0)}, {}, CONFIRMED),
         ("R14", {"seeds": seeds(mixup=5.0, rounding=0.2, augmentation=40.0)}, {}, CONDITION),
         ("R14", {"seeds": seeds(mixup=0.0, rounding=0.2)}, {}, REFUTED),
@@ -299,8 +309,9 @@ R2_WON = {"fp32__ptq": -0.1, "fp32__qat": -0.2, "ptq__qat": -0.1}
         ("R18", {"mixed": None}, {}, OPEN),
         ("R18", {"mixed": None}, THEIRS, UNDECIDED),
         ("R18", {"mixed": None, "seeds": seeds(fp32__ptq=2.0)}, THEIRS, REFUTED),
-        ("R20", {}, {"resnet50": RESNET50}, UNDECIDED),  # timed once
-        ("R20", {}, {"resnet50.seconds_per_image": around(1e-3, 1e-4, rounds=12)}, REFUTED),
+        ("R19", {}, {"affine_uses_all_codes": False}, CONDITION),
+        ("R20", {}, {}, OPEN),  # it names no number of images
+        ("R20", {}, {"resnet50": RESNET50}, OPEN),  # timed once
     ],
 )
 def test_a_verdict_follows_from_its_number(claim, changes, checks, verdict):
@@ -309,11 +320,11 @@ def test_a_verdict_follows_from_its_number(claim, changes, checks, verdict):
 
 @pytest.mark.parametrize(("name", "speedup"), [("ptq", 1.91), ("qat", 2.09)])
 def test_a_misprint_is_refuted_by_arithmetic(name, speedup, monkeypatch):
-    assert rows()["R4"]["verdict"] == REFUTED
+    assert rows()["R4"]["verdict"] == CONDITION  # that of QAT
     monkeypatch.setitem(REFERENCE["qat"], "speedup", 1.84)
     assert rows()["R4"]["verdict"] == CONFIRMED
     monkeypatch.setitem(REFERENCE[name], "speedup", speedup + 0.1)
-    assert rows()["R4"]["verdict"] == REFUTED
+    assert rows()["R4"]["verdict"] == CONDITION
 
 
 def test_the_rate_of_linear_scaling_is_the_rules(monkeypatch):
@@ -328,7 +339,12 @@ def test_the_rate_of_linear_scaling_is_the_rules(monkeypatch):
         ("R2", {}, {}, "not the reference's network on its images"),
         ("R2", {}, {}, "10 images of 10,000"),
         ("R2", {}, THEIRS, "To decide, it takes 5 trainings at least."),
-        ("R4", {}, {}, "give 1.91 and 1.84"),  # 18.276 / 9.563 and 18.276 / 9.933
+        (
+            "R4",
+            {},
+            {},
+            "give 1.91 for PTQ and 1.84 for QAT: the table contradicts",
+        ),  # 18.276 / 9.563 and 18.276 / 9.933
         ("R4", {}, THEIRS, "1.80 times as fast as FP32 (1.70 to 1.90)"),
         ("R5", {}, {}, "integers alone, where a shift saves most, were not measured"),
         (
@@ -340,6 +356,10 @@ def test_the_rate_of_linear_scaling_is_the_rules(monkeypatch):
         ("R6", {"seeds": seeds(float_same__no_clamp=0.3)}, {}, "refuted. Power of the least error: +0.00"),
         ("R7", {}, {}, "7 of 9 weight tensors"),
         ("R8", {}, {}, "Its price in resnet9: +0.50 points"),
+        ("R8", {}, {}, "in 80.00 % (65.00 to 95.00) of them. It changes the weights' codes in 3 of 9 layers"),
+        ("R8", {}, {"overflow.n_bound_and_wrong": 0}, "and none of these have wrong sums."),
+        ("R10", {"seeds": seeds(fusing=0.05), "observers": None}, {}, "it takes a measurement (speed)."),
+        ("R13", {}, {}, "+4.00 points (+3.20 to +4.80). Of the reference's own training that says nothing."),
         (
             "R8",
             {"seeds": seeds(no_clamp__ptq=0.7)},
@@ -368,7 +388,8 @@ def test_a_margin_is_said_beside_its_number():
     assert found["R6"]["margin"] == "under 0.1 points"
     assert found["R6"]["estimate"].startswith("nearest power +0.00 points (-0.02 to +0.02); power of")
     assert found["R10"]["margin"] == "error under 0; speed over 1.02 times"
-    assert found["R1"]["margin"] == "94.97 to 95.97 %" and found["R13"]["margin"] == "under 1 point"
+    assert found["R1"]["margin"] == "94.97 to 95.97 %" and not found["R13"]["margin"]
+    assert rows(checks=REPEATED)["R13"]["margin"] == "under 1 point"
 
 
 def test_words_that_want_what_nobody_measured_are_refused():
