@@ -22,6 +22,13 @@ NOTEBOOKS = [stage.notebook for stage in STAGES if stage.name in REPORT]
 STUDIES = [stage.notebook for stage in STAGES if stage.name not in REPORT]
 
 
+def lab_options() -> list[str]:
+    """What make lab gives to JupyterLab."""
+    commands = subprocess.run(["make", "--dry-run", "lab"], cwd=ROOT, capture_output=True, text=True).stdout
+    (line,) = (line for line in commands.splitlines() if "jupyter lab" in line)
+    return line.split("jupyter lab")[1].split()
+
+
 class Project:
     """A copy of the sources, with the command line run in it."""
 

@@ -15,7 +15,7 @@ UNDECIDED = "undecided"  # measured, but it fits more than one answer
 OPEN = "no evidence here"  # not measured, or of another network, data set or recipe than the claim's
 INSPECTED, MEASURED = "by inspection or arithmetic", "measured"  # kinds of claims; the third is OPEN
 UNITS = {"training": "trainings", "image": "images", "round": "rounds of timing"}
-DIGITS = {"points": "+.2f", "%": ".2f", "times": ".3f", "seconds": ",.0f", "squared": "+.5f"}
+DIGITS = {"points": "+.2f", "%": ".2f", "times": ".3f", "squared": "+.5f"}
 
 
 class Part(NamedTuple):

@@ -24,7 +24,7 @@ from browser import wait_for
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 from processes import end_with_tests
-from project import ROOT
+from project import ROOT, lab_options
 
 from labcore import LabError
 from labcore.files.artifacts import UNREADABLE, load_logits, read_npz, sha256_file
@@ -155,12 +155,10 @@ def test_no_pickle_in_results_is_executed(read, inside, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_jupyterlab_answers_on_the_loopback_address_alone_and_asks_for_its_token(tmp_path):
     """Started as make lab starts it, but for the browser, the port and a token that is known here."""
-    commands = subprocess.run(["make", "--dry-run", "lab"], cwd=ROOT, capture_output=True, text=True).stdout
-    (line,) = (line for line in commands.splitlines() if "jupyter lab" in line)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port, token = free.getsockname()[1], secrets.token_hex(16)
-    options = [part for part in line.split("jupyter lab")[1].split() if not part.startswith("--port")]
+    options = [part for part in lab_options() if not part.startswith("--port")]
     homes = ("JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_DATA_DIR", "IPYTHONDIR")
     lab = subprocess.Popen(
         [sys.executable, "-m", "jupyterlab", "--no-browser", f"--port={port}", *options],

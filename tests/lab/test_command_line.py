@@ -9,7 +9,7 @@ import pytest
 import torch
 from jupyterlab import NeverCheckForUpdate
 from jupyterlab.labapp import LabApp
-from project import ROOT
+from project import ROOT, lab_options
 
 from labcore import LabError
 from labcore.config import STUDIES as STUDY_STAGES
@@ -60,12 +60,8 @@ def test_make_knows_its_variables(variables, status, message):
 
 
 def test_jupyterlab_is_this_machines_and_asks_nobody_for_news():
-    commands = subprocess.run(["make", "--dry-run", "lab"], cwd=ROOT, capture_output=True, text=True).stdout
-    (options,) = (
-        line.split("jupyter lab")[1].split() for line in commands.splitlines() if "jupyter lab" in line
-    )
     lab = LabApp()
-    lab.parse_command_line(options)
+    lab.parse_command_line(lab_options())
     assert lab.news_url is None and lab.check_for_updates_class is NeverCheckForUpdate
     assert lab.config.ServerApp.ip == "127.0.0.1" and "token" not in str(lab.config)
 
