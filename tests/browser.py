@@ -1,6 +1,5 @@
 """JupyterLab on a project, seen by Chromium without a window, which is driven over its DevTools protocol."""
 
-import base64
 import contextlib
 import itertools
 import json
@@ -11,12 +10,11 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import urllib.request
 from pathlib import Path
 
 import websocket
-from processes import end_with_tests
+from processes import end_with_tests, wait_for
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
@@ -66,27 +64,6 @@ class Browser:
         ]:
             where = {"type": f"mouse{kind}", "x": x + shift, "y": y, "button": "left", "clickCount": 1}
             self.call("Input.dispatchMouseEvent", **where, buttons=int(kind != "Released"))
-
-    def screenshot(self, path: Path, width: int = 1250, height: int = 900) -> None:
-        self.call(
-            "Emulation.setDeviceMetricsOverride",
-            width=width,
-            height=height,
-            deviceScaleFactor=1,
-            mobile=False,
-        )
-        time.sleep(2)
-        path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot")["data"]))
-
-
-def wait_for(call, seconds: float):
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        with contextlib.suppress(OSError, IndexError):
-            if found := call():
-                return found
-        time.sleep(0.1)
-    raise AssertionError(f"nothing after {seconds} s")
 
 
 @contextlib.contextmanager

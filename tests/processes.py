@@ -25,12 +25,15 @@ def running() -> dict[int, str]:
     return found
 
 
-def wait_until(true: Callable[[], bool], seconds: float = 60) -> None:
-    """Wait until a condition holds, at most some seconds."""
-    until = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < until
-        time.sleep(0.05)
+def wait_for(call: Callable[[], object], seconds: float = 60):
+    """Return what a call gives as soon as it is true, at most some seconds later."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError, IndexError):
+            if found := call():
+                return found
+        time.sleep(0.1)
+    raise AssertionError(f"nothing after {seconds} s")
 
 
 def left_behind(seconds: float) -> dict[int, str]:
@@ -38,7 +41,7 @@ def left_behind(seconds: float) -> dict[int, str]:
     forkserver._forkserver._stop()  # these two would end with this process
     resource_tracker._resource_tracker._stop()
     with contextlib.suppress(AssertionError):
-        wait_until(lambda: not running(), seconds)
+        wait_for(lambda: not running(), seconds)
     left = running()
     for pid in left:
         with contextlib.suppress(ProcessLookupError):

@@ -36,22 +36,14 @@ def summarize_answers(folder: Path, metrics: dict) -> dict:
 
 
 def summarize_speeds(folder: Path, metrics: dict) -> dict:
-    """Return roofs, speeds, best and ties by number of threads, and pairs; `metrics` has `macs`.
-
-    ties are the engines that are as fast as the best at a batch size: the quartiles of their latency overlap.
-    """
-    by_threads: dict[str, dict] = {"roofs": {}, "speeds": {}, "best": {}, "ties": {}}
+    """Return roofs, speeds and best by number of threads, and pairs; `metrics` has `macs`."""
+    by_threads: dict[str, dict] = {"roofs": {}, "speeds": {}, "best": {}}
     pair_rows = []
     for threads, part in pd.read_csv(folder / "engines" / "latency.csv").groupby("threads"):
         rounds, count = part.drop(columns="threads"), f"{threads}"
         by_threads["roofs"][count] = roofs(rounds)
         by_threads["speeds"][count] = rows = speeds(rounds, metrics["macs"])
-        by_threads["best"][count] = fastest = best(rows)
-        by_threads["ties"][count] = {}
-        for batch, first in fastest.items():
-            others = [row for row in rows if f"{row['batch']}" == batch and row["engine"] != first["engine"]]
-            tied = [row["engine"] for row in others if row["latency_ms_low"] <= first["latency_ms_high"]]
-            by_threads["ties"][count][batch] = tied
+        by_threads["best"][count] = best(rows)
         pair_rows += [row | {"threads": int(threads)} for row in pairs(rounds).to_dict("records")]
     return by_threads | {"pairs": pair_rows}
 

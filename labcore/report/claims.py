@@ -226,8 +226,7 @@ def _r7(e: Evidence) -> Found:
 
 
 def _r8(e: Evidence) -> Found:
-    if not (sums := e.checks.get("overflow")):
-        return Found([], "claims")
+    sums = e.checks["overflow"]
     helped = sums["helped"] and sums["helped"] | {"of": "image", "count": sums["n_with_wrong_sums"]}
     parts = [Part("largest codes", not sums["largest_is_wrong"]), e.part("prevented", helped)]
     return Found(parts, "claims", "checks.overflow")

@@ -43,7 +43,6 @@ def context(name: str, root: Path = ROOT) -> dict:
         "notebooks": NOTEBOOKS,
         "wall_seconds": run["wall_seconds"],
         "history_rows": _shown(pd.read_csv(folder / "fp32" / "history.csv")).to_dict("records"),
-        "qat_history": pd.read_csv(folder / "qat" / "history.csv").to_dict("records"),
         "recipe_rows": _side_by_side(recipes, "hyperparameter"),
         "augment_rows": _side_by_side(augments, "transform"),
         "engine_pairs": _pair_rows(metrics["engines"]["pairs"]) if "engines" in metrics else [],
@@ -81,11 +80,7 @@ def _scales(folder: Path, root: Path) -> dict:
         "is_worst": tensors.iloc[0]["layer"] == "quant",
         "is_normalization": np.allclose([images["min"], images["max"]], normalized, atol=1e-4),
     }
-    study = folder / "observers" / "qparams.csv"
-    if study.exists():
-        clipped["best"] = pd.read_csv(study).set_index("layer").loc["quant"].to_dict()
     return {
-        "normalization": constants,
         "noisiest_rows": tensors.head(5).to_dict("records"),
         "clipped_input": clipped if clipped["share_clipped"] > 0.001 else None,
     }

@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from processes import running, wait_until
+from processes import running, wait_for
 from small import logits, network
 from torch import nn
 
@@ -115,12 +115,12 @@ def test_workers_end_with_their_parent_also_while_they_load(folder):
     parents = [subprocess.Popen([sys.executable, "-c", code], **pipes) for _ in range(2)]
     for parent in parents:
         parent.stdout.readline()
-    wait_until(lambda: workers_running() == 2)
+    wait_for(lambda: workers_running() == 2)
     time.sleep(0.5)  # they are at their imports, if not further
     for parent, end in zip(parents, (signal.SIGKILL, signal.SIGTERM), strict=True):
         with parent:
             parent.send_signal(end)
-    wait_until(lambda: workers_running() == 0)
+    wait_for(lambda: workers_running() == 0)
 
 
 def workers_running() -> int:
@@ -139,7 +139,7 @@ def test_what_a_worker_started_ends_with_its_parent_too():
     with fake(code) as process:
         process.stdout.readline()
     assert process.returncode == -9
-    wait_until(lambda: "sleep 1234" not in running().values())
+    wait_for(lambda: "sleep 1234" not in running().values())
 
 
 @pytest.mark.parametrize("said", ["", '{"libraries_mb":'])
@@ -151,7 +151,7 @@ def test_a_crash_is_noticed_at_once_where_a_child_holds_the_pipe(said, monkeypat
     with Bench({"one": {"images": ""}}, [1]) as bench:
         assert bench.skipped == {"one": "its process ended with status 3 (out of memory?)"}
     assert time.monotonic() - began < 60
-    wait_until(lambda: "sleep 2345" not in running().values())
+    wait_for(lambda: "sleep 2345" not in running().values())
 
 
 def test_packages_report_nothing_to_their_makers(tmp_path):

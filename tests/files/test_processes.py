@@ -35,7 +35,7 @@ def test_a_pool_ends_with_the_process_that_started_it(method, task_seconds, end,
         parent.stdout.readline()
         assert set(processes.running()) > before | {parent.pid}
         parent.send_signal(end)
-    processes.wait_until(lambda: set(processes.running()) <= before)
+    processes.wait_for(lambda: set(processes.running()) <= before)
 
 
 @pytest.mark.parametrize("orphan", [False, True])
@@ -47,4 +47,4 @@ def test_what_a_test_leaves_behind_is_found_and_ended(orphan):
     found = int(subprocess.run(["sh", "-c", command], stdout=subprocess.PIPE, check=True).stdout)
     assert set(processes.running()) - mine == {found}
     assert processes.left_behind(0)[found] == "sleep 3456"
-    processes.wait_until(lambda: found not in processes.running())
+    processes.wait_for(lambda: found not in processes.running())

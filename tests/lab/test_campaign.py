@@ -20,10 +20,9 @@ import fuzz
 import mutations
 import numpy as np
 import pytest
-from browser import wait_for
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
-from processes import end_with_tests
+from processes import end_with_tests, wait_for
 from project import ROOT, lab_options
 
 from labcore import LabError
