@@ -107,7 +107,5 @@ def differences(tables: dict[str, pd.DataFrame]) -> Figure:
         axis.set_yticks(rows, table.index, fontsize=8)
         axis.set_ylim(len(table) - 0.4, -0.6)
         axis.set_title(title, fontsize=9)
-    axes[-1, 0].set_xlabel(
-        "drop of validation accuracy against the first recipe of each group, in points (positive is worse)"
-    )
+    axes[-1, 0].set_xlabel("drop against the first recipe of the group, in points (positive is worse)")
     return figure
