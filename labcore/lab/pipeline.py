@@ -12,7 +12,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from labcore import LabError
-from labcore.config import STUDIES
+from labcore.config import NOTEBOOKS, STUDIES
 from labcore.files.artifacts import RECORD, read_json, sha256_file, write_json
 from labcore.files.processes import is_running
 from labcore.lab.kept import folder_of
@@ -172,7 +172,19 @@ def _build_report(state: State) -> None:
         state.profile.name,
         {s.name: state.stamp(s.name)["wall_seconds"] for s in state.reported()},
     )
+    _say_what_goes(state, seconds)
     written = collect(name, state.overrides, seconds, root=state.root) + build(name, root=state.root)
     outputs = _hashes(state, written)
     write_json(state.stamp_path("report"), {"inputs": inputs, "outputs": outputs})
     print(f"report: {', '.join(path for path in outputs if '/results/' not in path)}")
+
+
+def _say_what_goes(state: State, told: Collection[str]) -> None:
+    """Name the studies of which the report that is there tells, and the new one will not."""
+    with contextlib.suppress(LabError, KeyError, TypeError):  # there is none, or it is damaged
+        before = read_json(state.report / "results" / "run.json")["wall_seconds"]
+        if gone := [NOTEBOOKS[name] for name in before if name not in told]:
+            print(
+                f"note: {', '.join(gone)} did not run with this network, so the new report leaves out what "
+                "the old one tells of them; git restore report figures brings a committed one back."
+            )

@@ -201,9 +201,15 @@ def test_new_prose_shows_and_runs_nothing(project):
     project.edit(
         "labcore/model.py", lambda text: text.replace("# int8 from here on", "# in int8 from here on")
     )
+    # The report that is there tells of a study that did not run here, as a committed one may.
+    project.edit(
+        "report/smoke/results/run.json",
+        lambda text: text.replace('"wall_seconds": {', '"wall_seconds": {"seeds": 1, '),
+    )
     before, old = project.hashes("runs", "figures"), project.executed("02_ptq")
     result = project.run()
     assert "02_ptq: new prose, nothing run" in result.stdout and "never" not in result.stdout
+    assert "note: 12_seeds did not run with this network, so the new report leaves out" in result.stdout
     new = project.executed("02_ptq")
     assert "A new sentence." in new.cells[0].source
     assert [cell.get("outputs") for cell in new.cells] == [cell.get("outputs") for cell in old.cells]
