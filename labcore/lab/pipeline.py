@@ -168,10 +168,8 @@ def _build_report(state: State) -> None:
     from labcore.report.build import build, collect
 
     state.stamp_path("report").unlink(missing_ok=True)
-    name, seconds = (
-        state.profile.name,
-        {s.name: state.stamp(s.name)["wall_seconds"] for s in state.reported()},
-    )
+    name = state.profile.name
+    seconds = {stage.name: state.stamp(stage.name)["wall_seconds"] for stage in state.reported()}
     _say_what_goes(state, seconds)
     written = collect(name, state.overrides, seconds, root=state.root) + build(name, root=state.root)
     outputs = _hashes(state, written)
