@@ -13,8 +13,7 @@ from labcore.observer import scale_approximate
 
 TAUGHT = ("01_fp32_train", "02_ptq", "03_qat", "04_compare")
 # The reports that are committed keep their networks beside them; that of smoke is neither.
-# Those of resnet50 are older, and join with its next run.
-EXECUTED = sorted(ROOT.glob("report/cpu/notebooks/*.ipynb"))
+EXECUTED = [path for name in ("cpu", "resnet50") for path in sorted(ROOT.glob(f"report/{name}/notebooks/*"))]
 
 
 def read(name: str) -> nbformat.NotebookNode:

@@ -127,7 +127,6 @@ def render(values: dict, with_captions: bool = False, root: Path = ROOT) -> str:
     functions = {
         "figure": figure,
         "source_of": partial(source_of, root=root),
-        "has_figure": lambda name: (root / "figures" / values["profile"].name / f"{name}.png").exists(),
         "page_break": lambda: "```{=typst}\n#pagebreak(weak: true)\n```" if with_captions else "",
         "widget": lambda: widget(results, root) if with_captions else "",
     }
