@@ -66,12 +66,12 @@ def sensitivity(table: pd.DataFrame, title: str, what: str = "validation loss (n
     """Return increases of `what` as bars; index layer, up to four columns, one per experiment."""
     figure, ((axis,),) = new_figure(height=min(0.3 * len(table), 9) + 1.3)
     colors = [look["color"] for look in series(table.shape[1])]
-    table.astype(float).plot.barh(ax=axis, width=0.8, color=colors)
+    table.astype(float).plot.barh(ax=axis, width=0.8, color=colors, legend=False)
     axis.set_yticks(range(len(table)), table.index, fontsize=8 if len(table) < 50 else 7)
     axis.axvline(0, color="0.3", linewidth=0.8)
     axis.set_ylim(len(table) - 0.4, -0.6)
     axis.set(xlabel=f"increase of the {what}", ylabel="", title=title)
-    axis.legend(fontsize=8)
+    figure.legend(loc="outside upper center", ncols=table.shape[1], fontsize=8)
     return figure
 
 

@@ -84,7 +84,8 @@ class Part(NamedTuple):
         # of the error stays with more trainings.
         of_images, room = max(error**2 - spread**2 / count, 0), (distance / 2.8) ** 2
         if of_images < room:
-            units = stats.units_needed(2.8 * math.sqrt(room - of_images), spread)
+            # As many as there were have not decided.
+            units = max(stats.units_needed(2.8 * math.sqrt(room - of_images), spread), count + 1)
             return f"{units:,} {name}" if units <= 100 * count else f"over {100 * count:,} {name}"
         left = room - spread**2 / count
         images = self.found.get("images", 0) * of_images / left if left > 0 else 0
