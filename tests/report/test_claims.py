@@ -207,6 +207,8 @@ def test_what_it_takes_to_decide_follows_from_the_power_of_the_t_test():
     assert Part("a", unit="times").needed() == "a measurement"
     found = around(0.101, 0.05, of="round", count=20)
     assert Part("a", None, found, high=0.1, unit="times").needed() == "over 2,000 rounds of timing"
+    found = {"mean": 0, "low": 0, "high": 56.15, "of": "image", "count": 3}  # 0 in 3, Wilson's interval
+    assert Part("a", None, found, low=50, unit="%").needed() == "4 images", "3 have not decided"
 
 
 AS_MEASURED = {
